@@ -1,0 +1,42 @@
+"""ConvLLaVA: a five-stage ConvNeXt as the only visual encoder of a large multimodal model (arXiv 2405.15738).
+
+Importing the package registers its classes with the Auto classes of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConvLlavaConfig": "configuration",
+    "ConvLlavaVisionConfig": "configuration",
+    "ConvLlavaVisionModel": "vision",
+    "ConvLlavaModel": "modeling",
+    "ConvLlavaForConditionalGeneration": "modeling",
+    "ConvLlavaImageProcessorPil": "image_processing",
+    "ConvLlavaProcessor": "processing",
+    "InputError": "errors",
+    "load": "inference",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'convllava' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"convllava.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+# transformers takes seconds to import. The command line must answer `--help` at once, so there registration waits
+# for the first command that needs a model (each imports convllava.auto).
+if Path(sys.argv[0]).stem != "convllava":
+    importlib.import_module("convllava.auto")

@@ -1,0 +1,98 @@
+"""Models on disk and from nothing: building a fresh one, writing a folder that is either whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import convllava.auto  # noqa: F401  the Auto classes must know the model
+from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.image_processing import ConvLlavaImageProcessorPil
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.processing import ConvLlavaProcessor
+from convllava.tokenization import END, PAD, build_tokenizer
+
+Parts = tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]
+
+
+def build_fresh(
+    *,
+    vision: dict[str, Any],
+    language: dict[str, Any],
+    pixels: dict[str, Any],
+    words: Iterable[str],
+    row_separator: bool = True,
+    seed: int = 0,
+) -> Parts:
+    """A model with random weights and a processor with a spelling tokenizer, ready for the first stage.
+
+    Args:
+        vision: Settings of `ConvLlavaVisionConfig`.
+        language: Settings of a causal language model; `model_type` names its family. The vocabulary is filled in.
+        pixels: Settings of `ConvLlavaImageProcessorPil`; the stride is filled in.
+        words: What the tokenizer knows as single tokens (see `tokenization.build_tokenizer`).
+        seed: Of the weights.
+    """
+    tower = ConvLlavaVisionConfig(**vision)
+    tokenizer = build_tokenizer(words, context=language.get("max_position_embeddings", 2048))
+    processor = ConvLlavaProcessor(
+        ConvLlavaImageProcessorPil(**{**pixels, "stride": tower.stride}), tokenizer, row_separator=row_separator
+    )
+    ids = {"pad_token_id": tokenizer.convert_tokens_to_ids(PAD), "eos_token_id": tokenizer.convert_tokens_to_ids(END)}
+    config = ConvLlavaConfig(
+        vision_config=tower,
+        text_config={**language, "vocab_size": len(tokenizer), "bos_token_id": None, **ids},
+        image_token_id=processor.image_token_id,
+        row_separator=row_separator,
+    )
+    torch.manual_seed(seed)
+    model = ConvLlavaForConditionalGeneration(config)
+    initialise_from_nothing(model.model.vision_tower)
+    for key, value in ids.items():
+        setattr(model.generation_config, key, value)
+    return model, processor
+
+
+def read(path: str | Path) -> Parts:
+    """A model in float32 and its processor from a folder or hub id in our own layout."""
+    model = ConvLlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    return model, ConvLlavaProcessor.from_pretrained(path)
+
+
+def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, path: Path) -> None:
+    """Save both; the folder appears only when it is complete and replaces an older one."""
+    with whole_folder(path) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def initialise_from_nothing(tower: nn.Module) -> None:
+    """LeCun-normal weights (standard deviation 1/sqrt(fan-in)).
+
+    The 0.02 of ConvNeXt suits its hundreds of channels; in a tower of tens the blocks would hardly act at first.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill beside `path`; renamed to it when the block ends well, removed when it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)

@@ -1,0 +1,131 @@
+"""The command line: one thin function per command, each calling one function that Python users call too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from convllava import __version__
+from convllava.errors import InputError
+
+app = typer.Typer(
+    name="convllava",
+    help="Ask pictures, and train the models that answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="tiny (in the package), a folder, or a hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")]
+
+
+def main() -> None:
+    """Run a command; bad input is one line on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(error: InputError) -> NoReturn:
+    print(f"convllava: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="Any image file.")],
+    question: Annotated[str, typer.Argument(help="In plain words.")],
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about an image; the answer streams."""
+    from convllava.inference import load
+
+    assistant = load(model)
+    if as_json:
+        _print_json(assistant.report(image, question, max_new_tokens=max_new_tokens))
+        return
+    for piece in assistant.ask(image, question, stream=True, max_new_tokens=max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for report.json and answers.png.")] = Path("runs/demo"),
+    model: Model = "tiny",
+    samples: Annotated[int, typer.Option(min=2, help="Fresh held-out pages to measure on.")] = 200,
+) -> None:
+    """Measure a model on fresh held-out pages and show its answers about two pages."""
+    from convllava.demo import run_demo
+
+    run_demo(model, output, samples)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, see recipes/.")],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Cap every stage at so many steps.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. stages.dense.steps=100.")
+    ] = None,
+) -> None:
+    """Train the stages of a recipe."""
+    from convllava.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings or ())
+    from convllava.training.engine import train as run
+
+    print(run(loaded, output, resume=resume, max_steps=max_steps))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model = "tiny",
+    samples: Annotated[int, typer.Option(min=2, help="Held-out pages.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the pages.")] = 1,
+    size: Annotated[int, typer.Option(help="Square root of the pages' area in pixels.")] = 448,
+    simple: Annotated[bool, typer.Option("--simple", help="The simpler world of recipes/tiny-quick.yaml.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on held-out pages of the generated world, beside the same model with the wrong image."""
+    from convllava.demo import measure
+    from convllava.evaluation.synthetic import table_of
+    from convllava.inference import load
+    from convllava.synthetic import World
+
+    report = measure(load(model), World("heldout", seed=seed, size=size, simple=simple), samples)
+    if as_json:
+        _print_json(report)
+    else:
+        from rich.console import Console
+
+        Console().print(table_of(report, f"{model} on {samples} held-out pages"))
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""Samples on their way to the trainer: datasets, and how samples become batches."""

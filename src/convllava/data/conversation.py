@@ -1,0 +1,57 @@
+"""A page and its turns as one supervised sequence; several sequences as one batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from convllava.errors import InputError
+from convllava.processing import ConvLlavaProcessor
+
+IGNORE = -100
+CAPTION_REQUESTS = ("Describe the image.", "What does the page show?", "Read the page.")
+
+
+def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """One conversation -> input ids, labels (the assistant's text and its end, -100 elsewhere) and pixels.
+
+    Returns:
+        input_ids, labels: (sequence,). pixel_values: (images, 3, height, width) and image_sizes: (images, 2), where
+        the conversation has images.
+
+    Raises:
+        InputError: nothing is supervised, as when the chat template marks no assistant text.
+    """
+    encoded = processor.apply_chat_template(
+        [messages], tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    input_ids = encoded["input_ids"][0]
+    supervised = torch.as_tensor(encoded["assistant_masks"])[0].bool()
+    if not supervised.any():
+        raise InputError(
+            "the chat template marks no assistant text; put {% generation %} ... {% endgeneration %} around it"
+        )
+    item = {"input_ids": input_ids, "labels": torch.where(supervised, input_ids, IGNORE)}
+    return item | {key: encoded[key] for key in ("pixel_values", "image_sizes") if key in encoded}
+
+
+def collate(items: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Any]:
+    """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing."""
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    batch: dict[str, Any] = {
+        "input_ids": pad_sequence([item["input_ids"] for item in items], batch_first=True, padding_value=pad_token_id),
+        "labels": pad_sequence([item["labels"] for item in items], batch_first=True, padding_value=IGNORE),
+    }
+    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    images = [
+        pixels[:, :height, :width].contiguous()
+        for item in items
+        if "pixel_values" in item
+        for pixels, (height, width) in zip(item["pixel_values"], item["image_sizes"].tolist(), strict=True)
+    ]
+    if images:
+        batch["pixel_values"] = images
+    return batch

@@ -1,0 +1,108 @@
+"""The generated world as datasets: chat sequences for the language model, label maps for dense pre-training."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from convllava.data.conversation import CAPTION_REQUESTS, encode
+from convllava.processing import ConvLlavaProcessor
+from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Sample, World
+
+GLYPH_CELL = 8
+"""Side in pixels of one cell of the glyph map: about the width of the smallest printed character."""
+_GLYPHS = {char: index + 1 for index, char in enumerate(CHARACTERS)}
+_SHAPES = {shape: index + 1 for index, shape in enumerate((*SHAPES, "bar"))}
+_COLOURS = {colour: index + 1 for index, colour in enumerate(COLOURS)}
+DENSE_CLASSES = {"glyph": len(_GLYPHS) + 1, "shape": len(_SHAPES) + 1, "colour": len(_COLOURS) + 1}
+"""Classes of each label map, 0 being nothing."""
+
+
+class ChatDataset(Dataset):
+    """Sample i of a world as a supervised conversation: the caption (sometimes), then the turns."""
+
+    def __init__(
+        self, world: World, processor: ConvLlavaProcessor, length: int, *, captions: float = 1.0, images: bool = True
+    ) -> None:
+        self.world, self.processor, self.length = world, processor, length
+        self.captions, self.images = captions, images
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return encode(self.processor, self.messages(self.world.sample(index)))
+
+    def messages(self, sample: Sample) -> list[dict[str, Any]]:
+        """The sample's conversation; its image is the first part of the first user message."""
+        draw = random.Random(sample.index)
+        turns = [(turn.question, turn.answer) for turn in sample.turns]
+        if not turns or draw.random() < self.captions:
+            turns.insert(0, (draw.choice(CAPTION_REQUESTS), sample.caption))
+        messages: list[dict[str, Any]] = []
+        for question, answer in turns:
+            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        if self.images:
+            messages[0]["content"].insert(0, {"type": "image", "image": sample.image})
+        return messages
+
+
+class DenseDataset(Dataset):
+    """Sample i as pixels and label maps of what stands where.
+
+    Items: pixel_values (3, height, width); glyph (height/8, width/8), the character over each 8-pixel cell; shape and
+    colour (height/stride, width/stride), the object over each cell of the four-stage tower's grid.
+    """
+
+    def __init__(
+        self, world: World, processor: ConvLlavaProcessor, length: int, *, sheets: float = 1.0, stride: int = 32
+    ) -> None:
+        self.world, self.processor, self.length = world, processor, length
+        self.sheets, self.stride = sheets, stride
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        is_sheet = random.Random(index).random() < self.sheets
+        sample = self.world.glyph_sheet(index) if is_sheet else self.world.sample(index)
+        pixels = self.processor.image_processor(sample.image, return_tensors="pt")
+        height, width = pixels["image_sizes"][0].tolist()
+        return {"pixel_values": pixels["pixel_values"][0]} | dense_labels(sample, height, width, self.stride)
+
+
+def dense_labels(sample: Sample, height: int, width: int, stride: int) -> dict[str, Tensor]:
+    """Label maps of a sample whose image was resized to height x width; see `DenseDataset`."""
+    scale = (width / sample.image.width, height / sample.image.height)
+    glyph = np.zeros((height // GLYPH_CELL, width // GLYPH_CELL), dtype=np.int64)
+    for item in sample.glyphs:
+        _paint(glyph, item.box, scale, GLYPH_CELL, _GLYPHS[item.char])
+    shape = np.zeros((height // stride, width // stride), dtype=np.int64)
+    colour = np.zeros_like(shape)
+    for thing in sample.things:
+        _paint(shape, thing.box, scale, stride, _SHAPES[thing.shape])
+        _paint(colour, thing.box, scale, stride, _COLOURS[thing.colour])
+    return {name: torch.from_numpy(labels) for name, labels in (("glyph", glyph), ("shape", shape), ("colour", colour))}
+
+
+def _paint(labels: np.ndarray, box: tuple[float, ...], scale: tuple[float, float], cell: int, value: int) -> None:
+    """Mark the cells whose centres the box covers, and always the cell of its own centre: thin letters miss centres."""
+    x0, x1 = (x * scale[0] / cell for x in (box[0], box[2]))
+    y0, y1 = (y * scale[1] / cell for y in (box[1], box[3]))
+    rows = slice(max(0, round(y0)), max(0, round(y1)))
+    columns = slice(max(0, round(x0)), max(0, round(x1)))
+    labels[rows, columns] = value
+    row, column = int((y0 + y1) / 2), int((x0 + x1) / 2)
+    if 0 <= row < labels.shape[0] and 0 <= column < labels.shape[1]:
+        labels[row, column] = value
+
+
+def collate_dense(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Unequal shapes stay lists."""
+    return {key: [item[key] for item in items] for key in items[0]}

@@ -1,0 +1,1 @@
+"""How well a model answers: metrics, and benchmarks that run them."""

@@ -1,0 +1,276 @@
+"""`convllava.load(name)` gives an `Assistant`: ask it about one image, chat about several, or answer many at once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from transformers import TextIteratorStreamer
+
+import convllava.auto  # noqa: F401  the Auto classes must know the model
+from convllava.errors import InputError
+from convllava.geometry import Box, Size, parse_box
+from convllava.images import ImageSource, load_image
+from convllava.modeling import ConvLlavaForConditionalGeneration, ConvLlavaImageFeatures
+from convllava.processing import ConvLlavaProcessor
+
+SHIPPED = Path(__file__).parent.parent / "weights"
+"""Models that come with the package, a folder each."""
+
+
+class Message(TypedDict):
+    """One turn: role is system, user or assistant; content is text, or parts as transformers writes them."""
+
+    role: str
+    content: str | list[dict[str, Any]]
+
+
+class Report(TypedDict):
+    """One answer and what it took; sizes are width, height in pixels, boxes x0, y0, x1, y1 in pixels of the image."""
+
+    answer: str
+    boxes: list[Box]
+    image_size: list[int]
+    resized_to: list[int]
+    visual_tokens: int
+    prompt_tokens: int
+    seconds_to_first_token: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image after tower and projector: ask as often as you like, the tower runs once.
+
+    Attributes:
+        placeholders: What stands for the image in the prompt's text.
+        tokens: (visual tokens, LLM width).
+        size: Height and width in pixels that the tower saw.
+    """
+
+    placeholders: str
+    tokens: Tensor
+    size: tuple[int, int]
+
+
+def load(name_or_path: str | os.PathLike[str] = "tiny", *, device: str | None = None, dtype: Any = None) -> Assistant:
+    """A model ready to answer.
+
+    Args:
+        name_or_path: `tiny` (ships with the package), a folder, or a hub id.
+        device: Where to run; None takes cuda, then mps, then cpu.
+        dtype: Of the weights; None takes float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        InputError: nothing loadable goes by that name.
+    """
+    path = find_model(str(name_or_path))
+    device = device or _best_device()
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    try:
+        model = ConvLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        processor = ConvLlavaProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} does not load as a ConvLLaVA model: {reason}") from None
+    model.to(torch.device(device))  # type: ignore[arg-type]  # a decorated method loses its self
+    return Assistant(model.eval(), processor)
+
+
+def find_model(name: str) -> str:
+    """A shipped name -> its folder; folders and hub ids pass through.
+
+    Raises:
+        InputError: neither a shipped model, nor a folder with a config.json, nor of a hub id's form.
+    """
+    shipped = sorted(folder.name for folder in SHIPPED.iterdir()) if SHIPPED.exists() else []
+    if name in shipped:
+        return str(SHIPPED / name)
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise InputError(f"{name} has no config.json; name the folder of one checkpoint")
+        return name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = ", ".join([*shipped, "a folder", "a hub id owner/name"])
+        raise InputError(f"there is no model {name!r}; give one of {known}")
+    return name
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class Assistant:
+    """A model and its processor behind three calls: `ask`, `chat`, `answer_many`. Decoding is greedy unless told."""
+
+    def __init__(self, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
+        self.model, self.processor = model, processor
+
+    def ask(
+        self, image: ImageSource, question: str, *, stream: bool = False, max_new_tokens: int = 256, **generation: Any
+    ) -> str | Iterator[str]:
+        """Answer one question about one image.
+
+        Args:
+            image: A path, PIL image, numpy array or bytes.
+            question: Plain text.
+            stream: Return an iterator over pieces of text in place of the whole answer.
+            max_new_tokens: Longest answer.
+            generation: Passed to `generate` (temperature, do_sample, num_beams ...).
+
+        Raises:
+            InputError: an image that cannot be read, a question with an image mark in it, or too long a prompt.
+        """
+        messages: list[Message] = [{"role": "user", "content": question}]
+        return self.chat(messages, [image], stream=stream, max_new_tokens=max_new_tokens, **generation)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        *,
+        stream: bool = False,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> str | Iterator[str]:
+        """The assistant's next message.
+
+        Args:
+            messages: The conversation so far. Images stand where its `{"type": "image"}` parts are; where it has none,
+                all images stand before the first user message's text.
+            images: As many as there are image parts.
+
+        Raises:
+            InputError: as for `ask`, and where image parts and images differ in number.
+        """
+        inputs = self.prompts([(messages, [self.encode(image) for image in images])], max_new_tokens)
+        settings = {"do_sample": False, **generation, "max_new_tokens": max_new_tokens}
+        if stream:
+            return self._stream(inputs, settings)
+        return self._generate(inputs, settings)[0]
+
+    def report(self, image: ImageSource, question: str, *, max_new_tokens: int = 256) -> Report:
+        """`ask` with what one would measure: sizes, tokens, seconds, and boxes in pixels of the image."""
+        started = time.perf_counter()
+        picture = load_image(image)
+        encoded = self.encode(picture)
+        inputs = self.prompts([([Message(role="user", content=question)], [encoded])], max_new_tokens)
+        pieces, first = [], None
+        for piece in self._stream(inputs, {"do_sample": False, "max_new_tokens": max_new_tokens}):
+            first = first or time.perf_counter() - started
+            pieces.append(piece)
+        answer, seconds = "".join(pieces), time.perf_counter() - started
+        size = Size(picture.height, picture.width)
+        box = parse_box(answer)
+        return {
+            "answer": answer,
+            "boxes": [self.processor.image_processor.placement(size).box_from_normalised(box)] if box else [],
+            "image_size": [size.width, size.height],
+            "resized_to": [encoded.size[1], encoded.size[0]],
+            "visual_tokens": len(encoded.tokens),
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            "seconds_to_first_token": round(first or seconds, 4),
+            "seconds": round(seconds, 4),
+        }
+
+    def answer_many(
+        self, questions: Sequence[tuple[ImageSource, str]], *, batch_size: int = 32, max_new_tokens: int = 64
+    ) -> Iterator[list[str]]:
+        """Answers to (image, question) pairs, a batch at a time; an image asked twice in a row is encoded once."""
+        encoded: dict[int, EncodedImage] = {}
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            encoded = {id(image): encoded.get(id(image)) or self.encode(image) for image, _ in batch}
+            conversations = [
+                ([Message(role="user", content=question)], [encoded[id(image)]]) for image, question in batch
+            ]
+            inputs = self.prompts(conversations, max_new_tokens)
+            yield self._generate(inputs, {"do_sample": False, "max_new_tokens": max_new_tokens})
+
+    @torch.inference_mode()
+    def encode(self, image: ImageSource) -> EncodedImage:
+        """Run tower and projector on one image."""
+        inputs = self.processor.image_processor(load_image(image), return_tensors="pt")
+        features = self.model.get_image_features(
+            inputs["pixel_values"].to(self.model.device, self.model.dtype), inputs["image_sizes"], return_dict=True
+        )
+        height, width = inputs["image_sizes"][0].tolist()
+        return EncodedImage(self.processor.replace_image_token(inputs, 0), features.pooler_output[0], (height, width))
+
+    def prompts(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[EncodedImage]]], max_new_tokens: int
+    ) -> dict[str, Any]:
+        """Conversations with encoded images -> left-padded inputs for `generate`.
+
+        Raises:
+            InputError: image parts and images differ in number, or a prompt leaves no room for the answer.
+        """
+        texts, tokens = [], []
+        for messages, images in conversations:
+            placed = _place_images(messages, len(images))
+            text = self.processor.apply_chat_template(placed, add_generation_prompt=True, tokenize=False)
+            self.processor.validate_inputs(images=[list(images)], text=[text])
+            texts += self.processor.get_text_with_replacements([text], [image.placeholders for image in images])[0]
+            tokens += [image.tokens for image in images]
+        inputs = dict(self.processor.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt"))
+        inputs = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        self._check_context(inputs["input_ids"].shape[1], max_new_tokens)
+        if tokens:
+            inputs["mm_encoder_outputs"] = {"image": ConvLlavaImageFeatures(pooler_output=tokens)}
+        return inputs
+
+    def _check_context(self, prompt: int, answer: int) -> None:
+        context = self.model.config.text_config.max_position_embeddings
+        if prompt + answer > context:
+            raise InputError(
+                f"the prompt has {prompt} tokens and the answer may have {answer}, but the model's context is "
+                f"{context}; shorten the prompt, use a smaller image or lower max_new_tokens"
+            )
+
+    @torch.inference_mode()
+    def _generate(self, inputs: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+        output: Any = self.model.generate(**inputs, **settings)  # type: ignore[misc]  # its self is a protocol
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def _stream(self, inputs: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(**inputs, **settings, streamer=streamer)  # type: ignore[misc]
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        yield from (piece for piece in streamer if piece)
+        thread.join()
+        if failure:
+            raise failure[0]
+
+
+def _place_images(messages: Sequence[Message], count: int) -> list[dict[str, Any]]:
+    """Every content as parts; where no image part is written, the images come first in the first user message."""
+    placed: list[dict[str, Any]] = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        placed.append({"role": message["role"], "content": parts})
+    has_marks = any(part["type"] == "image" for message in placed for part in message["content"])
+    first = next((message for message in placed if message["role"] == "user"), None)
+    if count and not has_marks and first is not None:
+        first["content"] = [{"type": "image"}] * count + first["content"]
+    return placed

@@ -1,0 +1,93 @@
+"""Every question the world asks, in several wordings, and the closed vocabulary of questions and labels."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from convllava.synthetic.canvas import Canvas, Region
+from convllava.synthetic.sample import COLOURS, POSITIONS, SHAPES, Turn, box_text
+from convllava.synthetic.sections import sections
+from convllava.synthetic.words import DAYS, MONTHS, QUARTERS
+
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
+FIELDS = ("Name", "Date", "City", "Phone", "Code", "Amount", "Age", "Order", "Room", "Score", "Status")
+COLUMNS = ("Item", "Price", "Qty", "Stock", "Year", "Score", "Code", "Age", "Size", "City", "Name", "Room")
+SIZES = ("S", "M", "L", "XL")
+STATUSES = ("open", "closed", "paid", "new", "done", "late")
+TOTALS = ("Total", "TOTAL", "Amount due", "Sum", "Total due", "SUM", "AMOUNT DUE", "Grand total")
+RECEIPT_LABELS = ("Date", "No.", "Receipt", "Cash", "Card", "Tax", "VAT")
+FORM_TITLES = ("Form", "Application", "Registration", "Order form", "Request", "Record", "Booking", "Report")
+CHART_TITLES = (
+    "Sales",
+    "Visitors",
+    "Results",
+    "Votes",
+    "Points",
+    "Rainfall",
+    "Orders",
+    "Units sold",
+    "Members",
+    "Profit",
+)
+TABLE_TITLES = ("Stock list", "Price list", "Results", "Overview", "Summary", "Schedule", "Inventory")
+
+TEMPLATES: dict[str, tuple[str, ...]] = {key: tuple(lines) for key, lines in sections("questions.txt").items()}
+
+_GLUE = """a an the at of and object objects sign paragraph title receipt date total form table bar line chart
+    ticket no last"""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question; its answer may be a region, whose box is known only when the picture is finished."""
+
+    task: str
+    question: str
+    answer: str | Region
+
+    def turn(self, canvas: Canvas) -> Turn:
+        """The finished turn, a region answered by its box as `canvas` stands."""
+        if isinstance(self.answer, str):
+            return Turn(self.task, self.question, self.answer)
+        return Turn(self.task, self.question, box_text(canvas.where(self.answer), canvas.width, canvas.height))
+
+
+def ask(rng: random.Random, key: str, answer: str | Region, **names: str) -> Draft:
+    """One wording of the question `key` (a key of TEMPLATES) with its blanks filled by `names`."""
+    return Draft(key.split(".")[0], rng.choice(TEMPLATES[key]).format(**names), answer)
+
+
+def plural(shape: str) -> str:
+    """The plural of a shape's name."""
+    return shape + ("es" if shape == "cross" else "s")
+
+
+@lru_cache
+def closed_words() -> frozenset[str]:
+    """The words, in lower case, that the world itself brings: see `closed_vocabulary`."""
+    wordings = [re.sub(r"{\w+}", " ", template) for templates in TEMPLATES.values() for template in templates]
+    labels = [
+        *ORDINALS,
+        *FIELDS,
+        *COLUMNS,
+        *SIZES,
+        *STATUSES,
+        *TOTALS,
+        *RECEIPT_LABELS,
+        *FORM_TITLES,
+        *CHART_TITLES,
+        *TABLE_TITLES,
+    ]
+    names = [*COLOURS, *SHAPES, *map(plural, SHAPES), *POSITIONS, *MONTHS, *DAYS, *QUARTERS]
+    return frozenset(re.findall(r"[a-z]+[0-9]?", " ".join([*wordings, *labels, *names, _GLUE]).lower()))
+
+
+def closed_vocabulary() -> tuple[str, ...]:
+    """The sorted lower-case words of questions, captions, labels, colours, shapes, places and dates.
+
+    None of them is an open word (a name, an item, an invention): those only occur as what there is to read.
+    """
+    return tuple(sorted(closed_words()))

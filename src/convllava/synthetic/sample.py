@@ -1,0 +1,96 @@
+"""What a generated sample is: the picture, its caption, its questions, and where everything lies."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from PIL import Image
+
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels of the picture, y downwards, the far edges exclusive."""
+
+CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + ".,:-/$%&'()#+"
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white")
+POSITIONS = (
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "centre",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)
+TASKS = ("shape", "colour", "position", "count", "read", "field", "table", "chart", "ground")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its only right answer."""
+
+    task: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One printed non-space character and the box of its ink."""
+
+    char: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn shape; a bar of a chart has the shape "bar"."""
+
+    shape: str
+    colour: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated picture with everything that is known about it.
+
+    `image` is RGB; every box is in its pixels. `caption` describes the picture or transcribes it in reading
+    order. `layout` holds the discrete choices of arrangement and `fonts` the font families, both of which the
+    splits keep apart.
+    """
+
+    index: int
+    kind: str
+    image: Image.Image
+    caption: str
+    turns: tuple[Turn, ...]
+    glyphs: tuple[Glyph, ...]
+    things: tuple[Thing, ...]
+    layout: tuple[str, ...] = ()
+    fonts: tuple[str, ...] = ()
+
+
+def box_text(box: Box, width: float, height: float) -> str:
+    """The box as the model reads and writes it: "[0.12, 0.34, 0.50, 0.60]".
+
+    `box` is in pixels of an image of `width` x `height`; the numbers are shares of its sides, 0.00 to 0.99.
+    """
+    fractions = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+    return "[" + ", ".join(f"{min(max(fraction, 0.0), 0.99):.2f}" for fraction in fractions) + "]"
+
+
+def union(boxes: Iterable[Box]) -> Box:
+    """The smallest box around `boxes`, of which there must be one at least."""
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return min(x0), min(y0), max(x1), max(y1)
+
+
+def position_of(box: Box, width: float, height: float) -> str:
+    """Which cell of a 3x3 grid over the picture holds the centre of `box`: one of `POSITIONS`."""
+    column = min(int(3 * (box[0] + box[2]) / 2 / width), 2)
+    row = min(int(3 * (box[1] + box[3]) / 2 / height), 2)
+    return POSITIONS[3 * row + column]

@@ -1,0 +1,80 @@
+"""What keeps the train and held-out worlds apart: a stable digest of whatever is printed or arranged."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from functools import lru_cache
+
+SPLITS = ("train", "heldout")
+HELDOUT_PERCENT = 18
+
+# The discrete choices that make an arrangement, kind by kind; a split owns whole combinations of them.
+OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "scene": {
+        "background": ("plain", "gradient", "texture"),
+        "aspect": ("tall", "square", "wide"),
+        "spread": ("small", "mixed", "big"),
+    },
+    "sign": {
+        "board": ("full", "border", "round", "double"),
+        "align": ("left", "centre"),
+        "tone": ("light", "dark", "vivid"),
+        "lines": ("1", "2", "3"),
+    },
+    "paragraph": {
+        "align": ("left", "centre", "right"),
+        "title": ("none", "bold", "large"),
+        "aspect": ("tall", "square", "wide"),
+        "leading": ("tight", "loose"),
+    },
+    "receipt": {
+        "paper": ("full", "sheet"),
+        "header": ("left", "centre"),
+        "rule": ("none", "dashed", "solid"),
+        "date": ("above", "below"),
+        "total": ("bold", "large"),
+        "quantity": ("none", "before"),
+    },
+    "form": {
+        "labels": ("left", "above", "boxed"),
+        "title": ("none", "left", "centre"),
+        "colon": ("colon", "bare"),
+        "line": ("none", "underline"),
+    },
+    "table": {
+        "ruling": ("grid", "rows", "striped", "open"),
+        "header": ("bold", "filled", "dark"),
+        "align": ("left", "centre", "right"),
+        "title": ("none", "top"),
+    },
+    "bar_chart": {
+        "bars": ("vertical", "slim", "horizontal"),
+        "values": ("outside", "inside", "axis"),
+        "title": ("none", "top"),
+        "grid": ("grid", "ticks"),
+        "colours": ("one", "many"),
+    },
+    "line_chart": {
+        "marker": ("circle", "square", "diamond"),
+        "values": ("above", "boxed", "axis"),
+        "title": ("none", "top"),
+        "grid": ("grid", "ticks"),
+        "frame": ("open", "closed"),
+    },
+    "ticket": {"align": ("left", "spread"), "case": ("upper", "title", "lower"), "rule": ("none", "solid")},
+}
+
+
+@lru_cache(maxsize=1 << 16)
+def split_of(category: str, text: str) -> str:
+    """The split that owns `text`, the same on every machine: about 18 % of each category is held out."""
+    digest = hashlib.blake2b(f"{category}:{text}".encode(), digest_size=4).digest()
+    return "heldout" if int.from_bytes(digest, "big") % 100 < HELDOUT_PERCENT else "train"
+
+
+@lru_cache
+def layouts(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
+    """Every arrangement of `kind` that `split` owns: tuples of choices in the order of `OPTIONS[kind]`."""
+    combinations = itertools.product(*OPTIONS[kind].values())
+    return tuple(choice for choice in combinations if split_of(f"layout.{kind}", "/".join(choice)) == split)

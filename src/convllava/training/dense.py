@@ -1,0 +1,75 @@
+"""Dense pre-training: the stand-in for CLIP where no pretrained ConvNeXt can be had.
+
+The first four stages learn what stands where: the character over each 8-pixel cell, told from the maps of stages 2, 3
+and 4 (strides 8, 16 and 32, so that one feature of stage 4 has sixteen cells to tell), and the shape and colour of the
+object over each cell of the last grid. Labels of single cells teach a small tower in minutes what image-level captions
+do not, and every stage being asked for the characters lets the early ones learn before the late ones can use them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convllava.data.synthetic import DENSE_CLASSES, GLYPH_CELL
+from convllava.vision import ConvLlavaVisionModel
+
+STAGES = 4
+_READING_STAGES = (2, 3, 4)
+_BACKGROUND_WEIGHT = 0.03
+"""Most cells are empty; at full weight they drown the rest."""
+
+
+class DensePretraining(nn.Module):
+    """The four-stage tower with linear heads that training throws away."""
+
+    def __init__(self, vision_tower: ConvLlavaVisionModel) -> None:
+        super().__init__()
+        self.vision_tower = vision_tower
+        widths = vision_tower.config.hidden_sizes
+        patch = vision_tower.config.patch_size
+        self.sides = {stage: patch * 2 ** (stage - 1) // GLYPH_CELL for stage in _READING_STAGES}
+        self.head = nn.ModuleDict()
+        for stage, side in self.sides.items():
+            self.head[f"norm{stage}"] = nn.LayerNorm(widths[stage - 1])
+            self.head[f"glyph{stage}"] = nn.Linear(widths[stage - 1], side**2 * DENSE_CLASSES["glyph"])
+        for name in ("shape", "colour"):
+            self.head[name] = nn.Linear(widths[STAGES - 1], DENSE_CLASSES[name])
+
+    def forward(
+        self, pixel_values: list[Tensor], glyph: list[Tensor], shape: list[Tensor], colour: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Images of (3, height, width) and the label maps of `DenseDataset` -> loss, and accuracy per map.
+
+        Accuracies are the last stage's, over the cells where something stands.
+        """
+        outputs: dict[str, Tensor] = {}
+        losses = []
+        pixels, grids = self.vision_tower.embeddings(pixel_values)
+        for number, stage in enumerate(self.vision_tower.encoder.stages[:STAGES], start=1):
+            pixels, grids = stage(pixels, grids)
+            if number in self.sides:
+                features = self.head[f"norm{number}"](pixels)
+                labels = torch.cat([_cells(item, self.sides[number]) for item in glyph])
+                losses.append(_judge("glyph", self.head[f"glyph{number}"](features), labels, outputs))
+        for name, maps in (("shape", shape), ("colour", colour)):
+            labels = torch.cat([item.flatten() for item in maps])
+            losses.append(_judge(name, self.head[name](features), labels, outputs))
+        return {"loss": torch.stack(losses).sum(), **outputs}
+
+
+def _cells(labels: Tensor, side: int) -> Tensor:
+    """(height, width) labels -> one per feature and cell, for features that each cover side x side cells."""
+    height, width = labels.shape
+    return labels.view(height // side, side, width // side, side).permute(0, 2, 1, 3).flatten()
+
+
+def _judge(name: str, logits: Tensor, labels: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """The loss of one head; notes its accuracy over occupied cells in `outputs`."""
+    logits = logits.view(-1, DENSE_CLASSES[name])
+    occupied = labels > 0
+    outputs[name] = (logits.detach().argmax(-1)[occupied] == labels[occupied]).float().mean()
+    weight = logits.new_ones(DENSE_CLASSES[name])
+    weight[0] = _BACKGROUND_WEIGHT
+    return F.cross_entropy(logits, labels, weight=weight)

@@ -1,0 +1,219 @@
+"""Runs a recipe: stage after stage through a small subclass of the Hugging Face Trainer.
+
+    convllava train recipes/tiny-quick.yaml --output runs/quick [--resume]
+
+Everything lies in the output folder: `recipe.yaml` (resolved), `log.jsonl` (one line an optimiser step), `tensorboard/`
+and one folder per stage, `1-NAME/`, which is a loadable checkpoint and appears when the stage is complete. A stage in
+progress keeps `.1-NAME.progress/checkpoint-STEP/`, from which `--resume` continues exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from convllava import checkpoints
+from convllava.data.conversation import collate
+from convllava.data.synthetic import DENSE_CLASSES, ChatDataset, DenseDataset, collate_dense
+from convllava.errors import InputError
+from convllava.synthetic import World, closed_vocabulary
+from convllava.training.dense import DensePretraining
+from convllava.training.parts import freeze_all_but, parameter_groups
+from convllava.training.recipe import Data, Recipe, Stage, dump_recipe
+from convllava.training.reporting import ProgressBar, StepLog, print_parts
+
+
+def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps: int | None = None) -> Path:
+    """Train every stage of a recipe that is not complete yet.
+
+    Args:
+        recipe: What to train.
+        output: Folder for checkpoints and logs.
+        resume: Continue in a folder that holds a run of the same recipe.
+        max_steps: Cap every stage at so many steps (to try a recipe).
+
+    Returns:
+        The folder of the last stage's checkpoint.
+
+    Raises:
+        InputError: the folder holds another run, or the recipe does not fit the model.
+    """
+    output = Path(output)
+    if max_steps is not None:
+        stages = [dataclasses.replace(stage, steps=min(stage.steps, max_steps)) for stage in recipe.stages]
+        recipe = dataclasses.replace(recipe, stages=stages)
+    prepare_output(recipe, output, resume)
+    set_seed(recipe.seed)
+    torch.set_flush_denormal(True)
+    model, processor = start(recipe)
+    for index, stage in enumerate(recipe.stages):
+        folder = output / f"{index}-{stage.name}"
+        if folder.exists():
+            model, processor = checkpoints.read(folder)
+            continue
+        run_stage(recipe, index, model, processor, folder)
+    return folder
+
+
+def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
+    """Write the resolved recipe, or check that the run in the folder has the same one."""
+    saved = output / "recipe.yaml"
+    text = dump_recipe(recipe)
+    if not saved.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        saved.write_text(text, encoding="utf-8")
+    elif not resume:
+        raise InputError(f"{output} already holds a run; continue it with --resume or choose another --output")
+    elif saved.read_text(encoding="utf-8") != text:
+        raise InputError(f"{saved} differs from the recipe given; resume with the same recipe and settings")
+
+
+def start(recipe: Recipe) -> checkpoints.Parts:
+    """The model that the first stage receives."""
+    spec = recipe.model
+    if spec.checkpoint is not None:
+        return checkpoints.read(spec.checkpoint)
+    return checkpoints.build_fresh(
+        vision=spec.vision,
+        language=spec.language,
+        pixels=spec.pixels,
+        words=closed_vocabulary(),
+        row_separator=spec.row_separator,
+        seed=recipe.seed,
+    )
+
+
+def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Path) -> None:
+    """Train one stage, from its newest checkpoint if there is one, and write its folder."""
+    stage = recipe.stages[index]
+    progress = folder.with_name(f".{folder.name}.progress")
+    set_seed(recipe.seed + index)
+    trained = DensePretraining(model.model.vision_tower) if stage.objective == "dense" else model
+    freeze_all_but(trained, stage.trains)
+    print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
+    trainer = StageTrainer(
+        stage,
+        model=trained,
+        args=training_arguments(recipe, stage, progress),
+        train_dataset=make_dataset(recipe, index, processor),
+        data_collator=make_collator(stage, processor),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StepLog(folder.parent, stage, index, trainer.counts))
+    trainer.add_callback(ProgressBar(f"{index}-{stage.name}"))
+    trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.parent / "tensorboard" / folder.name)))
+    checkpoint = get_last_checkpoint(progress) if progress.exists() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoints.write(model, processor, folder)
+    shutil.rmtree(progress, ignore_errors=True)
+
+
+def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
+    """As many samples as the stage has steps for, of the training split; every stage has a seed of its own."""
+    stage, data = recipe.stages[index], recipe.stages[index].data
+    world = make_world(data, seed=1000 * recipe.seed + index)
+    length = stage.steps * stage.batch_size
+    if stage.objective == "dense":
+        return DenseDataset(world, processor, length, sheets=data.sheets)
+    return ChatDataset(world, processor, length, captions=data.captions, images=data.images)
+
+
+def make_world(data: Data, seed: int, split: str = "train") -> World:
+    """The generated world that a stage's data names."""
+    return World(split, seed=seed, size=data.size, kinds=data.kinds, simple=data.simple, turns=data.turns)
+
+
+def make_collator(stage: Stage, processor: Any) -> Any:
+    if stage.objective == "dense":
+        return collate_dense
+    return partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+
+
+def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(progress),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size // stage.accumulate,
+        gradient_accumulation_steps=stage.accumulate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
+        warmup_steps=round(stage.warmup * stage.steps),
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.precision == "bfloat16",
+        gradient_checkpointing=stage.gradient_checkpointing,
+        logging_steps=1,
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        seed=recipe.seed,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=recipe.workers,
+        dataloader_persistent_workers=recipe.workers > 0,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+
+
+class StageTrainer(Trainer):
+    """The Hugging Face Trainer with a learning rate per part, samples in order, and checkpoints that are whole.
+
+    Args:
+        stage: What trains, at which rates.
+        keywords: As of `Trainer`.
+    """
+
+    def __init__(self, stage: Stage, *, model: nn.Module, **keywords: Any) -> None:
+        self.stage, self.trained = stage, model
+        self.staging: str | None = None
+        self.counts = {"images": 0, "tokens": 0}
+        self.accuracies: dict[str, float] = {}
+        super().__init__(model=model, **keywords)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(self.trained, self.stage.trains, self.stage.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """The world is drawn at random already; its order is then part of the recipe."""
+        samples: Any = train_dataset or self.train_dataset
+        return SequentialSampler(samples)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.counts["images"] += len(inputs.get("pixel_values", ()))
+        self.counts["tokens"] += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+        loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
+        self.accuracies = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, **self.accuracies}, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let the Trainer write beside, then rename: a killed run never leaves half a checkpoint that looks whole."""
+        name = f"checkpoint-{self.state.global_step}"
+        home = Path(super()._get_output_dir(trial))
+        self.staging = str(home / "partial")
+        shutil.rmtree(self.staging, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staged, self.staging = Path(self.staging), None
+        older = list(home.glob("checkpoint-*"))
+        (staged / name).rename(home / name)
+        for folder in older:
+            shutil.rmtree(folder)

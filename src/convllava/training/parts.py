@@ -1,0 +1,71 @@
+"""The parts of a model by the names that recipes use: what trains, at which learning rate, with how many parameters."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from convllava.errors import InputError
+
+_STAGE = re.compile(r"(?:^|\.)vision_tower\.encoder\.stages\.(\d+)\.")
+_PREFIXES = {
+    "vision_tower.embeddings.": "stem",
+    "multi_modal_projector.": "projector",
+    "language_model.": "language_model",
+    "lm_head.": "language_model",
+    "head.": "head",
+}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to: stem, stage1 ... stageN, projector, language_model (with its head), or
+    head (the throw-away head of dense pre-training)."""
+    if stage := _STAGE.search(name):
+        return f"stage{int(stage[1]) + 1}"
+    name = name.removeprefix("model.")
+    for prefix, part in _PREFIXES.items():
+        if name.startswith(prefix):
+            return part
+    raise ValueError(f"parameter {name} belongs to no known part")
+
+
+def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every part with its named parameters, in the order of the model; tied parameters are counted once."""
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(part_of(name), []).append((name, parameter))
+    return parts
+
+
+def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> None:
+    """Let exactly the named parts receive gradients.
+
+    Raises:
+        InputError: a part that the model does not have.
+    """
+    parts, trains = parts_of(model), set(trains)
+    for part in sorted(trains - set(parts)):
+        near = difflib.get_close_matches(part, parts, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parts)}"
+        raise InputError(f"trains: the model has no part {part!r}; {hint}")
+    for part, parameters in parts.items():
+        for _, parameter in parameters:
+            parameter.requires_grad_(part in trains)
+
+
+def parameter_groups(model: nn.Module, trains: Mapping[str, float], weight_decay: float) -> list[dict]:
+    """AdamW groups: per part, matrices with weight decay and vectors (norms, biases, LayerScale) without."""
+    groups = []
+    for part, parameters in parts_of(model).items():
+        for decay in (weight_decay, 0.0):
+            chosen = [p for _, p in parameters if p.requires_grad and (p.ndim > 1) == (decay == weight_decay)]
+            if decay == weight_decay == 0.0:
+                chosen = [p for _, p in parameters if p.requires_grad]
+            if chosen:
+                groups.append({"params": chosen, "lr": trains[part], "weight_decay": decay, "part": part})
+            if weight_decay == 0.0:
+                break
+    return groups

@@ -1,0 +1,228 @@
+"""A recipe is data: what is built, and the ordered list of stages that train it. YAML <-> dataclasses, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from convllava.errors import InputError
+
+Objective = Literal["dense", "chat"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the first stage starts from: a saved model, or a fresh one built from configurations."""
+
+    checkpoint: str | None = None
+    """Folder or hub id of a model to start from; `vision` and `language` must then be absent."""
+    vision: dict[str, Any] = field(default_factory=dict)
+    """Settings of a fresh `ConvLlavaVisionConfig`."""
+    language: dict[str, Any] = field(default_factory=dict)
+    """Settings of a fresh causal language model; `model_type` names its family (default llama)."""
+    pixels: dict[str, Any] = field(default_factory=dict)
+    """Settings of a fresh image processor: mode, min_pixels, max_pixels, side."""
+    row_separator: bool = True
+    """Whether a learned token ends each row of visual tokens."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples of the generated world. One image gives one sequence: its caption and its question-answer turns."""
+
+    size: int = 384
+    """Square root of the pages' area in pixels."""
+    kinds: dict[str, float] | None = None
+    """Weights of the kinds of page; None: the world's own mix."""
+    simple: bool = False
+    """The simpler world of shapes, tickets and bar charts."""
+    turns: int = 6
+    """Question-answer turns per image."""
+    captions: float = 1.0
+    """Share of samples whose sequence begins with the caption."""
+    images: bool = True
+    """False: the same conversations without the image, for a language model that has never seen text."""
+    sheets: float = 0.0
+    """Share of glyph sheets (objective dense only)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training."""
+
+    name: str
+    """Names the folder of the stage's checkpoint."""
+    steps: int
+    """Optimiser steps."""
+    trains: dict[str, float]
+    """Part -> peak learning rate. Parts: stem, stage1, stage2 ..., projector, language_model. Others are frozen."""
+    data: Data = field(default_factory=Data)
+    """What the stage sees."""
+    objective: Objective = "chat"
+    """`chat` supervises the assistant's text; `dense` trains the first four stages on what stands where."""
+    batch_size: int = 8
+    """Samples per optimiser step."""
+    accumulate: int = 1
+    """Forward passes per optimiser step: each takes batch_size / accumulate samples."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Of the learning rate, after the warm-up."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs under autocast."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory, in the tower too."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and the stages that train it."""
+
+    name: str
+    stages: list[Stage]
+    model: ModelSpec = field(default_factory=ModelSpec)
+    seed: int = 0
+    """Of weights, data and everything else that draws numbers."""
+    workers: int = 1
+    """Processes that make samples ahead of the trainer."""
+    save_every: int = 500
+    """Steps between checkpoints from which a killed run continues."""
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise InputError("a recipe needs at least one stage")
+        if len(set(names)) != len(names):
+            raise InputError(f"the stages' names must differ; got {', '.join(names)}")
+        for stage in self.stages:
+            if stage.batch_size % stage.accumulate:
+                raise InputError(
+                    f"stage {stage.name}: batch_size {stage.batch_size} is no multiple of accumulate {stage.accumulate}"
+                )
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe from YAML, with `key=value` overrides such as `stages.0.steps=10`.
+
+    Raises:
+        InputError: no such file, broken YAML, or a key or value that no recipe has; the nearest known key is named.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no recipe at {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
+    for override in overrides:
+        _override(content, override)
+    return typing.cast(Recipe, _build(Recipe, content, str(path)))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out, as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _override(content: Any, override: str) -> None:
+    """Set one dotted key of the raw content; list items by index, or by their name."""
+    path, separator, value = override.partition("=")
+    if not separator:
+        raise InputError(f"--set {override}: write it as key=value, for example stages.0.steps=10")
+    *parents, last = path.split(".")
+    for key in parents:
+        content = _descend(content, key, override)
+    if isinstance(content, list):
+        content[_index(content, last, override)] = yaml.safe_load(value)
+    elif isinstance(content, dict):
+        content[last] = yaml.safe_load(value)
+    else:
+        raise InputError(f"--set {override}: there is nothing below {'.'.join(parents)} to set")
+
+
+def _descend(content: Any, key: str, override: str) -> Any:
+    if isinstance(content, list):
+        return content[_index(content, key, override)]
+    if isinstance(content, dict):
+        return content.setdefault(key, {})
+    raise InputError(f"--set {override}: {key} is not a section of the recipe")
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    raise InputError(f"--set {override}: {key} is none of {', '.join(str(name) for name in names)}")
+
+
+def _build(kind: type, content: Any, where: str) -> Any:
+    """A dataclass from a mapping, recursively, refusing unknown keys and values of the wrong type."""
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected a section with keys, got {content!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"{where}: missing key {missing[0]!r}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in content.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, where)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        return _literal(arguments, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _value(next(option for option in arguments if option is not type(None)), value, where)
+    if origin is list and isinstance(value, list):
+        return [_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    return _scalar(kind, value, where)
+
+
+def _literal(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value not in options:
+        raise InputError(f"{where} must be one of {', '.join(map(str, options))}; got {value!r}")
+    return value
+
+
+def _scalar(kind: Any, value: Any, where: str) -> Any:
+    """Plain values; YAML reads 1e-3 as a string and 1 as an integer, both of which a float may be."""
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif kind in (int, bool, str) and type(value) is kind:
+        return value
+    name = getattr(kind, "__name__", None) or str(kind)
+    raise InputError(f"{where} must be a {name}; got {value!r}")

@@ -1,0 +1,132 @@
+"""What one sees of a training: the table of what trains, the progress bar, one JSON line a step, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from convllava.data.synthetic import DENSE_CLASSES
+from convllava.training.parts import parts_of
+from convllava.training.recipe import Stage
+
+_QUIET_SECONDS = 30
+"""Where there is no terminal, one line this often stands in for the bar."""
+
+
+def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> None:
+    """A table of parts: parameters, and the learning rate or frozen."""
+    table = Table(title=title, title_justify="left")
+    for column, justify in (("part", "left"), ("parameters", "right"), ("learning rate", "right")):
+        table.add_column(column, justify="right" if justify == "right" else "left")
+    for part, parameters in parts_of(model).items():
+        count = sum(parameter.numel() for _, parameter in parameters)
+        table.add_row(part, f"{count:,}", f"{trains[part]:g}" if part in trains else "frozen")
+    Console().print(table)
+
+
+class StepLog(TrainerCallback):
+    """Appends to `log.jsonl`: stage, step, loss, learning rates, images, tokens, seconds.
+
+    Images, tokens and seconds count from the beginning of the stage, over all its resumed parts.
+    """
+
+    def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, int]) -> None:
+        self.path = output / "log.jsonl"
+        self.stage, self.index, self.counts = stage, index, counts
+        self.before: dict[str, float] = {"images": 0, "tokens": 0, "seconds": 0.0}
+        self.started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started = time.monotonic()
+        self.before |= self._forget_after(state.global_step)
+
+    def _forget_after(self, step: int) -> dict[str, float]:
+        """Drop lines of this stage beyond the checkpoint that the run resumes from; return the last one kept."""
+        if not self.path.exists():
+            return {}
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        kept = [line for line in lines if (line["index"], line["step"]) <= (self.index, step)]
+        if len(kept) < len(lines):
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.replace(self.path)
+        own = [line for line in kept if line["index"] == self.index]
+        return {key: own[-1][key] for key in self.before} if own else {}
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        groups = kwargs["optimizer"].param_groups
+        line = {
+            "stage": self.stage.name,
+            "index": self.index,
+            "step": state.global_step,
+            "loss": logs["loss"],
+            **{name: round(logs[name], 4) for name in DENSE_CLASSES if name in logs},
+            "learning_rates": {group["part"]: group["lr"] for group in groups},
+            "images": self.before["images"] + self.counts["images"],
+            "tokens": self.before["tokens"] + self.counts["tokens"],
+            "seconds": round(self.before["seconds"] + time.monotonic() - self.started, 3),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """Steps, loss, samples a second and the time left; plain lines where there is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.console = Console()
+        self.title = title
+        self.loss: float | None = None
+        self.first = 0
+        self.started = self.spoke = 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} samples/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.first, self.started = state.global_step, time.monotonic()
+        self.task = self.bar.add_task(
+            self.title, total=state.max_steps, completed=state.global_step, loss="-", rate="-"
+        )
+        self.bar.start()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if "loss" not in (logs or {}):
+            return
+        self.loss = logs["loss"] if self.loss is None else 0.98 * self.loss + 0.02 * logs["loss"]
+        now = time.monotonic()
+        done = state.global_step - self.first
+        rate = done * args.train_batch_size * args.gradient_accumulation_steps / max(now - self.started, 1e-9)
+        self.bar.update(self.task, completed=state.global_step, loss=f"{self.loss:.3f}", rate=f"{rate:.1f}")
+        if not self.console.is_terminal and now - self.spoke > _QUIET_SECONDS:
+            self.spoke = now
+            left = (state.max_steps - state.global_step) * (now - self.started) / max(done, 1)
+            print(
+                f"{self.title} {state.global_step}/{state.max_steps} loss {self.loss:.3f} "
+                f"{rate:.1f} samples/s, {left / 60:.0f} min left",
+                flush=True,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.stop()

@@ -1,0 +1,215 @@
+"""The vision tower: a ConvNeXt of any number of stages that takes images of any shapes together.
+
+Everything in a ConvNeXt but the 7x7 depthwise convolution works on one pixel at a time (or on one 2x2 patch). So the
+pixels of all images of a batch lie in one (pixels, channels) matrix, and only the depthwise step looks at each image's
+own rectangle: unequal shapes need no padding, and a batch gives what its images give alone. The parameters have the
+names of `transformers.ConvNextModel`, so the same files load.
+
+ConvNeXt: arXiv 2201.03545. Five stages: ConvLLaVA, arXiv 2405.15738.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import ModelOutput
+
+from convllava.configuration import ConvLlavaVisionConfig
+from convllava.errors import InputError
+from convllava.geometry import Size
+
+Grids = tuple[Size, ...]
+
+
+@dataclass
+class ConvLlavaVisionOutput(ModelOutput):
+    """What the tower returns.
+
+    Attributes:
+        last_hidden_state: (tokens of all images, channels), image after image, row by row: the raw last feature map.
+        grids: Rows and columns of each image's feature map.
+    """
+
+    # ModelOutput demands these defaults; the tower always fills both.
+    last_hidden_state: Tensor = None  # type: ignore[assignment]
+    grids: Grids = None  # type: ignore[assignment]
+
+    def maps(self) -> list[Tensor]:
+        """One (rows, columns, channels) view per image."""
+        parts = self.last_hidden_state.split([rows * columns for rows, columns in self.grids])
+        return [part.unflatten(0, grid) for part, grid in zip(parts, self.grids, strict=True)]
+
+
+def _rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:
+    """(pixels, channels) -> one (images, height, width, channels) view per run of equal shapes."""
+    runs = [(grid, len(list(run))) for grid, run in groupby(grids)]
+    parts = pixels.split([count * grid.height * grid.width for grid, count in runs])
+    return [part.view(count, *grid, -1) for part, (grid, count) in zip(parts, runs, strict=True)]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _patches(maps: Tensor, side: int) -> Tensor:
+    """(images, height, width, channels) -> (patches, channels * side * side), channels first as in a Conv2d weight."""
+    images, height, width, channels = maps.shape
+    tiles = maps.view(images, height // side, side, width // side, side, channels)
+    return tiles.permute(0, 1, 3, 5, 2, 4).reshape(-1, channels * side * side)
+
+
+def _as_linear(convolution: nn.Module, patches: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel is a linear layer over patches."""
+    assert isinstance(convolution, nn.Conv2d)
+    return F.linear(patches, convolution.weight.flatten(1), convolution.bias)
+
+
+def _halve(grids: Grids) -> Grids:
+    return tuple(Size(height // 2, width // 2) for height, width in grids)
+
+
+class ConvLlavaVisionEmbeddings(nn.Module):
+    """The stem: non-overlapping patches, a linear layer, LayerNorm."""
+
+    def __init__(self, config: ConvLlavaVisionConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.hidden_sizes[0], kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_sizes[0], eps=config.layer_norm_eps)
+
+    def forward(self, images: list[Tensor]) -> tuple[Tensor, Grids]:
+        """Images of (channels, height, width) -> (pixels, channels) at 1/patch_size and the grids."""
+        side = self.patch_size
+        patches = _join([_patches(image.permute(1, 2, 0).unsqueeze(0), side) for image in images])
+        grids = tuple(Size(image.shape[1] // side, image.shape[2] // side) for image in images)
+        return self.layernorm(_as_linear(self.patch_embeddings, patches)), grids
+
+
+class ConvLlavaVisionLayer(GradientCheckpointingLayer):
+    """One ConvNeXt block: depthwise 7x7, LayerNorm, an MLP four times as wide, LayerScale, residual."""
+
+    def __init__(self, config: ConvLlavaVisionConfig, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.layernorm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.act = ACT2FN[config.hidden_act]
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.layer_scale_parameter = nn.Parameter(torch.full((channels,), config.layer_scale_init_value))
+
+    def depthwise(self, pixels: Tensor, grids: Grids) -> Tensor:
+        """The only step that sees neighbours: run on each image's own rectangle, in channels-last memory."""
+        maps = [self.dwconv(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for part in _rectangles(pixels, grids)]
+        return _join([part.reshape(-1, part.shape[-1]) for part in maps])
+
+    def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
+        hidden = self.layernorm(self.depthwise(pixels, grids))
+        hidden = self.pwconv2(self.act(self.pwconv1(hidden)))
+        return torch.addcmul(pixels, hidden, self.layer_scale_parameter)
+
+
+class ConvLlavaVisionStage(nn.Module):
+    """A downsampling layer (LayerNorm, 2x2 patches to one) except in the first stage, then blocks."""
+
+    def __init__(self, config: ConvLlavaVisionConfig, index: int) -> None:
+        super().__init__()
+        channels = config.hidden_sizes[index]
+        self.downsampling_layer = nn.ModuleList()
+        if index > 0:
+            before = config.hidden_sizes[index - 1]
+            self.downsampling_layer.append(nn.LayerNorm(before, eps=config.layer_norm_eps))
+            self.downsampling_layer.append(nn.Conv2d(before, channels, kernel_size=2, stride=2))
+        self.layers = nn.ModuleList(ConvLlavaVisionLayer(config, channels) for _ in range(config.depths[index]))
+
+    def downsample(self, pixels: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
+        if not self.downsampling_layer:
+            return pixels, grids
+        norm, convolution = self.downsampling_layer
+        patches = _join([_patches(part, 2) for part in _rectangles(norm(pixels), grids)])
+        return _as_linear(convolution, patches), _halve(grids)
+
+    def forward(self, pixels: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
+        pixels, grids = self.downsample(pixels, grids)
+        for layer in self.layers:
+            pixels = layer(pixels, grids)
+        return pixels, grids
+
+
+class ConvLlavaVisionEncoder(nn.Module):
+    def __init__(self, config: ConvLlavaVisionConfig) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(ConvLlavaVisionStage(config, index) for index in range(config.num_stages))
+
+    def forward(self, pixels: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
+        for stage in self.stages:
+            pixels, grids = stage(pixels, grids)
+        return pixels, grids
+
+
+class ConvLlavaVisionModel(PreTrainedModel):
+    """The five-stage ConvNeXt tower. No pooling and no final norm: ConvLLaVA reads the raw last feature map."""
+
+    config: ConvLlavaVisionConfig
+    config_class = ConvLlavaVisionConfig
+    base_model_prefix = "vision_tower"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ConvLlavaVisionLayer"]
+
+    def __init__(self, config: ConvLlavaVisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = ConvLlavaVisionEmbeddings(config)
+        self.encoder = ConvLlavaVisionEncoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ConvLlavaVisionLayer):
+            init.constant_(module.layer_scale_parameter, self.config.layer_scale_init_value)
+
+    def forward(self, pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None = None) -> ConvLlavaVisionOutput:
+        """Encode images of any shapes.
+
+        Args:
+            pixel_values: (images, channels, height, width), or a list of (channels, height, width).
+            image_sizes: (images, 2), height and width of each image inside a padded `pixel_values`; what lies beyond
+                is never looked at.
+
+        Raises:
+            InputError: a side is no multiple of the stride.
+        """
+        images = _unpad(pixel_values, image_sizes)
+        _check_multiples(images, self.config.stride)
+        pixels, grids = self.embeddings([image.to(self.dtype) for image in images])
+        pixels, grids = self.encoder(pixels, grids)
+        return ConvLlavaVisionOutput(last_hidden_state=pixels, grids=grids)
+
+
+def _unpad(pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
+    if image_sizes is None:
+        return list(pixel_values)
+    sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+    return [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes, strict=True)]
+
+
+def _check_multiples(images: list[Tensor], stride: int) -> None:
+    for image in images:
+        height, width = image.shape[1:]
+        if height % stride or width % stride or not height or not width:
+            nearest = [max(stride, round(side / stride) * stride) for side in (height, width)]
+            raise InputError(
+                f"the vision tower got an image of {height}x{width} pixels, but both sides must be multiples of its "
+                f"stride {stride}; resize it to {nearest[0]}x{nearest[1]}"
+            )

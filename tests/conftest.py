@@ -1,0 +1,51 @@
+"""Tiny random models that every test file may use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convllava.checkpoints import Parts, build_fresh
+
+torch.set_num_threads(1)
+
+WORDS = ("what", "is", "the", "total", "red", "top", "left", "describe", "image")
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Random pixels, RGB."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def fresh(**settings: object) -> Parts:
+    """A model of five stages and two transformer layers, with weights large enough for images to matter."""
+    model, processor = build_fresh(
+        vision={
+            "depths": [1, 1, 2, 1, 1],
+            "hidden_sizes": [8, 8, 16, 16, 32],
+            "layer_scale_init_value": 0.5,
+        },
+        language={
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": True,
+        },
+        pixels={"min_pixels": 64 * 64, "max_pixels": 256 * 256},
+        words=WORDS,
+        **settings,  # type: ignore[arg-type]
+    )
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="session")
+def parts() -> Parts:
+    """Model and processor; not to be changed."""
+    return fresh()

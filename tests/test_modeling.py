@@ -1,0 +1,232 @@
+"""The whole model in the Hugging Face ecosystem, by equalities: batched = single, cached = uncached, saved = loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import fresh, picture
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, pipeline
+
+from convllava import ConvLlavaConfig, ConvLlavaForConditionalGeneration, InputError
+
+SHAPES = {"none": [], "one": [(64, 192)], "two": [(128, 64), (70, 90)]}
+
+
+def prompts(processor, names=tuple(SHAPES)):
+    """A conversation per name, with as many images as the name says."""
+    return [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *(
+                        {"type": "image", "image": picture(*size, seed=index)}
+                        for index, size in enumerate(SHAPES[name])
+                    ),
+                    {"type": "text", "text": f"what is {name}?"},
+                ],
+            }
+        ]
+        for name in names
+    ]
+
+
+def encoded(processor, names=tuple(SHAPES)):
+    return processor.apply_chat_template(
+        prompts(processor, names),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True},
+    )
+
+
+def test_placeholders_are_visual_tokens_with_a_separator_per_row(parts):
+    model, processor = parts
+    inputs = encoded(processor, ["two"])
+    # 128x64 -> 2x1 and 70x90 -> 64x64 -> 1x1 tokens, and a separator after each of the three rows
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 2 + 1 + 3
+    assert inputs["image_sizes"].tolist() == [[128, 64], [64, 64]]
+
+
+def test_batched_equals_single(parts):
+    model, processor = parts
+    batch = model(**encoded(processor)).logits
+    for row, name in enumerate(SHAPES):
+        single = model(**encoded(processor, [name])).logits[0]
+        torch.testing.assert_close(batch[row, -len(single) :], single, atol=1e-4, rtol=0)
+
+
+def test_the_answer_depends_on_the_image(parts):
+    model, processor = parts
+    inputs = encoded(processor, ["one"])
+    other = inputs["pixel_values"].flip(-1)
+    assert not torch.allclose(model(**inputs).logits, model(**{**inputs, "pixel_values": other}).logits, atol=1e-2)
+
+
+def test_cached_generation_equals_uncached(parts):
+    model, processor = parts
+    inputs = encoded(processor)
+    cached = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    ids = inputs["input_ids"]
+    mask = inputs["attention_mask"]
+    for _ in range(8):
+        logits = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    for row in range(len(ids)):
+        found, expected = cached[row].tolist(), ids[row].tolist()
+        ends = [
+            i
+            for i, t in enumerate(expected)
+            if i >= inputs["input_ids"].shape[1] and t == model.config.text_config.eos_token_id
+        ]
+        until = ends[0] + 1 if ends else len(expected)
+        assert found[:until] == expected[:until]
+
+
+def test_beams_of_several_images_equal_those_of_one_prompt(parts):
+    model, processor = parts
+    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    batch = model.generate(**encoded(processor, ["one", "two"]), **settings)
+    single = model.generate(**encoded(processor, ["two"]), **settings)
+    length = single.shape[1] - encoded(processor, ["two"])["input_ids"].shape[1]
+    assert batch[1, -length:].tolist() == single[0, -length:].tolist()
+
+
+def test_tower_runs_once_in_generation(parts):
+    model, processor = parts
+    calls = []
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(**encoded(processor, ["one"]), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    handle.remove()
+    assert calls == [1]
+
+
+def test_save_and_load_round_trip(parts, tmp_path):
+    model, processor = parts
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is ConvLlavaForConditionalGeneration
+    inputs = encoded(AutoProcessor.from_pretrained(tmp_path))
+    expected = encoded(processor)
+    assert inputs["input_ids"].equal(expected["input_ids"])
+    assert inputs["pixel_values"].equal(expected["pixel_values"])
+    torch.testing.assert_close(loaded.eval()(**inputs).logits, model(**expected).logits, atol=0, rtol=0)
+    assert (tmp_path / "model.safetensors").exists()
+    assert str(tmp_path) not in (tmp_path / "config.json").read_text()
+
+
+def test_pipeline_answers_alone_and_in_batches(parts, tmp_path):
+    """Images of a batch share a canvas here: the stock pipeline concatenates the pixels of its samples as they are."""
+    model, processor = parts
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path))
+    messages = prompts(processor, ["one", "one"])
+    messages[1][0]["content"][0]["image"] = picture(64, 190, seed=5)
+    settings = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 4, "do_sample": False}}
+    single = [pipe(text=message, **settings)[0]["generated_text"] for message in messages]
+    batch = [answer[0]["generated_text"] for answer in pipe(text=messages, batch_size=2, **settings)]
+    assert batch == single
+    assert single[0] != single[1]
+
+
+def test_streaming_gives_the_text_of_generate(parts):
+    model, processor = parts
+    inputs = encoded(processor, ["one"])
+    whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    model.generate(**inputs, max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert "".join(streamer) == processor.tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :])
+
+
+def test_gradient_checkpointing_reaches_the_tower_and_keeps_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model, processor = fresh()
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        assert model.model.vision_tower.encoder.stages[0].layers[0].gradient_checkpointing is checkpointing
+        inputs = encoded(processor)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+def test_sdpa_equals_eager():
+    model, processor = fresh()
+    assert model.config._attn_implementation == "sdpa"
+    inputs = encoded(processor)
+    expected = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[kept], expected[kept], atol=1e-4, rtol=0)
+
+
+def test_bfloat16_runs_and_stays_close(parts):
+    model, processor = parts
+    low, _ = fresh()
+    inputs = encoded(processor)
+    logits = low.bfloat16()(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    kept = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits[kept]
+    assert (logits.float()[kept] - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_other_language_models_fit():
+    model = ConvLlavaForConditionalGeneration(
+        ConvLlavaConfig(
+            vision_config={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+            text_config={
+                "model_type": "qwen2",
+                "vocab_size": 100,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+            },
+            image_token_id=99,
+        )
+    )
+    ids = torch.tensor([[1, 99, 99, 2]])
+    assert model(input_ids=ids, pixel_values=torch.zeros(1, 3, 64, 128)).logits.shape == (1, 4, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "message"),
+    [
+        ("<image> what?", 2, "1 <image> mark but 2 images"),
+        ("<image><image> what?", 1, "2 <image> marks but 1 image "),
+        ("what?", 1, "0 <image> marks but 1 image "),
+        ("<image> what?", 0, "1 <image> mark but 0 images"),
+    ],
+)
+def test_marks_and_images_must_match(parts, text, count, message):
+    images = [picture(64, 64) for _ in range(count)] or None
+    with pytest.raises(InputError, match=message):
+        parts[1](text=text, images=images)
+
+
+def test_marks_must_match_in_every_prompt_of_a_batch(parts):
+    with pytest.raises(InputError, match="prompt 1 of 2 has 2"):
+        parts[1](text=["<image><image> a", "b"], images=[[picture(64, 64)], [picture(64, 64)]])
+
+
+def test_a_literal_mark_in_a_message_is_refused(parts):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "an <image> here"}]}]
+    with pytest.raises(InputError, match="literal mark <image>"):
+        parts[1].apply_chat_template(messages)
+
+
+def test_placeholders_that_do_not_fit_the_features_are_refused(parts):
+    model, processor = parts
+    inputs = encoded(processor, ["one"])
+    with pytest.raises(InputError, match="placeholder tokens but the images give"):
+        model(**{**inputs, "image_sizes": torch.tensor([[64, 64]])})
