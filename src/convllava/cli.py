@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,6 +27,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in p
 
 def main() -> None:
     """Run a command; bad input is one line on stderr and exit code 2."""
+    # Bars for loading a file are noise around an answer; our own commands show their own progress.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except InputError as error:

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any, TypedDict
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
@@ -77,7 +78,7 @@ def load(name_or_path: str | os.PathLike[str] = "tiny", *, device: str | None = 
     try:
         model = ConvLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
         processor = ConvLlavaProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} does not load as a ConvLLaVA model: {reason}") from None
     model.to(torch.device(device))  # type: ignore[arg-type]  # a decorated method loses its self

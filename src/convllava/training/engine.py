@@ -159,6 +159,7 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         disable_tqdm=True,
         dataloader_num_workers=recipe.workers,
         dataloader_persistent_workers=recipe.workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
     )

@@ -1,0 +1,113 @@
+"""Asking: every kind of image, streams, chats and batches, all equal to plain generation; and what is refused."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from conftest import picture
+
+from convllava import InputError, load
+from convllava.checkpoints import write
+from convllava.inference import Assistant
+
+SETTINGS = {"max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def assistant(parts):
+    return Assistant(*parts)
+
+
+def test_ask_equals_plain_generation(assistant):
+    image = picture(70, 200)
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]}]
+    inputs = assistant.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    output = assistant.model.generate(**inputs, do_sample=False, **SETTINGS)
+    expected = assistant.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert assistant.ask(image, "what?", **SETTINGS) == expected
+
+
+def test_every_form_of_an_image_gives_the_same_answer(assistant, tmp_path):
+    image = picture(64, 128)
+    image.save(tmp_path / "a.png")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    forms = [image, tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(image), buffer.getvalue()]
+    answers = {assistant.ask(form, "what?", **SETTINGS) for form in forms}
+    assert len(answers) == 1
+
+
+def test_streamed_equals_whole(assistant):
+    pieces = list(assistant.ask(picture(64, 64), "what is red?", stream=True, **SETTINGS))
+    assert "".join(pieces) == assistant.ask(picture(64, 64), "what is red?", **SETTINGS)
+
+
+def test_many_answers_equal_single_ones(assistant):
+    images = [picture(64, 64, 1), picture(130, 64, 2), picture(64, 300, 3)]
+    questions = [(images[i % 3], f"what is {'red ' * (i % 4)}?") for i in range(7)]
+    batched = [answer for batch in assistant.answer_many(questions, batch_size=3, **SETTINGS) for answer in batch]
+    assert batched == [assistant.ask(image, question, **SETTINGS) for image, question in questions]
+
+
+def test_chat_places_images_where_the_parts_are(assistant):
+    first, second = picture(64, 64, 1), picture(64, 128, 2)
+    marks = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    explicit = [
+        {"role": "user", "content": marks},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": marks},
+    ]
+    assert assistant.chat(explicit, [first, second], **SETTINGS) != assistant.chat(
+        explicit, [second, first], **SETTINGS
+    )
+    front = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what?"}]}]
+    plain = [{"role": "user", "content": "what?"}]
+    assert assistant.chat(plain, [first, second], **SETTINGS) == assistant.chat(front, [first, second], **SETTINGS)
+    assert isinstance(assistant.chat(plain, **SETTINGS), str)
+
+
+def test_report_measures_the_answer(assistant):
+    report = assistant.report(picture(70, 200), "what?", max_new_tokens=6)
+    assert report["answer"] == assistant.ask(picture(70, 200), "what?", **SETTINGS)
+    assert report["image_size"] == [200, 70]
+    assert report["resized_to"] == [192, 64]
+    assert report["visual_tokens"] == 3 + 1
+    assert 0 < report["seconds_to_first_token"] <= report["seconds"]
+
+
+def test_bad_prompts_are_refused(assistant):
+    image = picture(64, 64)
+    with pytest.raises(InputError, match="literal mark <image>"):
+        assistant.ask(image, "an <image>?")
+    with pytest.raises(InputError, match="1 <image> mark but 2 images"):
+        assistant.chat([{"role": "user", "content": [{"type": "image"}]}], [image, image])
+    with pytest.raises(InputError, match="the model's context is 512; shorten"):
+        assistant.ask(image, "what " * 600)
+
+
+def test_models_by_folder(parts, tmp_path):
+    write(*parts, tmp_path / "model")
+    assert load(tmp_path / "model").ask(picture(64, 64), "what?", **SETTINGS) == Assistant(*parts).ask(
+        picture(64, 64), "what?", **SETTINGS
+    )
+
+
+@pytest.mark.parametrize("name", ["tinny", "./nowhere", "/no/where", "a/b/c"])
+def test_unknown_models_are_refused(name):
+    with pytest.raises(InputError, match=r"there is no model .*tiny"):
+        load(name)
+
+
+def test_broken_folders_are_refused(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load(tmp_path / "empty")
+    write(*parts, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="does not load as a ConvLLaVA model"):
+        load(tmp_path / "cut")

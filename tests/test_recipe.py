@@ -1,0 +1,85 @@
+"""Recipes: YAML there and back, overrides, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convllava.errors import InputError
+from convllava.training.recipe import Data, Recipe, Stage, dump_recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("**/*.yaml"))
+MINIMAL = "name: x\nstages:\n  - {name: a, steps: 3, trains: {projector: 1e-3}}\n"
+
+
+def write(tmp_path: Path, text: str = MINIMAL) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_repo_survive_a_round_trip(path, tmp_path):
+    recipe = load_recipe(path)
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@given(
+    steps=st.integers(1, 10**6),
+    rate=st.floats(1e-9, 1.0),
+    captions=st.floats(0, 1),
+    kinds=st.none() | st.dictionaries(st.sampled_from(["scene", "sign"]), st.floats(0.1, 9), min_size=1),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+)
+def test_any_recipe_survives_a_round_trip(tmp_path_factory, steps, rate, captions, kinds, schedule):
+    data = Data(captions=captions, kinds=kinds)
+    stage = Stage("s", steps, {"projector": rate}, data, schedule=schedule)
+    recipe = Recipe("r", [stage, dataclasses.replace(stage, name="t", objective="dense")])
+    assert load_recipe(write(tmp_path_factory.mktemp("recipe"), dump_recipe(recipe))) == recipe
+
+
+def test_overrides_reach_stages_by_name_and_by_number(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path), ["seed=7", "stages.a.steps=9", "stages.0.data.size=512", "stages.a.trains.stage5=2e-3"]
+    )
+    assert (recipe.seed, recipe.stages[0].steps, recipe.stages[0].data.size) == (7, 9, 512)
+    assert recipe.stages[0].trains == {"projector": 1e-3, "stage5": 2e-3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL.replace("steps", "stepps"), r"stages\[0\]: unknown key 'stepps'; did you mean steps\?"),
+        (MINIMAL + "sed: 3\n", "unknown key 'sed'; did you mean seed"),
+        (MINIMAL + "frobnicate: 3\n", "known keys: name"),
+        (MINIMAL.replace("steps: 3, ", ""), "missing key 'steps'"),
+        (MINIMAL.replace("steps: 3", "steps: many"), "steps must be a int; got 'many'"),
+        (MINIMAL.replace("1e-3", "fast"), r"trains.projector must be a float; got 'fast'"),
+        (MINIMAL.replace("steps: 3", "steps: 3, schedule: sine"), "schedule must be one of cosine, linear, constant"),
+        (MINIMAL.replace("steps: 3", "steps: 3, batch_size: 3, accumulate: 2"), "no multiple of accumulate"),
+        ("name: x\nstages: []\n", "at least one stage"),
+        (MINIMAL + MINIMAL.splitlines()[2] + "\n", "names must differ"),
+        ("stages: [", "not a readable YAML"),
+        ("just text", "expected a section with keys"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as refusal:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(refusal.value)
+    assert "recipe.yaml" in str(refusal.value) or "stage" in str(refusal.value)
+
+
+@pytest.mark.parametrize("override", ["steps", "stages.b.steps=1", "stages.5.steps=1", "name.x.y=1", "stages.a.lr=1"])
+def test_bad_overrides_are_refused(tmp_path, override):
+    with pytest.raises(InputError):
+        load_recipe(write(tmp_path), [override])
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"there is no recipe at .*nowhere\.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")

@@ -1,0 +1,206 @@
+"""The engine: what trains, labels, logs, and a killed run that continues as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+import convllava
+from convllava.checkpoints import read
+from convllava.data.conversation import IGNORE, collate, encode
+from convllava.data.synthetic import GLYPH_CELL, ChatDataset, DenseDataset, dense_labels
+from convllava.errors import InputError
+from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
+from convllava.training import engine
+from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
+from convllava.training.recipe import Data, ModelSpec, Recipe, Stage
+
+DATA = Data(size=128, simple=True, turns=2)
+DENSE = Stage("dense", 3, {"stem": 1e-3, "stage1": 1e-3, "stage4": 1e-3, "head": 1e-3}, DATA, "dense", batch_size=2)
+CHAT = Stage("chat", 4, {"stage5": 1e-3, "projector": 2e-3, "language_model": 1e-3}, DATA, batch_size=2)
+
+
+def recipe(*stages: Stage, **settings: object) -> Recipe:
+    model = ModelSpec(
+        vision={"depths": [1] * 5, "hidden_sizes": [8, 8, 16, 16, 32], "layer_scale_init_value": 0.5},
+        language={
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        pixels={"min_pixels": 64 * 64, "max_pixels": 256 * 256},
+    )
+    return Recipe("test", list(stages), model, workers=0, **settings)  # type: ignore[arg-type]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return dict(read(folder)[0].named_parameters())
+
+
+def test_only_the_named_parts_change_and_every_stage_loads(tmp_path):
+    last = engine.train(recipe(DENSE, CHAT), tmp_path)
+    assert last == tmp_path / "1-chat"
+    assert isinstance(convllava.load(last).ask(torch.zeros(64, 64).numpy(), "what?", max_new_tokens=3), str)
+    fresh = dict(engine.start(recipe(DENSE))[0].named_parameters())
+    for before, after, trained in (
+        (fresh, weights(tmp_path / "0-dense"), set(DENSE.trains)),
+        (weights(tmp_path / "0-dense"), weights(tmp_path / "1-chat"), set(CHAT.trains)),
+    ):
+        changed = {part_of(name) for name in before if not before[name].equal(after[name])}
+        assert changed == trained - {"head"}
+
+
+def test_the_log_has_one_line_a_step(tmp_path):
+    engine.train(recipe(DENSE, CHAT), tmp_path)
+    lines = log(tmp_path)
+    assert [(line["stage"], line["step"]) for line in lines] == [("dense", 1), ("dense", 2), ("dense", 3)] + [
+        ("chat", step) for step in (1, 2, 3, 4)
+    ]
+    assert lines[-1]["images"] == 8
+    assert lines[-1]["tokens"] > 8 * 20
+    assert set(lines[-1]["learning_rates"]) == set(CHAT.trains)
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert 0 <= lines[2]["colour"] <= 1
+    assert (tmp_path / "recipe.yaml").exists()
+    assert list((tmp_path / "tensorboard").rglob("events*"))
+
+
+class KilledError(Exception):
+    """Stands in for a kill: raised in the middle of a step."""
+
+
+@pytest.mark.parametrize("stage", [DENSE, CHAT], ids=lambda stage: stage.name)
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, stage):
+    plan = recipe(stage, save_every=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    engine.train(plan, whole)
+    original = engine.StageTrainer.training_step
+    calls = []
+
+    def dying(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KilledError
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
+    with pytest.raises(KilledError):
+        engine.train(plan, parts)
+    assert not (parts / f"0-{stage.name}").exists()
+    monkeypatch.setattr(engine.StageTrainer, "training_step", original)
+    engine.train(plan, parts, resume=True)
+    assert [line["loss"] for line in log(parts)] == [line["loss"] for line in log(whole)]
+    for name, parameter in weights(whole / f"0-{stage.name}").items():
+        assert parameter.equal(weights(parts / f"0-{stage.name}")[name]), name
+
+
+def test_a_checkpoint_that_was_being_written_is_never_taken(tmp_path, monkeypatch):
+    plan = recipe(CHAT, save_every=2)
+
+    def dying(self, output_dir):
+        raise KilledError
+
+    monkeypatch.setattr(engine.StageTrainer, "_save_rng_state", dying)
+    with pytest.raises(KilledError):
+        engine.train(plan, tmp_path)
+    progress = tmp_path / ".0-chat.progress"
+    assert list(progress.glob("checkpoint-*")) == []
+    monkeypatch.undo()
+    engine.train(plan, tmp_path, resume=True)
+    assert (tmp_path / "0-chat").exists()
+    assert not progress.exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_a_changed_recipe_not_resumed(tmp_path):
+    engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
+    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
+        engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
+    with pytest.raises(InputError, match="differs from the recipe given"):
+        engine.prepare_output(recipe(CHAT, seed=5), tmp_path, resume=True)
+    engine.prepare_output(recipe(CHAT), tmp_path, resume=True)
+
+
+def test_an_unknown_part_is_named():
+    model, _ = engine.start(recipe(CHAT))
+    with pytest.raises(InputError, match=r"no part 'projecter'; did you mean projector\?"):
+        freeze_all_but(model, ["projecter"])
+
+
+def test_every_parameter_belongs_to_one_part_and_one_group():
+    model, _ = engine.start(recipe(CHAT))
+    parts = parts_of(model)
+    assert list(parts) == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5", "projector", "language_model"]
+    assert sum(len(parameters) for parameters in parts.values()) == len(list(model.parameters()))
+    freeze_all_but(model, CHAT.trains)
+    for decay in (0.0, 0.1):
+        groups = parameter_groups(model, CHAT.trains, decay)
+        grouped = [id(p) for group in groups for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+        assert {group["part"]: group["lr"] for group in groups} == CHAT.trains
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"] if decay)
+
+
+def test_labels_are_exactly_the_answers_and_their_ends():
+    _, processor = engine.start(recipe(CHAT))
+    world = World(size=128, simple=True, turns=3)
+    dataset = ChatDataset(world, processor, 4, captions=1.0)
+    sample = world.sample(0)
+    item = dataset[0]
+    text = processor.tokenizer.decode(item["input_ids"][item["labels"] != IGNORE])
+    answers = [sample.caption, *(turn.answer for turn in sample.turns)]
+    assert text.replace("<|end|> ", "<|end|>") == "".join(f"{answer}<|end|>" for answer in answers)
+    assert item["labels"][item["labels"] != IGNORE].equal(item["input_ids"][item["labels"] != IGNORE])
+
+
+def test_a_template_that_marks_no_answer_is_refused():
+    _, processor = engine.start(recipe(CHAT))
+    processor.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
+    with pytest.raises(InputError, match="marks no assistant text"):
+        encode(processor, [{"role": "user", "content": [{"type": "text", "text": "a"}]}])
+
+
+def test_batched_loss_equals_the_mean_over_all_supervised_tokens():
+    model, processor = engine.start(recipe(CHAT))
+    dataset = ChatDataset(World(size=128, simple=True), processor, 3, captions=0.5)
+    items = [dataset[index] for index in range(3)]
+    batch = model(**collate(items, processor.tokenizer.pad_token_id)).loss
+    totals = [(model(**collate([item], 0)).loss, int((item["labels"][1:] != IGNORE).sum())) for item in items]
+    expected = sum(loss * count for loss, count in totals) / sum(count for _, count in totals)
+    torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dense_labels_lie_where_things_lie():
+    glyphs = (Glyph("A", (0, 0, 16, 16)), Glyph("i", (33, 40, 36, 56)))
+    things = (Thing("star", "red", (64, 0, 128, 32)),)
+    sample = Sample(0, "sheet", World(size=128, simple=True).sample(0).image.resize((128, 64)), "", (), glyphs, things)
+    labels = dense_labels(sample, 64, 128, 32)
+    expected = torch.zeros(64 // GLYPH_CELL, 128 // GLYPH_CELL, dtype=torch.long)
+    expected[0:2, 0:2] = 1 + CHARACTERS.index("A")
+    expected[6, 4] = 1 + CHARACTERS.index("i")
+    assert labels["glyph"].equal(expected)
+    assert (labels["shape"] > 0).tolist() == [[False, False, True, True], [False] * 4]
+    assert labels["colour"].unique().tolist() == [0, 1]
+
+
+def test_dense_items_fit_the_grids():
+    _, processor = engine.start(recipe(DENSE))
+    for index in range(3):
+        item = DenseDataset(World(size=128, simple=True), processor, 3, sheets=0.5)[index]
+        height, width = item["pixel_values"].shape[1:]
+        assert item["glyph"].shape == (height // 8, width // 8)
+        assert item["shape"].shape == item["colour"].shape == (height // 32, width // 32)
+
+
+def test_max_steps_caps_every_stage(tmp_path):
+    engine.train(recipe(DENSE, CHAT), tmp_path, max_steps=1)
+    assert [line["step"] for line in log(tmp_path)] == [1, 1]
