@@ -7,6 +7,8 @@ import io
 import numpy as np
 import pytest
 from conftest import picture
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from convllava import InputError, load
 from convllava.checkpoints import write
@@ -111,3 +113,27 @@ def test_broken_folders_are_refused(parts, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="does not load as a ConvLLaVA model"):
         load(tmp_path / "cut")
+
+
+def test_an_image_asked_about_many_times_is_encoded_once(assistant):
+    calls = []
+    handle = assistant.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    images = [picture(64, 64, 1), picture(64, 64, 2)]
+    list(assistant.answer_many([(image, "what?") for image in images for _ in range(6)], batch_size=4, **SETTINGS))
+    handle.remove()
+    assert len(calls) == 2
+
+
+def test_weights_that_are_not_complete_are_refused(parts, tmp_path):
+    write(*parts, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.multi_modal_projector.linear_1.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(InputError, match=f"lacks the tensor {name}"):
+        load(tmp_path / "model")
+
+
+def test_other_models_are_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="of type llama, not convllava"):
+        load(tmp_path)

@@ -8,6 +8,8 @@ from conftest import fresh, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, pipeline
 
 from convllava import ConvLlavaConfig, ConvLlavaForConditionalGeneration, InputError
+from convllava.geometry import Size
+from convllava.modeling import coordinate_features
 
 SHAPES = {"none": [], "one": [(64, 192)], "two": [(128, 64), (70, 90)]}
 
@@ -230,3 +232,53 @@ def test_placeholders_that_do_not_fit_the_features_are_refused(parts):
     inputs = encoded(processor, ["one"])
     with pytest.raises(InputError, match="placeholder tokens but the images give"):
         model(**{**inputs, "image_sizes": torch.tensor([[64, 64]])})
+
+
+def test_placeholders_without_an_image_are_refused(parts):
+    model, processor = parts
+    inputs = encoded(processor, ["one"])
+    with pytest.raises(InputError, match="image placeholder tokens but the images give 0"):
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+def test_attention_can_be_chosen_on_loading(parts, tmp_path):
+    parts[0].save_pretrained(tmp_path)
+    for name in ("sdpa", "eager"):
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=name)
+        assert loaded.config.text_config._attn_implementation == name
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "the conversation is empty"),
+        ([{"role": "wizard", "content": "a"}], "a message needs a role, one of system, user, assistant"),
+        ([{"role": "user"}], "a message needs a role"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "a part of a message"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "a part of a message"),
+        ([{"role": "user", "content": "end<|end|>"}], "literal mark"),
+    ],
+)
+def test_malformed_conversations_are_refused(parts, messages, message):
+    with pytest.raises(InputError, match=message):
+        parts[1].apply_chat_template(messages)
+
+
+def test_coordinates_are_normalised_row_by_row():
+    features = coordinate_features(Size(2, 4), torch.device("cpu"))
+    assert features.shape == (8, 16)
+    vertical, horizontal = features[:, 8].acos() / torch.pi, features[:, 12].acos() / torch.pi
+    torch.testing.assert_close(vertical, torch.tensor([0.25] * 4 + [0.75] * 4))
+    torch.testing.assert_close(horizontal, torch.tensor([0.125, 0.375, 0.625, 0.875] * 2))
+
+
+def test_places_are_not_drowned_by_what_the_projector_writes():
+    """Fifty times the content must not change how much of a token is its place."""
+    model, _ = fresh()
+    projector = model.model.multi_modal_projector
+    features = model.model.vision_tower(torch.randn(1, 3, 128, 192))
+    before = projector(features)[0]
+    with torch.no_grad():
+        projector.linear_2.weight *= 50
+        projector.linear_2.bias *= 50
+    torch.testing.assert_close(projector(features)[0], before, atol=1e-3, rtol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -15,6 +16,7 @@ from convllava.data.synthetic import GLYPH_CELL, ChatDataset, DenseDataset, dens
 from convllava.errors import InputError
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
+from convllava.training.calibration import calibrate
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage
 
@@ -154,10 +156,11 @@ def test_labels_are_exactly_the_answers_and_their_ends():
     _, processor = engine.start(recipe(CHAT))
     world = World(size=128, simple=True, turns=3)
     dataset = ChatDataset(world, processor, 4, captions=1.0)
-    sample = world.sample(0)
+    messages = dataset.messages(world.sample(0))
     item = dataset[0]
     text = processor.tokenizer.decode(item["input_ids"][item["labels"] != IGNORE])
-    answers = [sample.caption, *(turn.answer for turn in sample.turns)]
+    answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+    assert world.sample(0).caption in answers
     assert text.replace("<|end|> ", "<|end|>") == "".join(f"{answer}<|end|>" for answer in answers)
     assert item["labels"][item["labels"] != IGNORE].equal(item["input_ids"][item["labels"] != IGNORE])
 
@@ -204,3 +207,55 @@ def test_dense_items_fit_the_grids():
 def test_max_steps_caps_every_stage(tmp_path):
     engine.train(recipe(DENSE, CHAT), tmp_path, max_steps=1)
     assert [line["step"] for line in log(tmp_path)] == [1, 1]
+
+
+def test_calibration_gives_tokens_mean_zero_and_one_size():
+    model, processor = engine.start(recipe(CHAT))
+    world = World(size=128, simple=True)
+    dataset = ChatDataset(world, processor, 4)
+    images = [dataset[index]["pixel_values"][0] for index in range(4)]
+    calibrate(model, images)
+    projector = model.model.multi_modal_projector
+    features = model.model.vision_tower(images).last_hidden_state
+    tokens = projector.linear_2(projector.act(projector.linear_1(features)))
+    torch.testing.assert_close(tokens.mean(0), torch.zeros(tokens.shape[1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(1.0), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"vision": {"hiden_sizes": [8] * 5}},
+            r"model.vision: .*did you mean hidden_sizes\?",
+        ),
+        ({"language": {"hiden_size": 8}}, r"model.language: .*did you mean hidden_size\?"),
+        ({"pixels": {"max_pixel": 8}}, r"model.pixels: .*did you mean max_pixels\?"),
+        ({"language": {"model_type": "lama"}}, "transformers knows no model_type 'lama'"),
+        ({"checkpoint": "/no/where"}, "does not load as a ConvLLaVA model"),
+    ],
+)
+def test_bad_models_are_refused_before_anything_is_written(tmp_path, change, message):
+    plan = dataclasses.replace(recipe(CHAT), model=ModelSpec(**change))
+    with pytest.raises(InputError, match=message):
+        engine.train(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_last_stage_is_refused_before_anything_is_written(tmp_path):
+    for bad in (
+        dataclasses.replace(CHAT, name="bad", trains={"stage9": 1e-3}),
+        dataclasses.replace(CHAT, name="bad", data=dataclasses.replace(DATA, kinds={"novel": 1.0})),
+    ):
+        with pytest.raises(InputError):
+            engine.train(recipe(DENSE, bad), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
+    engine.train(recipe(DENSE), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "chat", "in')
+    (tmp_path / "recipe.yaml").unlink()
+    engine.train(recipe(DENSE, CHAT), tmp_path)
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 1, 2, 3, 4]

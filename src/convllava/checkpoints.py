@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
@@ -28,6 +32,7 @@ def build_fresh(
     pixels: dict[str, Any],
     words: Iterable[str],
     row_separator: bool = True,
+    coordinate_embedding: bool = True,
     seed: int = 0,
 ) -> Parts:
     """A model with random weights and a processor with a spelling tokenizer, ready for the first stage.
@@ -50,6 +55,7 @@ def build_fresh(
         text_config={**language, "vocab_size": len(tokenizer), "bos_token_id": None, **ids},
         image_token_id=processor.image_token_id,
         row_separator=row_separator,
+        coordinate_embedding=coordinate_embedding,
     )
     torch.manual_seed(seed)
     model = ConvLlavaForConditionalGeneration(config)
@@ -59,10 +65,29 @@ def build_fresh(
     return model, processor
 
 
-def read(path: str | Path) -> Parts:
-    """A model in float32 and its processor from a folder or hub id in our own layout."""
-    model = ConvLlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    return model, ConvLlavaProcessor.from_pretrained(path)
+def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
+    """A model and its processor from a folder or hub id in our own layout.
+
+    Raises:
+        InputError: another kind of model, a damaged file, or a tensor that is missing or of another shape.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if not isinstance(config, ConvLlavaConfig):
+            raise InputError(f"{path} holds a model of type {config.model_type}, not convllava")
+        loaded: Any = ConvLlavaForConditionalGeneration.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True
+        )
+        model, report = loaded
+        processor = ConvLlavaProcessor.from_pretrained(path)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path} does not load as a ConvLLaVA model: {lines[0]}") from error
+    if report["missing_keys"]:
+        raise InputError(f"{path} lacks the tensor {min(report['missing_keys'])}; its weights are not complete")
+    return model, processor
 
 
 def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, path: Path) -> None:
@@ -93,6 +118,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    older = path.with_name(f".{path.name}.older")
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(older)
     partial.rename(path)
+    shutil.rmtree(older, ignore_errors=True)

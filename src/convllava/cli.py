@@ -57,7 +57,7 @@ def _root(
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="Any image file.")],
+    image: Annotated[str, typer.Argument(help="Any image file.")],
     question: Annotated[str, typer.Argument(help="In plain words.")],
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
@@ -101,8 +101,7 @@ def train(
     from convllava.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings or ())
-    from convllava.training.engine import train as run
-
+    run = _import_training()
     print(run(loaded, output, resume=resume, max_steps=max_steps))
 
 
@@ -116,8 +115,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on held-out pages of the generated world, beside the same model with the wrong image."""
-    from convllava.demo import measure
-    from convllava.evaluation.synthetic import table_of
+    from convllava.evaluation.synthetic import measure, table_of
     from convllava.inference import load
     from convllava.synthetic import World
 
@@ -128,6 +126,14 @@ def evaluate(
         from rich.console import Console
 
         Console().print(table_of(report, f"{model} on {samples} held-out pages"))
+
+
+def _import_training() -> Any:
+    try:
+        from convllava.training.engine import train as run
+    except ImportError as error:
+        raise InputError(f"training needs {error.name}; pip install 'convllava[train]'") from None
+    return run
 
 
 def _print_json(content: Any) -> None:

@@ -73,6 +73,9 @@ class ConvLlavaConfig(PreTrainedConfig):
         projector_hidden_act: Activation between the projector's two linear layers.
         row_separator: Whether a learned embedding ends every row of visual tokens. A model that sees native aspect
             ratios needs it to know where rows end; official checkpoints, trained on squares, have none.
+        coordinate_embedding: Whether every visual token is told where in the image it stands, by a learned projection
+            of its normalised coordinates. A convolution knows its place only by the image's edges; questions of where
+            and boxes as fractions of the image are learnt much sooner with it. Official checkpoints have none.
     """
 
     model_type = "convllava"
@@ -83,6 +86,7 @@ class ConvLlavaConfig(PreTrainedConfig):
     image_token_id: int = 32000
     projector_hidden_act: str = "gelu"
     row_separator: bool = False
+    coordinate_embedding: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
-from convllava.evaluation.synthetic import Report, evaluate, table_of
+from convllava.evaluation.synthetic import measure, table_of
 from convllava.geometry import Box
 from convllava.inference import Assistant, load
 from convllava.synthetic import World
@@ -46,20 +46,12 @@ def run_demo(model: str, output: Path, samples: int) -> None:
     pages = [answer_page(assistant, path) for path in sorted(PAGES.glob("*.json"))]
     for page in pages:
         for question, answer in page.turns:
-            console.print(f"[bold]{question}[/bold]  {answer}", highlight=False)
+            console.print(f"[bold]{escape(question)}[/bold]  {escape(answer)}", highlight=False)
     output.mkdir(parents=True, exist_ok=True)
     draw_answers(pages).save(output / "answers.png")
     report["seconds"] = round(time.monotonic() - started, 1)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(f"{output}/report.json and {output}/answers.png, {report['seconds']} s", highlight=False)
-
-
-def measure(assistant: Assistant, world: World, samples: int) -> Report:
-    """`evaluate` behind a progress bar."""
-    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=1.0)
-        return evaluate(assistant, world, samples, progress=lambda share: bar.update(task, completed=share))
 
 
 def answer_page(assistant: Assistant, path: Path) -> Answered:

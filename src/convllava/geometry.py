@@ -127,12 +127,13 @@ class Placement:
 
 
 def parse_box(text: str) -> Box | None:
-    """The first "[0.12, 0.34, 0.50, 0.60]" in a text, as fractions of the image; None where there is none."""
+    """The first "[0.12, 0.34, 0.50, 0.60]" in a text, as fractions of the image, corners in order; None where
+    there is none."""
     found = _BOX.search(text)
     if found is None:
         return None
     x0, y0, x1, y1 = (float(number) for number in found.groups())
-    return (x0, y0, x1, y1)
+    return (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
 
 
 def check_size(size: Size) -> Size:

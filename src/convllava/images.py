@@ -6,6 +6,7 @@ Nothing is fetched from the network, and pixels are counted before any is decode
 from __future__ import annotations
 
 import threading
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +108,10 @@ def _open_image(file: BinaryIO) -> Image.Image:
     """Read the header alone."""
     try:
         try:
-            return Image.open(file)
+            with warnings.catch_warnings():
+                # Pillow warns from 89 megapixels on; our own limit speaks for itself.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return Image.open(file)
         except Image.DecompressionBombError:
             return _open_beyond_pillows_limit(file)
     except UnidentifiedImageError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -15,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
+from convllava.geometry import Size
 from convllava.vision import ConvLlavaVisionModel, ConvLlavaVisionOutput
 
 
@@ -49,8 +51,24 @@ class ConvLlavaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: list[Tensor] | None = None
 
 
+_OCTAVES = 4
+
+
+def coordinate_features(grid: Size, device: torch.device) -> Tensor:
+    """Where the centre of each cell lies: (rows * columns, 16), row by row.
+
+    Sines and cosines of pi * 2^k * u for k = 0..3 of the normalised vertical and horizontal coordinate u, in the manner
+    of positional encodings (arXiv 1706.03762) on coordinates that do not depend on the image's shape.
+    """
+    axes = [(torch.arange(count, device=device) + 0.5) / count for count in grid]
+    angles = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)[..., None]
+    angles = (angles * torch.pi * 2.0 ** torch.arange(_OCTAVES, device=device)).flatten(1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class ConvLlavaMultiModalProjector(nn.Module):
-    """Two linear layers with an activation between (`mlp2x_gelu`), and the learned end of a row where configured."""
+    """Two linear layers with an activation between (`mlp2x_gelu`); where configured, each token's coordinates and the
+    learned end of a row."""
 
     def __init__(self, config: ConvLlavaConfig) -> None:
         super().__init__()
@@ -59,10 +77,15 @@ class ConvLlavaMultiModalProjector(nn.Module):
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(width, width)
         self.row_separator = nn.Parameter(torch.zeros(width)) if config.row_separator else None
+        self.coordinates = nn.Linear(4 * _OCTAVES, width, bias=False) if config.coordinate_embedding else None
 
     def forward(self, features: ConvLlavaVisionOutput) -> list[Tensor]:
         """Feature maps -> one (visual tokens, LLM width) tensor per image, row by row."""
         tokens = self.linear_2(self.act(self.linear_1(features.last_hidden_state)))
+        if self.coordinates is not None:
+            places = torch.cat([coordinate_features(grid, tokens.device) for grid in features.grids])
+            # Nothing else bounds what the projector writes: it grows in training until the place is lost beside it.
+            tokens = F.rms_norm(tokens, tokens.shape[-1:]) + self.coordinates(places.to(tokens.dtype))
         maps = ConvLlavaVisionOutput(tokens, features.grids).maps()
         return [self._end_rows(rows).flatten(0, 1) for rows in maps]
 
@@ -163,10 +186,13 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         features = (mm_encoder_outputs or {}).get("image")
         if features is None and pixel_values is not None and len(pixel_values):
             features = self.get_image_features(pixel_values, image_sizes, return_dict=True)
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         if features is not None:
             tokens = torch.cat(features.pooler_output).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask, tokens)
+        elif input_ids is not None and is_prefill:
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -35,6 +35,9 @@ CHAT_TEMPLATE = """\
 text begins with a space, so that a word is the same token wherever it stands (see `tokenization`)."""
 
 
+ROLES = ("system", "user", "assistant")
+
+
 class ConvLlavaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {  # type: ignore[misc]  # as in transformers
         "text_kwargs": {
@@ -115,34 +118,46 @@ class ConvLlavaProcessor(ProcessorMixin):
                 f"image{'s' * (images != 1)} came with it; give exactly one mark per image"
             )
 
+    def _refuse_marks(self, text: str, role: str) -> None:
+        """A special token in somebody's text would pass for an image, or for the end of what they said."""
+        for mark in {self.image_token, *self.tokenizer.all_special_tokens}:
+            if mark in text:
+                raise InputError(
+                    f"the text of a {role} message contains the literal mark {mark}; leave it out of the text "
+                    'and write images as {"type": "image"} parts'
+                )
+
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; besides, a literal image mark inside a message's text is refused.
+        """As in transformers; besides, what no template can render is refused.
 
         Raises:
-            InputError: the image mark stands in a text part, where it would pass for an image.
+            InputError: a special token such as the image mark stands in a text part, or a message is malformed.
         """
         for message in _messages(conversation):
             for text in _texts(message):
-                if self.image_token in text:
-                    raise InputError(
-                        f"the text of a {message.get('role')} message contains the literal mark {self.image_token}; "
-                        'write images as {"type": "image"} parts and leave the mark out of the text'
-                    )
+                self._refuse_marks(text, message["role"])
         return super().apply_chat_template(conversation, *args, **kwargs)
 
 
 def _messages(conversation: Any) -> list[dict[str, Any]]:
     """The messages of one conversation or of a batch of them."""
-    return [
-        message
-        for item in conversation
-        for message in (item if isinstance(item, (list, tuple)) else [item])
-        if isinstance(message, dict)
-    ]
+    nested = [item if isinstance(item, list | tuple) else [item] for item in conversation]
+    messages = [message for items in nested for message in items]
+    if not messages:
+        raise InputError("the conversation is empty; give at least one message")
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES or "content" not in message:
+            raise InputError(f"a message needs a role, one of {', '.join(ROLES)}, and a content; got {message!r}"[:300])
+    return messages
 
 
 def _texts(message: dict[str, Any]) -> list[str]:
-    content = message.get("content") or []
+    """The texts of one message; image parts have none."""
+    content = message["content"]
     if isinstance(content, str):
         return [content]
-    return [part["text"] for part in content if part.get("type") == "text"]
+    kinds = {"text": "text", "image": "type", "image_url": "image_url"}
+    for part in content:
+        if not isinstance(part, dict) or kinds.get(part.get("type", "")) not in part:
+            raise InputError(f'a part of a message is {{"type": "text", "text": ...}} or an image; got {part!r}'[:300])
+    return [part["text"] for part in content if part["type"] == "text"]

@@ -165,6 +165,11 @@ class ConvLlavaVisionModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
+    # There is no attention in the tower, so whatever the whole model is asked to use is fine.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _no_split_modules = ["ConvLlavaVisionLayer"]
 
     def __init__(self, config: ConvLlavaVisionConfig) -> None:

@@ -24,7 +24,7 @@ DENSE_CLASSES = {"glyph": len(_GLYPHS) + 1, "shape": len(_SHAPES) + 1, "colour":
 
 
 class ChatDataset(Dataset):
-    """Sample i of a world as a supervised conversation: the caption (sometimes), then the turns."""
+    """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them."""
 
     def __init__(
         self, world: World, processor: ConvLlavaProcessor, length: int, *, captions: float = 1.0, images: bool = True
@@ -43,7 +43,8 @@ class ChatDataset(Dataset):
         draw = random.Random(sample.index)
         turns = [(turn.question, turn.answer) for turn in sample.turns]
         if not turns or draw.random() < self.captions:
-            turns.insert(0, (draw.choice(CAPTION_REQUESTS), sample.caption))
+            place = draw.randrange(len(turns) + 1)
+            turns.insert(place, (draw.choice(CAPTION_REQUESTS), sample.caption))
         messages: list[dict[str, Any]] = []
         for question, answer in turns:
             messages.append({"role": "user", "content": [{"type": "text", "text": question}]})

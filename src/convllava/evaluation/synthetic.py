@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from convllava.errors import InputError
 from convllava.evaluation.metrics import box_match, exact_match, relaxed_match
 from convllava.inference import Assistant
 from convllava.synthetic import TASKS, Sample, Turn, World
@@ -54,7 +57,12 @@ def evaluate(
         samples: How many pages.
         first: Index of the first page.
         progress: Called with the share of answers done, 0 to 1.
+
+    Raises:
+        InputError: fewer than two pages, so that there is no other page's image.
     """
+    if samples < 2:
+        raise InputError(f"the benchmark needs two pages or more to swap their images; got {samples}")
     started = time.monotonic()
     pages = [world.sample(index) for index in range(first, first + samples)]
     turns = [turn for page in pages for turn in page.turns]
@@ -70,6 +78,14 @@ def evaluate(
         "samples": samples,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def measure(assistant: Assistant, world: World, samples: int) -> Report:
+    """`evaluate` behind a progress bar."""
+    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1.0)
+        return evaluate(assistant, world, samples, progress=lambda share: bar.update(task, completed=share))
 
 
 def judge(

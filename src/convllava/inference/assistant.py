@@ -11,11 +11,10 @@ from threading import Thread
 from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
-import convllava.auto  # noqa: F401  the Auto classes must know the model
+from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.geometry import Box, Size, parse_box
 from convllava.images import ImageSource, load_image
@@ -75,12 +74,7 @@ def load(name_or_path: str | os.PathLike[str] = "tiny", *, device: str | None = 
     path = find_model(str(name_or_path))
     device = device or _best_device()
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    try:
-        model = ConvLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        processor = ConvLlavaProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} does not load as a ConvLLaVA model: {reason}") from None
+    model, processor = checkpoints.read(path, dtype)
     model.to(torch.device(device))  # type: ignore[arg-type]  # a decorated method loses its self
     return Assistant(model.eval(), processor)
 
@@ -186,11 +180,12 @@ class Assistant:
     def answer_many(
         self, questions: Sequence[tuple[ImageSource, str]], *, batch_size: int = 32, max_new_tokens: int = 64
     ) -> Iterator[list[str]]:
-        """Answers to (image, question) pairs, a batch at a time; an image asked twice in a row is encoded once."""
+        """Answers to (image, question) pairs, a batch at a time; questions in a row about an image encode it once."""
         encoded: dict[int, EncodedImage] = {}
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            encoded = {id(image): encoded.get(id(image)) or self.encode(image) for image, _ in batch}
+            images = {id(image): image for image, _ in batch}
+            encoded = {key: encoded.get(key) or self.encode(image) for key, image in images.items()}
             conversations = [
                 ([Message(role="user", content=question)], [encoded[id(image)]]) for image, question in batch
             ]

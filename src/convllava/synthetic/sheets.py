@@ -22,6 +22,7 @@ from convllava.synthetic.sample import CHARACTERS, COLOURS, SHAPES
 from convllava.synthetic.words import cents, code, date, money
 
 _SIZES = (12, 14, 15, 16, 16, 18, 18, 20, 22, 24, 24, 28, 32, 36, 44, 56, 72)
+_SIZES_SIMPLE = (20, 24, 28, 32, 36, 44, 56)
 _ROLES = ("item", "name", "noun", "adjective", "city", "surname")
 
 
@@ -30,9 +31,10 @@ def draw_sheet(context: Context) -> Drawing:
     rng = context.rng
     canvas = Canvas(*context.extent(0.5, 2.0), rng.choice(PAPERS))
     faces = typefaces(context.split, context.simple, context.system)
+    sizes = _SIZES_SIMPLE if context.simple else _SIZES
     y, used = 0, set()
-    while canvas.height - y >= 20:
-        size = rng.choice([size for size in _SIZES if size * 1.4 <= canvas.height - y])
+    while canvas.height - y >= max(20, 1.4 * sizes[0]):
+        size = rng.choice([size for size in sizes if size * 1.4 <= canvas.height - y])
         face = rng.choice(faces)
         used.add(face.family)
         y += _band(canvas, context, y, size, rng.choice((face.regular, face.bold)))
@@ -43,7 +45,7 @@ def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int
     """Fill one band with pieces, left to right; return its height."""
     rng, face = context.rng, font(path, size)
     height = min(round(size * rng.uniform(1.3, 1.7)), canvas.height - y)
-    paper, ink = _colours(rng)
+    paper, ink = _clean_colours(rng) if context.simple else _colours(rng)
     canvas.draw.rectangle((0, y, canvas.width, y + height), fill=paper)
     x = rng.randint(3, 10)
     while x < canvas.width - size:
@@ -90,6 +92,10 @@ def _text(context: Context) -> str:
     if chance < 0.7:
         return rng.choice(CHARACTERS)
     return "".join(rng.choices(CHARACTERS, k=rng.randint(2, 9)))
+
+
+def _clean_colours(rng: random.Random) -> tuple[Colour, Colour]:
+    return rng.choice(PAPERS), rng.choice(INKS)
 
 
 def _colours(rng: random.Random) -> tuple[Colour, Colour]:

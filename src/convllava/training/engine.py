@@ -10,6 +10,9 @@ progress keeps `.1-NAME.progress/checkpoint-STEP/`, from which `--resume` contin
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,19 +22,25 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import CONFIG_MAPPING, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from convllava import checkpoints
+from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.conversation import collate
 from convllava.data.synthetic import DENSE_CLASSES, ChatDataset, DenseDataset, collate_dense
 from convllava.errors import InputError
+from convllava.image_processing import ConvLlavaImageProcessorPil
+from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.synthetic import World, closed_vocabulary
+from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
 from convllava.training.parts import freeze_all_but, parameter_groups
-from convllava.training.recipe import Data, Recipe, Stage, dump_recipe
+from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, StepLog, print_parts
+
+CALIBRATION_SAMPLES = 32
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps: int | None = None) -> Path:
@@ -53,30 +62,52 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
     if max_steps is not None:
         stages = [dataclasses.replace(stage, steps=min(stage.steps, max_steps)) for stage in recipe.stages]
         recipe = dataclasses.replace(recipe, stages=stages)
-    prepare_output(recipe, output, resume)
     set_seed(recipe.seed)
-    torch.set_flush_denormal(True)
     model, processor = start(recipe)
-    for index, stage in enumerate(recipe.stages):
-        folder = output / f"{index}-{stage.name}"
-        if folder.exists():
-            model, processor = checkpoints.read(folder)
-            continue
-        run_stage(recipe, index, model, processor, folder)
-    return folder
+    check_stages(recipe, model)
+    prepare_output(recipe, output, resume)
+    folders = [output / f"{index}-{stage.name}" for index, stage in enumerate(recipe.stages)]
+    done = sum(folder.exists() for folder in folders)
+    for index in range(done, len(folders)):
+        if index > 0:
+            # From the folder and not from memory, so that a resumed run sees what an uninterrupted one saw.
+            model, processor = checkpoints.read(folders[index - 1])
+        run_stage(recipe, index, model, processor, folders[index])
+    return folders[-1]
+
+
+def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration) -> None:
+    """Refuse, before anything is written, what would stop a later stage.
+
+    Raises:
+        InputError: a part that the model does not have, or a world that cannot be drawn.
+    """
+    for stage in recipe.stages:
+        freeze_all_but(trained_module(stage, model), stage.trains)
+        make_world(stage.data, seed=0)
+
+
+def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration) -> nn.Module:
+    """What the Trainer trains: the model, or its tower under the head of dense pre-training."""
+    return DensePretraining(model.model.vision_tower) if stage.objective == "dense" else model
 
 
 def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
     """Write the resolved recipe, or check that the run in the folder has the same one."""
     saved = output / "recipe.yaml"
-    text = dump_recipe(recipe)
-    if not saved.exists():
+    if saved.exists():
+        if not resume:
+            raise InputError(f"{output} already holds a run; continue it with --resume or choose another --output")
+        if load_recipe(saved) != recipe:
+            raise InputError(f"{saved} differs from the recipe given; resume with the same recipe and settings")
+        return
+    try:
         output.mkdir(parents=True, exist_ok=True)
-        saved.write_text(text, encoding="utf-8")
-    elif not resume:
-        raise InputError(f"{output} already holds a run; continue it with --resume or choose another --output")
-    elif saved.read_text(encoding="utf-8") != text:
-        raise InputError(f"{saved} differs from the recipe given; resume with the same recipe and settings")
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be a folder: {error.strerror}") from None
+    partial = saved.with_suffix(".partial")
+    partial.write_text(dump_recipe(recipe), encoding="utf-8")
+    partial.replace(saved)
 
 
 def start(recipe: Recipe) -> checkpoints.Parts:
@@ -84,14 +115,39 @@ def start(recipe: Recipe) -> checkpoints.Parts:
     spec = recipe.model
     if spec.checkpoint is not None:
         return checkpoints.read(spec.checkpoint)
+    check_settings(spec)
     return checkpoints.build_fresh(
         vision=spec.vision,
         language=spec.language,
         pixels=spec.pixels,
         words=closed_vocabulary(),
         row_separator=spec.row_separator,
+        coordinate_embedding=spec.coordinate_embedding,
         seed=recipe.seed,
     )
+
+
+def check_settings(spec: ModelSpec) -> None:
+    """Refuse settings that the configurations do not have: they would be kept and have no effect.
+
+    Raises:
+        InputError: names the nearest known setting.
+    """
+    family = spec.language.get("model_type", "llama")
+    if family not in CONFIG_MAPPING:
+        raise InputError(f"model.language: transformers knows no model_type {family!r}")
+    sections: dict[str, tuple[dict[str, Any], type]] = {
+        "vision": (spec.vision, ConvLlavaVisionConfig),
+        "language": (spec.language, CONFIG_MAPPING[family]),
+        "pixels": (spec.pixels, ConvLlavaImageProcessorPil),
+    }
+    for section, (settings, kind) in sections.items():
+        known = set(dir(kind)) | set(inspect.signature(kind).parameters)
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InputError(f"model.{section}: there is no setting {key!r}{hint}")
 
 
 def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Path) -> None:
@@ -99,22 +155,32 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     stage = recipe.stages[index]
     progress = folder.with_name(f".{folder.name}.progress")
     set_seed(recipe.seed + index)
-    trained = DensePretraining(model.model.vision_tower) if stage.objective == "dense" else model
+    trained = trained_module(stage, model)
     freeze_all_but(trained, stage.trains)
     print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
+    dataset = make_dataset(recipe, index, processor)
+    checkpoint = get_last_checkpoint(progress) if progress.exists() else None
+    if stage.calibrate and checkpoint is None:
+        calibrate(model, [dataset[sample]["pixel_values"][0].to(model.device) for sample in range(CALIBRATION_SAMPLES)])
     trainer = StageTrainer(
         stage,
         model=trained,
         args=training_arguments(recipe, stage, progress),
-        train_dataset=make_dataset(recipe, index, processor),
+        train_dataset=dataset,
         data_collator=make_collator(stage, processor),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLog(folder.parent, stage, index, trainer.counts))
-    trainer.add_callback(ProgressBar(f"{index}-{stage.name}"))
+    bar = ProgressBar(f"{index}-{stage.name}")
+    trainer.add_callback(bar)
     trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.parent / "tensorboard" / folder.name)))
-    checkpoint = get_last_checkpoint(progress) if progress.exists() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    torch.set_flush_denormal(True)  # numbers that small only cost time
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        torch.set_flush_denormal(False)
+        bar.stop()
+    model.config.use_cache = True  # the Trainer turns it off
     checkpoints.write(model, processor, folder)
     shutil.rmtree(progress, ignore_errors=True)
 
@@ -183,7 +249,7 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(self.trained, self.stage.trains, self.stage.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, self.stage.adam_beta2))
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -195,7 +261,8 @@ class StageTrainer(Trainer):
         self.counts["images"] += len(inputs.get("pixel_values", ()))
         self.counts["tokens"] += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
         loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
-        self.accuracies = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
+        accuracies = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
+        self.accuracies = {name: value for name, value in accuracies.items() if math.isfinite(value)}
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

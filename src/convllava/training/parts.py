@@ -60,12 +60,8 @@ def parameter_groups(model: nn.Module, trains: Mapping[str, float], weight_decay
     """AdamW groups: per part, matrices with weight decay and vectors (norms, biases, LayerScale) without."""
     groups = []
     for part, parameters in parts_of(model).items():
-        for decay in (weight_decay, 0.0):
-            chosen = [p for _, p in parameters if p.requires_grad and (p.ndim > 1) == (decay == weight_decay)]
-            if decay == weight_decay == 0.0:
-                chosen = [p for _, p in parameters if p.requires_grad]
+        for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [p for _, p in parameters if p.requires_grad and (p.ndim > 1) == is_matrix]
             if chosen:
                 groups.append({"params": chosen, "lr": trains[part], "weight_decay": decay, "part": part})
-            if weight_decay == 0.0:
-                break
     return groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -31,11 +32,17 @@ class ModelSpec:
     """Settings of a fresh image processor: mode, min_pixels, max_pixels, side."""
     row_separator: bool = True
     """Whether a learned token ends each row of visual tokens."""
+    coordinate_embedding: bool = True
+    """Whether visual tokens are told where they stand."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and (self.vision or self.language or self.pixels):
+            raise InputError("model: checkpoint stands alone; leave out vision, language and pixels")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Samples of the generated world. One image gives one sequence: its caption and its question-answer turns."""
+    """Samples of the generated world. One image gives one sequence: its question-answer turns and its caption."""
 
     size: int = 384
     """Square root of the pages' area in pixels."""
@@ -46,7 +53,7 @@ class Data:
     turns: int = 6
     """Question-answer turns per image."""
     captions: float = 1.0
-    """Share of samples whose sequence begins with the caption."""
+    """Share of samples with the caption among the turns, at any place."""
     images: bool = True
     """False: the same conversations without the image, for a language model that has never seen text."""
     sheets: float = 0.0
@@ -77,12 +84,33 @@ class Stage:
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 0.0
     """AdamW's, on matrices only."""
+    adam_beta2: float = 0.999
+    """AdamW's memory of squared gradients."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs under autocast."""
+    calibrate: bool = False
+    """Shift and scale the last stage and the projector on a few pages before the first step, where they are new."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name}"
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise InputError(f"{where}: a name has letters, digits, - and _ only, since it names a folder")
+        if min(self.steps, self.batch_size, self.accumulate) < 1:
+            raise InputError(f"{where}: steps, batch_size and accumulate must be 1 or more")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"{where}: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
+        if not self.trains or min(self.trains.values()) < 0:
+            raise InputError(f"{where}: trains needs at least one part, and no learning rate below 0")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"{where}: warmup is a share of the steps, 0 to 1; got {self.warmup}")
+        if self.objective == "dense" and (self.gradient_checkpointing or self.calibrate):
+            raise InputError(f"{where}: gradient_checkpointing and calibrate are for the objective chat")
+        if self.calibrate and not self.data.images:
+            raise InputError(f"{where}: calibrate needs images, but data.images is false")
 
 
 @dataclass(frozen=True)
@@ -105,11 +133,6 @@ class Recipe:
             raise InputError("a recipe needs at least one stage")
         if len(set(names)) != len(names):
             raise InputError(f"the stages' names must differ; got {', '.join(names)}")
-        for stage in self.stages:
-            if stage.batch_size % stage.accumulate:
-                raise InputError(
-                    f"stage {stage.name}: batch_size {stage.batch_size} is no multiple of accumulate {stage.accumulate}"
-                )
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -144,11 +167,18 @@ def _override(content: Any, override: str) -> None:
     for key in parents:
         content = _descend(content, key, override)
     if isinstance(content, list):
-        content[_index(content, last, override)] = yaml.safe_load(value)
+        content[_index(content, last, override)] = _parse(value, override)
     elif isinstance(content, dict):
-        content[last] = yaml.safe_load(value)
+        content[last] = _parse(value, override)
     else:
         raise InputError(f"--set {override}: there is nothing below {'.'.join(parents)} to set")
+
+
+def _parse(value: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not YAML") from None
 
 
 def _descend(content: Any, key: str, override: str) -> Any:

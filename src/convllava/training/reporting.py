@@ -25,8 +25,9 @@ _QUIET_SECONDS = 30
 def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> None:
     """A table of parts: parameters, and the learning rate or frozen."""
     table = Table(title=title, title_justify="left")
-    for column, justify in (("part", "left"), ("parameters", "right"), ("learning rate", "right")):
-        table.add_column(column, justify="right" if justify == "right" else "left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("learning rate", justify="right")
     for part, parameters in parts_of(model).items():
         count = sum(parameter.numel() for _, parameter in parameters)
         table.add_row(part, f"{count:,}", f"{trains[part]:g}" if part in trains else "frozen")
@@ -53,12 +54,13 @@ class StepLog(TrainerCallback):
         """Drop lines of this stage beyond the checkpoint that the run resumes from; return the last one kept."""
         if not self.path.exists():
             return {}
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        # A kill can tear the last line; what has no end was never logged.
+        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+        lines = [json.loads(line) for line in whole.splitlines()]
         kept = [line for line in lines if (line["index"], line["step"]) <= (self.index, step)]
-        if len(kept) < len(lines):
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            partial.replace(self.path)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
         own = [line for line in kept if line["index"] == self.index]
         return {key: own[-1][key] for key in self.before} if own else {}
 
@@ -129,4 +131,8 @@ class ProgressBar(TrainerCallback):
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back, also where training failed."""
         self.bar.stop()

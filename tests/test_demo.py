@@ -1,0 +1,80 @@
+"""The main job: the shipped weights measured, two pages answered, a report and a picture; and what the README shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from conftest import fresh
+from PIL import Image
+
+import convllava
+from convllava.checkpoints import write
+from convllava.demo import PAGES, run_demo
+from convllava.evaluation.synthetic import evaluate
+from convllava.inference.assistant import SHIPPED
+from convllava.synthetic import World
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAX_WEIGHTS = 16_000_000
+"""Bytes; the promise for the weights in the package."""
+
+
+def test_demo_writes_report_and_picture(tmp_path):
+    write(*fresh(), tmp_path / "model")
+    run_demo(str(tmp_path / "model"), tmp_path / "out", samples=3)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report) == {"tasks", "overall", "samples", "seconds"}
+    for score in [*report["tasks"].values(), report["overall"]]:
+        assert set(score) == {"accuracy", "blind", "n"}
+        assert 0 <= score["accuracy"] <= 1
+        assert score["n"] > 0
+    picture = Image.open(tmp_path / "out" / "answers.png")
+    pages = [Image.open(page) for page in PAGES.glob("*.png")]
+    assert len(pages) == 2
+    assert picture.width > sum(page.width for page in pages)
+    assert picture.height > max(page.height for page in pages)
+
+
+def test_every_example_page_has_three_questions():
+    for page in PAGES.glob("*.png"):
+        assert len(json.loads(page.with_suffix(".json").read_text())) == 3
+
+
+def test_shipped_weights_are_small_half_precision_safetensors():
+    weights = SHIPPED / "tiny" / "model.safetensors"
+    assert weights.stat().st_size <= MAX_WEIGHTS
+    assert json.loads((SHIPPED / "tiny" / "config.json").read_text())["dtype"] in ("bfloat16", "float16")
+
+
+def test_shipped_weights_see():
+    """On held-out pages the model is right far more often than with another page's image: six standard errors."""
+    report = evaluate(convllava.load("tiny"), World("heldout", seed=11, size=448), samples=24)
+    seen, blind, count = report["overall"]["accuracy"], report["overall"]["blind"], report["overall"]["n"]
+    spread = ((seen * (1 - seen) + blind * (1 - blind)) / count) ** 0.5
+    assert seen - blind > 6 * spread, report
+
+
+def test_readme_python_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 7
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_readme_commands_are_targets_of_the_makefile():
+    (commands,) = re.findall(r"```\n(make .*?)```", README, re.DOTALL)
+    for line in commands.strip().splitlines():
+        command = shlex.split(line.split("#")[0])
+        planned = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert planned.stdout
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
