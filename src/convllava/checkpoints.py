@@ -107,6 +107,25 @@ def initialise_from_nothing(tower: nn.Module) -> None:
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert(source: str | Path, destination: str | Path, dtype: str = "bfloat16") -> None:
+    """Write a checkpoint again in another precision; that is how the weights in the package were made.
+
+    Raises:
+        InputError: the source does not load, the destination exists, or the precision is unknown.
+    """
+    destination = Path(destination)
+    if dtype not in DTYPES:
+        raise InputError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if destination.exists():
+        raise InputError(f"{destination} exists already; choose another folder or remove it")
+    model, processor = read(source)
+    model.to(DTYPES[dtype])  # type: ignore[arg-type]  # a decorated method loses its self
+    write(model, processor, destination)
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill beside `path`; renamed to it when the block ends well, removed when it does not."""

@@ -105,6 +105,18 @@ def train(
     print(run(loaded, output, resume=resume, max_steps=max_steps))
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint: a folder or a hub id.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Write a checkpoint in another precision."""
+    from convllava.checkpoints import convert as run
+
+    run(source, destination, dtype)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Model = "tiny",

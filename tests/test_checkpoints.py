@@ -1,0 +1,51 @@
+"""Folders that are whole or absent, and conversion between precisions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import fresh, picture
+
+from convllava import InputError
+from convllava.checkpoints import convert, read, whole_folder, write
+from convllava.inference import Assistant
+
+
+def test_converted_weights_are_half_the_size_and_rounded_alike(tmp_path):
+    write(*fresh(), tmp_path / "full")
+    convert(tmp_path / "full", tmp_path / "half", "bfloat16")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+    full, half = (dict(read(tmp_path / name)[0].named_parameters()) for name in ("full", "half"))
+    for name, parameter in full.items():
+        assert half[name].equal(parameter.bfloat16().float()), name
+    assert isinstance(Assistant(*read(tmp_path / "half")).ask(picture(64, 64), "what?", max_new_tokens=2), str)
+
+
+def test_conversion_refuses_what_it_cannot_do(tmp_path):
+    write(*fresh(), tmp_path / "full")
+    with pytest.raises(InputError, match="there is no dtype 'int3'"):
+        convert(tmp_path / "full", tmp_path / "a", "int3")
+    with pytest.raises(InputError, match="exists already"):
+        convert(tmp_path / "full", tmp_path / "full")
+    with pytest.raises(InputError, match="does not load"):
+        convert(tmp_path / "nowhere", tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(KeyError), whole_folder(target) as folder:
+        (folder / "half").write_text("a")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    for text in ("first", "second"):
+        with whole_folder(target) as folder:
+            (folder / "file").write_text(text)
+        assert (target / "file").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_fresh_model_is_the_same_for_the_same_seed():
+    for first, second in zip(fresh(seed=3)[0].parameters(), fresh(seed=3)[0].parameters(), strict=True):
+        assert torch.equal(first, second)
