@@ -35,9 +35,14 @@ def test_conversion_refuses_what_it_cannot_do(tmp_path):
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path):
     target = tmp_path / "model"
-    with pytest.raises(KeyError), whole_folder(target) as folder:
-        (folder / "half").write_text("a")
-        raise KeyError
+
+    def fail() -> None:
+        with whole_folder(target) as folder:
+            (folder / "half").write_text("a")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
         with whole_folder(target) as folder:
