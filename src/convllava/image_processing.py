@@ -123,7 +123,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
         has_channels = getattr(image_url_or_urls, "ndim", 0) > 2
         return image_url_or_urls if has_channels else load_image(image_url_or_urls)
 
-    # The base class calls the following three by keyword alone, so that narrower signatures are safe.
+    # The base class calls these by keyword alone, so that the narrower signatures (the ignores below) are safe.
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Sees the constructor's settings and every call's, so what would be ignored is refused here."""
         _check_settings(kwargs)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels of the picture, y downwards, the far edges exclusive."""
+from convllava.geometry import Box
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + ".,:-/$%&'()#+"
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")

@@ -195,9 +195,9 @@ def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
     return ChatDataset(world, processor, length, captions=data.captions, images=data.images)
 
 
-def make_world(data: Data, seed: int, split: str = "train") -> World:
-    """The generated world that a stage's data names."""
-    return World(split, seed=seed, size=data.size, kinds=data.kinds, simple=data.simple, turns=data.turns)
+def make_world(data: Data, seed: int) -> World:
+    """The training split of the generated world that a stage's data names."""
+    return World("train", seed=seed, size=data.size, kinds=data.kinds, simple=data.simple, turns=data.turns)
 
 
 def make_collator(stage: Stage, processor: Any) -> Any:
