@@ -7,7 +7,7 @@ import torch
 from conftest import fresh, picture
 
 from convllava import InputError
-from convllava.checkpoints import convert, read, whole_folder, write
+from convllava.checkpoints import build_fresh, convert, read, whole_folder, write
 from convllava.inference import Assistant
 
 
@@ -54,3 +54,21 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
 def test_a_fresh_model_is_the_same_for_the_same_seed():
     for first, second in zip(fresh(seed=3)[0].parameters(), fresh(seed=3)[0].parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+def language_model(**settings: int) -> torch.nn.Module:
+    language = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"depths": [1] * 5, "hidden_sizes": [8] * 5}
+    model, _ = build_fresh(vision=vision, language={**language, **settings}, pixels={}, words=())
+    return model.model.language_model
+
+
+def test_attention_begins_by_matching_and_copying():
+    attention = language_model().layers[0].self_attn
+    assert attention.k_proj.weight.equal(attention.q_proj.weight)
+    assert attention.o_proj.weight.equal(attention.v_proj.weight.T)
+
+
+def test_keys_shared_by_several_queries_are_left_as_they_are():
+    attention = language_model(num_key_value_heads=1).layers[0].self_attn
+    assert attention.k_proj.weight.shape != attention.q_proj.weight.shape

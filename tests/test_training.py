@@ -16,13 +16,20 @@ from convllava.data.synthetic import GLYPH_CELL, ChatDataset, DenseDataset, dens
 from convllava.errors import InputError
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
+from convllava.training.alignment import Alignment, vocabulary_of
+from convllava.training.losses import balanced_loss, guidance_loss
 from convllava.training.calibration import calibrate
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage
 
 DATA = Data(size=128, simple=True, turns=2)
+SCENES = dataclasses.replace(DATA, kinds={"scene": 1})
 DENSE = Stage("dense", 3, {"stem": 1e-3, "stage1": 1e-3, "stage4": 1e-3, "head": 1e-3}, DATA, "dense", batch_size=2)
+ALIGN = Stage(
+    "align", 4, {"stage5": 1e-3, "projector": 1e-3, "head": 1e-3}, SCENES, "align", batch_size=2, calibrate=True
+)
 CHAT = Stage("chat", 4, {"stage5": 1e-3, "projector": 2e-3, "language_model": 1e-3}, DATA, batch_size=2)
+GUIDED = dataclasses.replace(CHAT, name="guided", guidance=0.5)
 
 
 def recipe(*stages: Stage, **settings: object) -> Recipe:
@@ -81,7 +88,7 @@ class KilledError(Exception):
     """Stands in for a kill: raised in the middle of a step."""
 
 
-@pytest.mark.parametrize("stage", [DENSE, CHAT], ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, GUIDED], ids=lambda stage: stage.name)
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, stage):
     plan = recipe(stage, save_every=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -156,7 +163,7 @@ def test_labels_are_exactly_the_answers_and_their_ends():
     _, processor = engine.start(recipe(CHAT))
     world = World(size=128, simple=True, turns=3)
     dataset = ChatDataset(world, processor, 4, captions=1.0)
-    messages = dataset.messages(world.sample(0))
+    messages = dataset.messages(world.sample(0), dataset.turns(world.sample(0)))
     item = dataset[0]
     text = processor.tokenizer.decode(item["input_ids"][item["labels"] != IGNORE])
     answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
@@ -202,6 +209,57 @@ def test_dense_items_fit_the_grids():
         height, width = item["pixel_values"].shape[1:]
         assert item["glyph"].shape == (height // 8, width // 8)
         assert item["shape"].shape == item["colour"].shape == (height // 32, width // 32)
+
+
+def test_visual_tokens_are_asked_for_all_words_of_their_cell_alike():
+    model, processor = engine.start(recipe(ALIGN))
+    alignment = Alignment(model, vocabulary_of(processor.tokenizer))
+    words = [processor.tokenizer(text).input_ids[0] for text in (" circle", " red", "x")]
+    embeddings = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
+    model.get_input_embeddings().weight.data = embeddings
+    labels = {
+        "shape": torch.tensor([[1], [0], [0]]),
+        "colour": torch.tensor([[1], [0], [0]]),
+        "glyph": torch.tensor([[0, 0], [CHARACTERS.index("x") + 1] * 2, [0, 0]]),
+    }
+    tokens = 1000 * torch.stack([embeddings[words[0]], embeddings[words[2]], embeddings[5]])
+    wrong = alignment._naming_loss(tokens, labels)
+    log_shares = [torch.log_softmax(token @ embeddings.T, dim=-1) for token in tokens]
+    expected = -(log_shares[0][words[0]] + log_shares[0][words[1]]) / 2 - log_shares[1][words[2]]
+    torch.testing.assert_close(wrong, expected / 2)  # the third cell is empty and says nothing
+    assert alignment._naming_loss(tokens, {name: 0 * found for name, found in labels.items()}) == 0
+
+
+def test_a_guided_run_logs_where_attention_looks(tmp_path):
+    engine.train(recipe(GUIDED), tmp_path)
+    assert all(line["guidance"] > 0 for line in log(tmp_path))
+
+
+def test_balance_weighs_answers_by_their_length():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 6, 5), torch.full((2, 6), IGNORE)
+    labels[0, 1:3], labels[0, 4], labels[1, 2:] = torch.tensor([1, 2]), 3, torch.tensor([0, 1, 2, 3])
+    each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    answers = [each[0, 0:2].mean(), each[0, 3], each[1, 1:].mean()]
+    torch.testing.assert_close(balanced_loss(logits, labels, 1.0), torch.stack(answers).mean())
+    torch.testing.assert_close(balanced_loss(logits, labels, 0.0), each.sum() / 7)
+
+
+def test_pointing_teaches_attention_to_look_there():
+    model, processor = engine.start(recipe(GUIDED))
+    model.set_attn_implementation({"text_config": "eager"})
+    dataset = ChatDataset(World(size=128, simple=True), processor, 2, guided=True)
+    batch = collate([dataset[0], dataset[1]], processor.tokenizer.pad_token_id)
+    guides = batch.pop("guides")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = guidance_loss(model(**batch, output_attentions=True).attentions[-1], guides)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_max_steps_caps_every_stage(tmp_path):

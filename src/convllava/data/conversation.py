@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -44,7 +45,10 @@ def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dic
 
 
 def collate(items: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Any]:
-    """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing."""
+    """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing.
+
+    Guides (see `guidance`) become (pairs, 3): sequence of the batch, position, position to look at.
+    """
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch: dict[str, Any] = {
         "input_ids": pad_sequence([item["input_ids"] for item in items], batch_first=True, padding_value=pad_token_id),
@@ -59,4 +63,6 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Any]
     ]
     if images:
         batch["pixel_values"] = images
+    if "guides" in items[0]:
+        batch["guides"] = torch.cat([F.pad(item["guides"], (1, 0), value=row) for row, item in enumerate(items)])
     return batch

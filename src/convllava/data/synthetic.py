@@ -11,44 +11,68 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from convllava.data.conversation import CAPTION_REQUESTS, encode
+from convllava.data.guidance import CAPTION, guides
 from convllava.processing import ConvLlavaProcessor
-from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Sample, World
+from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Sample, Turn, World
 
 GLYPH_CELL = 8
 """Side in pixels of one cell of the glyph map: about the width of the smallest printed character."""
-_GLYPHS = {char: index + 1 for index, char in enumerate(CHARACTERS)}
-_SHAPES = {shape: index + 1 for index, shape in enumerate((*SHAPES, "bar"))}
-_COLOURS = {colour: index + 1 for index, colour in enumerate(COLOURS)}
-DENSE_CLASSES = {"glyph": len(_GLYPHS) + 1, "shape": len(_SHAPES) + 1, "colour": len(_COLOURS) + 1}
+DENSE_NAMES = {
+    "glyph": tuple(CHARACTERS),
+    "shape": tuple(f" {shape}" for shape in (*SHAPES, "bar")),
+    "colour": tuple(f" {colour}" for colour in COLOURS),
+}
+"""What the classes of each label map are called in an answer: words after a space, characters spelled."""
+DENSE_CLASSES = {name: len(names) + 1 for name, names in DENSE_NAMES.items()}
 """Classes of each label map, 0 being nothing."""
+_LABELS = {
+    name: {text.strip(): label for label, text in enumerate(names, start=1)} for name, names in DENSE_NAMES.items()
+}
 
 
 class ChatDataset(Dataset):
-    """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them."""
+    """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
+
+    Items are those of `conversation.encode`; with `guided`, also `guides` (see `guidance`).
+    """
 
     def __init__(
-        self, world: World, processor: ConvLlavaProcessor, length: int, *, captions: float = 1.0, images: bool = True
+        self,
+        world: World,
+        processor: ConvLlavaProcessor,
+        length: int,
+        *,
+        captions: float = 1.0,
+        images: bool = True,
+        guided: bool = False,
     ) -> None:
         self.world, self.processor, self.length = world, processor, length
-        self.captions, self.images = captions, images
+        self.captions, self.images, self.guided = captions, images, guided
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return encode(self.processor, self.messages(self.world.sample(index)))
+        sample = self.world.sample(index)
+        turns = self.turns(sample)
+        item = encode(self.processor, self.messages(sample, turns))
+        return item | {"guides": guides(item, turns, sample, self.processor)} if self.guided else item
 
-    def messages(self, sample: Sample) -> list[dict[str, Any]]:
-        """The sample's conversation; its image is the first part of the first user message."""
+    def turns(self, sample: Sample) -> list[Turn]:
+        """The sample's turns, and perhaps its caption at any place among them."""
         draw = random.Random(sample.index)
-        turns = [(turn.question, turn.answer) for turn in sample.turns]
+        turns = list(sample.turns)
         if not turns or draw.random() < self.captions:
             place = draw.randrange(len(turns) + 1)
-            turns.insert(place, (draw.choice(CAPTION_REQUESTS), sample.caption))
+            turns.insert(place, Turn(CAPTION, draw.choice(CAPTION_REQUESTS), sample.caption))
+        return turns
+
+    def messages(self, sample: Sample, turns: list[Turn]) -> list[dict[str, Any]]:
+        """The conversation for the chat template; its image is the first part of the first user message."""
         messages: list[dict[str, Any]] = []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        for turn in turns:
+            messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         if self.images:
             messages[0]["content"].insert(0, {"type": "image", "image": sample.image})
         return messages
@@ -58,7 +82,7 @@ class DenseDataset(Dataset):
     """Sample i as pixels and label maps of what stands where.
 
     Items: pixel_values (3, height, width); glyph (height/8, width/8), the character over each 8-pixel cell; shape and
-    colour (height/stride, width/stride), the object over each cell of the four-stage tower's grid.
+    colour (height/stride, width/stride), the object over each cell of the tower's grid, of four stages by default.
     """
 
     def __init__(
@@ -83,12 +107,12 @@ def dense_labels(sample: Sample, height: int, width: int, stride: int) -> dict[s
     scale = (width / sample.image.width, height / sample.image.height)
     glyph = np.zeros((height // GLYPH_CELL, width // GLYPH_CELL), dtype=np.int64)
     for item in sample.glyphs:
-        _paint(glyph, item.box, scale, GLYPH_CELL, _GLYPHS[item.char])
+        _paint(glyph, item.box, scale, GLYPH_CELL, _LABELS["glyph"][item.char])
     shape = np.zeros((height // stride, width // stride), dtype=np.int64)
     colour = np.zeros_like(shape)
     for thing in sample.things:
-        _paint(shape, thing.box, scale, stride, _SHAPES[thing.shape])
-        _paint(colour, thing.box, scale, stride, _COLOURS[thing.colour])
+        _paint(shape, thing.box, scale, stride, _LABELS["shape"][thing.shape])
+        _paint(colour, thing.box, scale, stride, _LABELS["colour"][thing.colour])
     return {name: torch.from_numpy(labels) for name, labels in (("glyph", glyph), ("shape", shape), ("colour", colour))}
 
 

@@ -5,7 +5,7 @@ sample = world.sample(0)
 sample.image, sample.caption, sample.turns
 """
 
-from convllava.synthetic.questions import closed_vocabulary
+from convllava.synthetic.questions import closed_vocabulary, plural
 from convllava.synthetic.sample import (
     CHARACTERS,
     COLOURS,
@@ -18,6 +18,7 @@ from convllava.synthetic.sample import (
     Thing,
     Turn,
     box_text,
+    position_of,
 )
 from convllava.synthetic.world import World
 
@@ -35,4 +36,6 @@ __all__ = [
     "World",
     "box_text",
     "closed_vocabulary",
+    "plural",
+    "position_of",
 ]

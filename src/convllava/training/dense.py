@@ -51,22 +51,22 @@ class DensePretraining(nn.Module):
             pixels, grids = stage(pixels, grids)
             if number in self.sides:
                 features = self.head[f"norm{number}"](pixels)
-                labels = torch.cat([_cells(item, self.sides[number]) for item in glyph])
-                losses.append(_judge("glyph", self.head[f"glyph{number}"](features), labels, outputs))
+                labels = torch.cat([cells(item, self.sides[number]) for item in glyph])
+                losses.append(judge("glyph", self.head[f"glyph{number}"](features), labels, outputs))
         for name, maps in (("shape", shape), ("colour", colour)):
             labels = torch.cat([item.flatten() for item in maps])
-            losses.append(_judge(name, self.head[name](features), labels, outputs))
+            losses.append(judge(name, self.head[name](features), labels, outputs))
         return {"loss": torch.stack(losses).sum(), **outputs}
 
 
-def _cells(labels: Tensor, side: int) -> Tensor:
+def cells(labels: Tensor, side: int) -> Tensor:
     """(height, width) labels -> one per feature and cell, for features that each cover side x side cells."""
     height, width = labels.shape
     return labels.view(height // side, side, width // side, side).permute(0, 2, 1, 3).flatten()
 
 
-def _judge(name: str, logits: Tensor, labels: Tensor, outputs: dict[str, Tensor]) -> Tensor:
-    """The loss of one head; notes its accuracy over occupied cells in `outputs`."""
+def judge(name: str, logits: Tensor, labels: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """The loss of one head of the label map `name`; notes its accuracy over occupied cells in `outputs`."""
     logits = logits.view(-1, DENSE_CLASSES[name])
     occupied = labels > 0
     outputs[name] = (logits.detach().argmax(-1)[occupied] == labels[occupied]).float().mean()

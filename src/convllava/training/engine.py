@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
 from transformers import CONFIG_MAPPING, PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -33,7 +33,10 @@ from convllava.data.synthetic import DENSE_CLASSES, ChatDataset, DenseDataset, c
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import World, closed_vocabulary
+from convllava.training.alignment import Alignment, vocabulary_of
+from convllava.training.losses import balanced_loss, guidance_loss
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
 from convllava.training.parts import freeze_all_but, parameter_groups
@@ -64,7 +67,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
         recipe = dataclasses.replace(recipe, stages=stages)
     set_seed(recipe.seed)
     model, processor = start(recipe)
-    check_stages(recipe, model)
+    check_stages(recipe, model, processor)
     prepare_output(recipe, output, resume)
     folders = [output / f"{index}-{stage.name}" for index, stage in enumerate(recipe.stages)]
     done = sum(folder.exists() for folder in folders)
@@ -76,20 +79,24 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
     return folders[-1]
 
 
-def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration) -> None:
+def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
     """Refuse, before anything is written, what would stop a later stage.
 
     Raises:
         InputError: a part that the model does not have, or a world that cannot be drawn.
     """
     for stage in recipe.stages:
-        freeze_all_but(trained_module(stage, model), stage.trains)
+        freeze_all_but(trained_module(stage, model, processor), stage.trains)
         make_world(stage.data, seed=0)
 
 
-def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration) -> nn.Module:
-    """What the Trainer trains: the model, or its tower under the head of dense pre-training."""
-    return DensePretraining(model.model.vision_tower) if stage.objective == "dense" else model
+def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
+    """What the Trainer trains: the model, or parts of it under heads that are thrown away."""
+    if stage.objective == "dense":
+        return DensePretraining(model.model.vision_tower)
+    if stage.objective == "align":
+        return Alignment(model, vocabulary_of(processor.tokenizer))
+    return model
 
 
 def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
@@ -155,13 +162,13 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     stage = recipe.stages[index]
     progress = folder.with_name(f".{folder.name}.progress")
     set_seed(recipe.seed + index)
-    trained = trained_module(stage, model)
+    trained = trained_module(stage, model, processor)
     freeze_all_but(trained, stage.trains)
     print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
     dataset = make_dataset(recipe, index, processor)
     checkpoint = get_last_checkpoint(progress) if progress.exists() else None
     if stage.calibrate and checkpoint is None:
-        calibrate(model, [dataset[sample]["pixel_values"][0].to(model.device) for sample in range(CALIBRATION_SAMPLES)])
+        calibrate(model, [image_of(dataset[sample]).to(model.device) for sample in range(CALIBRATION_SAMPLES)])
     trainer = StageTrainer(
         stage,
         model=trained,
@@ -174,6 +181,8 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     bar = ProgressBar(f"{index}-{stage.name}")
     trainer.add_callback(bar)
     trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.parent / "tensorboard" / folder.name)))
+    if stage.guidance:
+        model.set_attn_implementation({"text_config": "eager"})  # the others do not tell where they look
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -190,9 +199,16 @@ def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
     stage, data = recipe.stages[index], recipe.stages[index].data
     world = make_world(data, seed=1000 * recipe.seed + index)
     length = stage.steps * stage.batch_size
-    if stage.objective == "dense":
-        return DenseDataset(world, processor, length, sheets=data.sheets)
-    return ChatDataset(world, processor, length, captions=data.captions, images=data.images)
+    if stage.objective != "chat":
+        stride = processor.image_processor.stride // (2 if stage.objective == "dense" else 1)
+        return DenseDataset(world, processor, length, sheets=data.sheets, stride=stride)
+    return ChatDataset(world, processor, length, captions=data.captions, images=data.images, guided=stage.guidance > 0)
+
+
+def image_of(item: dict[str, Tensor]) -> Tensor:
+    """The first image of a dataset's item, (3, height, width)."""
+    pixels = item["pixel_values"]
+    return pixels if pixels.ndim == 3 else pixels[0]
 
 
 def make_world(data: Data, seed: int) -> World:
@@ -201,7 +217,7 @@ def make_world(data: Data, seed: int) -> World:
 
 
 def make_collator(stage: Stage, processor: Any) -> Any:
-    if stage.objective == "dense":
+    if stage.objective != "chat":
         return collate_dense
     return partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
 
@@ -243,7 +259,7 @@ class StageTrainer(Trainer):
         self.stage, self.trained = stage, model
         self.staging: str | None = None
         self.counts = {"images": 0, "tokens": 0}
-        self.accuracies: dict[str, float] = {}
+        self.notes: dict[str, float] = {}
         super().__init__(model=model, **keywords)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -260,13 +276,23 @@ class StageTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.counts["images"] += len(inputs.get("pixel_values", ()))
         self.counts["tokens"] += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+        guides = inputs.pop("guides", None)
+        if guides is not None:
+            inputs["output_attentions"] = True
         loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
-        accuracies = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
-        self.accuracies = {name: value for name, value in accuracies.items() if math.isfinite(value)}
+        notes = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
+        passes = self.args.gradient_accumulation_steps
+        if self.stage.balance:
+            loss = balanced_loss(outputs["logits"], inputs["labels"], self.stage.balance) / passes
+        if guides is not None:
+            guidance = guidance_loss(outputs["attentions"][-1], guides)
+            notes["guidance"] = guidance.item()
+            loss = loss + self.stage.guidance * guidance / passes
+        self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log({**logs, **self.accuracies}, start_time)
+        super().log({**logs, **self.notes}, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging or super()._get_output_dir(trial)

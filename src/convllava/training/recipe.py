@@ -15,7 +15,7 @@ import yaml
 
 from convllava.errors import InputError
 
-Objective = Literal["dense", "chat"]
+Objective = Literal["dense", "align", "chat"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Data:
     images: bool = True
     """False: the same conversations without the image, for a language model that has never seen text."""
     sheets: float = 0.0
-    """Share of glyph sheets (objective dense only)."""
+    """Share of glyph sheets (objectives dense and align only)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Stage:
     data: Data = field(default_factory=Data)
     """What the stage sees."""
     objective: Objective = "chat"
-    """`chat` supervises the assistant's text; `dense` trains the first four stages on what stands where."""
+    """`chat` supervises the assistant's text; `dense` trains the first four stages on what stands where; `align`
+    trains visual tokens to name what they show."""
     batch_size: int = 8
     """Samples per optimiser step."""
     accumulate: int = 1
@@ -92,6 +93,10 @@ class Stage:
     """bfloat16 runs under autocast."""
     calibrate: bool = False
     """Shift and scale the last stage and the projector on a few pages before the first step, where they are new."""
+    balance: float = 0.0
+    """0: every supervised token counts alike; 1: every answer does, however long; between: in between."""
+    guidance: float = 0.0
+    """Weight of the loss that asks the language model's attention to look where the answer stands."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
 
@@ -107,8 +112,14 @@ class Stage:
             raise InputError(f"{where}: trains needs at least one part, and no learning rate below 0")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"{where}: warmup is a share of the steps, 0 to 1; got {self.warmup}")
-        if self.objective == "dense" and (self.gradient_checkpointing or self.calibrate):
-            raise InputError(f"{where}: gradient_checkpointing and calibrate are for the objective chat")
+        if self.objective == "dense" and self.calibrate:
+            raise InputError(f"{where}: calibrate is for the objectives align and chat")
+        if self.objective != "chat" and self.gradient_checkpointing:
+            raise InputError(f"{where}: gradient_checkpointing is for the objective chat")
+        if not 0 <= self.balance <= 1:
+            raise InputError(f"{where}: balance lies between 0, tokens alike, and 1, answers alike; got {self.balance}")
+        if self.guidance < 0 or (self.guidance and (self.objective != "chat" or not self.data.images)):
+            raise InputError(f"{where}: guidance is a weight of 0 or more, for the objective chat with images")
         if self.calibrate and not self.data.images:
             raise InputError(f"{where}: calibrate needs images, but data.images is false")
 

@@ -1,0 +1,187 @@
+"""Where on the page each token of an answer stands: what the language model's attention is told to look at.
+
+A small language model that has only answers to learn from finds the commonest object of a scene in minutes and then,
+for hours, not how to look one up: the score of "which token do I need" has no gradient until the value of that token
+is used, and the other way round. The generated world knows the place, so training can point there (see
+`training.losses`). Everything here is found by looking for the answer among what was printed and drawn; an answer
+that stands nowhere on its page has no guide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from convllava.data.conversation import IGNORE
+from convllava.geometry import Box, Size, grid, parse_box
+from convllava.processing import ConvLlavaProcessor
+from convllava.synthetic import COLOURS, POSITIONS, SHAPES, Sample, Turn, plural, position_of
+
+CAPTION = "caption"
+"""The task of a turn that is answered by the caption."""
+Cells = frozenset[tuple[int, int]]
+_MOST_OCCURRENCES = 4
+"""What is printed more often than this ("1") says nothing about where to look."""
+
+
+class Page:
+    """The cells (row, column) of a grid over a sample's image in which its characters and things stand."""
+
+    def __init__(self, sample: Sample, grid: Size) -> None:
+        self.sample, self.grid = sample, grid
+        self.printed = "".join(glyph.char for glyph in sample.glyphs)
+
+    def cells(self, box: Box) -> Cells:
+        """The cells whose centres the box covers, and always the cell of its own centre."""
+        width, height = self.sample.image.size
+        x0, x1 = (x / width * self.grid.width for x in (box[0], box[2]))
+        y0, y1 = (y / height * self.grid.height for y in (box[1], box[3]))
+        covered = {
+            (row, column)
+            for row in range(max(0, round(y0)), min(self.grid.height, round(y1)))
+            for column in range(max(0, round(x0)), min(self.grid.width, round(x1)))
+        }
+        row = min(max(int((y0 + y1) / 2), 0), self.grid.height - 1)
+        column = min(max(int((x0 + x1) / 2), 0), self.grid.width - 1)
+        return frozenset(covered | {(row, column)})
+
+    def things(self, shapes: Iterable[str], colours: Iterable[str], place: str | None = None) -> Cells:
+        """Of every thing that has one of these shapes, one of these colours and this place; nothing named, any."""
+        shapes, colours = set(shapes), set(colours)
+        width, height = self.sample.image.size
+        return frozenset().union(
+            *(
+                self.cells(thing.box)
+                for thing in self.sample.things
+                if (not shapes or thing.shape in shapes)
+                and (not colours or thing.colour in colours)
+                and (place is None or position_of(thing.box, width, height) == place)
+            )
+        )
+
+    def find(self, text: str, after: int = 0) -> list[int]:
+        """Where `text`, its spaces left out, stands among the printed characters from number `after` on."""
+        text = text.replace(" ", "")
+        found = [match.start() for match in re.finditer(f"(?={re.escape(text)})", self.printed[after:])] if text else []
+        return [after + start for start in found]
+
+    def characters(self, text: str, starts: Sequence[int]) -> list[Cells]:
+        """For each character of `text` the cells where it is printed; a space belongs to what follows it."""
+        cells: list[Cells] = []
+        step = len(text.replace(" ", ""))
+        last = step - 1
+        for char in reversed(text):
+            step -= char != " "
+            boxes = [self.sample.glyphs[start + min(step, last)].box for start in starts]
+            cells.append(frozenset().union(*map(self.cells, boxes)))
+        return cells[::-1]
+
+
+def answer_cells(page: Page, turn: Turn) -> list[Cells]:
+    """For each character of the turn's answer the cells to look at; empty sets where there is nothing to point at."""
+    answer = turn.answer
+    if (box := parse_box(answer)) is not None:
+        width, height = page.sample.image.size
+        everywhere = page.cells((box[0] * width, box[1] * height, box[2] * width, box[3] * height))
+    elif turn.task in ("shape", "colour", "position", "count"):
+        everywhere = _named_things(page, turn)
+    else:
+        starts = page.find(answer)
+        if 0 < len(starts) <= _MOST_OCCURRENCES:
+            return page.characters(answer, starts)
+        everywhere = _mentioned(page, turn.question)
+    return [everywhere] * len(answer)
+
+
+def _named_things(page: Page, turn: Turn) -> Cells:
+    text = turn.question + (f" {turn.answer}" if turn.task != "count" else "")
+    words = set(re.findall("[a-z]+", text.lower()))
+    places = sorted((place for place in POSITIONS if place in text), key=len)
+    if turn.task == "count" and page.sample.kind != "scene":
+        return page.things(["bar"], []) if "bars" in words else frozenset()
+    shapes = [shape for shape in SHAPES if shape in words or plural(shape) in words]
+    return page.things(shapes, words & set(COLOURS), places[-1] if places and turn.task != "count" else None)
+
+
+def _mentioned(page: Page, question: str) -> Cells:
+    """The cells of the one printed label that the question names, as where a bar must be read off an axis."""
+    words = [word for word in re.findall(r"[\w']+", question) if len(word) > 1 or word.isupper() or word.isdigit()]
+    for word in reversed(words):
+        starts = page.find(word)
+        if len(starts) == 1:
+            return frozenset().union(*page.characters(word, starts))
+    return frozenset()
+
+
+def caption_cells(page: Page, caption: str) -> list[Cells]:
+    """As `answer_cells` for a caption: its words follow the order in which the page was printed or drawn."""
+    if page.sample.kind == "scene":
+        return _scene_cells(page, caption)
+    cells: list[Cells] = []
+    place = 0
+    for word in re.findall(r"\s*\S+|\s+", caption):
+        bare = word.rstrip(".,:;")
+        starts = page.find(bare.strip(), place) or page.find(bare.strip())
+        if starts and len(bare.strip()) > 1:
+            cells += page.characters(bare, starts[:1])
+            place = starts[0] + len(bare.strip())
+        else:
+            cells += [frozenset()] * len(bare)
+        cells += [frozenset()] * (len(word) - len(bare))
+    return cells
+
+
+def _scene_cells(page: Page, caption: str) -> list[Cells]:
+    """Each ", "-separated part of "2 objects: a red square at the top, ..." tells one thing, in the order drawn."""
+    opening, _, told = caption.partition(":")
+    cells: list[Cells] = [page.things([], [])] * (len(opening) + 1)
+    for part, thing in zip(told.split(","), page.sample.things, strict=True):
+        cells += [page.cells(thing.box)] * (len(part) + 1)
+    return cells[: len(caption)]
+
+
+def token_cells(pieces: Sequence[str], cells: Sequence[Cells]) -> list[Cells]:
+    """The cells of each token of an answer, which the pieces spell after one leading space."""
+    place, found = -1, []
+    for piece in pieces:
+        own = cells[max(place, 0) : max(place + len(piece), 0)]
+        found.append(frozenset().union(*own))
+        place += len(piece)
+    return found
+
+
+def guides(encoded: dict[str, Tensor], turns: Sequence[Turn], sample: Sample, processor: ConvLlavaProcessor) -> Tensor:
+    """What each position of an encoded conversation should look at to write its next token.
+
+    Args:
+        encoded: From `conversation.encode`: the sample's image and then these turns.
+        turns: The conversation; a turn of the task "caption" is answered by the sample's caption.
+        sample: The page.
+        processor: Which encoded it.
+
+    Returns:
+        (pairs, 2): a position of the sequence, and one of the visual tokens that it should look at.
+    """
+    height, width = encoded["image_sizes"][0].tolist()
+    cells = grid(Size(height, width), processor.image_processor.stride)
+    page = Page(sample, cells)
+    first = int((encoded["input_ids"] == processor.image_token_id).nonzero()[0, 0])
+    row_length = cells.width + processor.row_separator
+    pairs: list[tuple[int, int]] = []
+    for turn, (start, stop) in zip(turns, answer_spans(encoded["labels"]), strict=True):
+        pieces = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"][start : stop - 1].tolist())
+        by_character = caption_cells(page, turn.answer) if turn.task == CAPTION else answer_cells(page, turn)
+        for position, found in enumerate(token_cells(pieces, by_character), start=start - 1):
+            pairs += [(position, first + row * row_length + column) for row, column in sorted(found)]
+    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def answer_spans(labels: Tensor) -> list[tuple[int, int]]:
+    """Start and stop of each run of supervised tokens."""
+    supervised = torch.nn.functional.pad((labels != IGNORE).long(), (1, 1))
+    change = supervised.diff()
+    starts, stops = (change == 1).nonzero().flatten(), (change == -1).nonzero().flatten()
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))

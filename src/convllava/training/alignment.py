@@ -1,0 +1,75 @@
+"""Stage 1 of the generated world: visual tokens learn to name what they show, in the language model's own words.
+
+A projector before a pretrained language model learns from captions which directions mean "red". A language model from
+nothing has no such directions yet, and what the new fifth stage and the projector write is mostly background to it. So
+each visual token is asked, by its products with the language model's word embeddings, for the words of the things and
+the characters in its cell; and, through a linear head that is thrown away, for the character over each 8-pixel cell in
+it. The embedding of a question's "square" and the token of a square then match before the language model is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from convllava.data.synthetic import DENSE_CLASSES, DENSE_NAMES, GLYPH_CELL
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.training.dense import cells, judge
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Per label map the token that names each class; -1 for class 0, nothing, and for names of several tokens."""
+    ids = {name: [tokenizer(text).input_ids for text in texts] for name, texts in DENSE_NAMES.items()}
+    return {name: [-1] + [own[0] if len(own) == 1 else -1 for own in found] for name, found in ids.items()}
+
+
+class Alignment(nn.Module):
+    """The model without its language model's layers, under a linear head that training throws away."""
+
+    def __init__(self, model: ConvLlavaForConditionalGeneration, vocabulary: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.model = model.model
+        self.config = model.config
+        self.side = self.config.vision_config.stride // GLYPH_CELL
+        width = self.config.text_config.hidden_size
+        self.head = nn.ModuleDict({"glyph": nn.Linear(width, self.side**2 * DENSE_CLASSES["glyph"])})
+        self.vocabulary = {name: torch.tensor(ids) for name, ids in vocabulary.items()}
+
+    def forward(
+        self, pixel_values: list[Tensor], glyph: list[Tensor], shape: list[Tensor], colour: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Images of (3, height, width) and the label maps of `DenseDataset` at the tower's stride -> loss, and the
+        accuracy of the glyph map over the cells where something is printed."""
+        features = self.model.get_image_features(pixel_values, return_dict=True)
+        tokens = torch.cat(
+            [
+                rows.view(grid.height, -1, rows.shape[-1])[:, : grid.width].flatten(0, 1)
+                for rows, grid in zip(features.pooler_output, features.grids, strict=True)
+            ]
+        )
+        outputs: dict[str, Tensor] = {}
+        printed = torch.cat([cells(item, self.side) for item in glyph])
+        losses = [judge("glyph", self.head["glyph"](tokens), printed, outputs)]
+        labels = {"glyph": printed.view(len(tokens), -1)}
+        labels |= {
+            name: torch.cat([item.flatten() for item in maps])[:, None]
+            for name, maps in (("shape", shape), ("colour", colour))
+        }
+        return {"loss": torch.stack([*losses, self._naming_loss(tokens, labels)]).sum(), **outputs}
+
+    def _naming_loss(self, tokens: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
+        """Cross entropy between each token's products with the word embeddings and the words of its cell, all alike."""
+        embeddings: Any = self.model.get_input_embeddings()
+        words = torch.cat([self.vocabulary[name].to(tokens.device)[found] for name, found in labels.items()], dim=1)
+        nothing = len(embeddings.weight)
+        bags = tokens.new_zeros(len(tokens), nothing + 1)
+        bags = bags.scatter(1, words.where(words >= 0, nothing), 1.0)[:, :nothing]
+        occupied = bags.sum(1) > 0
+        shares = bags[occupied] / bags[occupied].sum(1, keepdim=True)
+        log_shares = F.linear(tokens[occupied], embeddings.weight).log_softmax(-1)
+        return -(shares * log_shares).sum() / occupied.sum().clamp(min=1)

@@ -1,0 +1,53 @@
+"""What a stage asks beside the mean over all supervised tokens: answers of equal weight, and attention that points.
+
+Attention guidance: -log of the share of its attention, averaged over heads, that a position gives to the visual tokens
+which its next token is about (`data.guidance` finds them). Answers alone teach a small model from nothing to look
+things up only after hours; pointing teaches it in minutes, and what it reads there the answers teach at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convllava.data.conversation import IGNORE
+
+_FLOOR = 1e-6
+"""Keeps the logarithm of attention that is nowhere near finite."""
+
+
+def guidance_loss(attention: Tensor, guides: Tensor) -> Tensor:
+    """Mean over the guided positions of -log(attention to the places they are guided to).
+
+    Args:
+        attention: (batch, heads, positions, positions) attention of one layer, rows summing to one.
+        guides: (pairs, 3): sequence of the batch, position, a position that it should look at.
+
+    Returns:
+        A scalar; 0 where there are no guides.
+    """
+    if not len(guides):
+        return attention.new_zeros(())
+    sequence, position, target = guides.unbind(1)
+    shares = attention.mean(1)[sequence, position, target]
+    rows, groups = torch.unique(sequence * attention.shape[2] + position, return_inverse=True)
+    total = torch.zeros(len(rows), dtype=shares.dtype, device=shares.device).index_add(0, groups, shares)
+    return -(total + _FLOOR).log().mean()
+
+
+def balanced_loss(logits: Tensor, labels: Tensor, balance: float) -> Tensor:
+    """Next-token cross entropy in which an answer of n tokens counts n^(1 - balance).
+
+    Args:
+        logits: (batch, positions, vocabulary).
+        labels: (batch, positions); each run of labels that are not -100 is one answer.
+        balance: 0 for the mean over tokens, 1 for the mean over answers.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE
+    begins = supervised & ~F.pad(supervised, (1, 0))[:, :-1]
+    answer = begins.flatten().cumsum(0)[supervised.flatten()] - 1
+    weights = answer.bincount()[answer].to(logits.dtype) ** -balance
+    losses = F.cross_entropy(logits[:, :-1][supervised], targets[supervised], reduction="none")
+    return (weights * losses).sum() / weights.sum()

@@ -1,0 +1,125 @@
+"""Guidance: the cells that an answer is found in, and the loss that points there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from convllava.checkpoints import build_fresh
+from convllava.data.guidance import Page, answer_cells, answer_spans, caption_cells, token_cells
+from convllava.data.synthetic import ChatDataset
+from convllava.geometry import Size
+from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
+from convllava.training.losses import guidance_loss
+
+GRID = Size(4, 4)
+
+
+def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") -> Page:
+    """A 64 x 64 page of 4 x 4 cells: one character in each cell in reading order, and things."""
+    places = [(16 * (number % 4), 16 * (number // 4)) for number in range(len(printed))]
+    glyphs = tuple(Glyph(char, (x + 4, y + 4, x + 10, y + 12)) for char, (x, y) in zip(printed, places, strict=True))
+    return Page(Sample(0, kind, Image.new("RGB", (64, 64)), "", (), glyphs, things), GRID)
+
+
+SCENE = (Thing("circle", "red", (2, 2, 14, 14)), Thing("square", "red", (34, 34, 62, 62)))
+
+
+def test_each_character_is_sought_where_it_is_printed():
+    cells = answer_cells(page("abcdxy"), Turn("read", "What?", "cd x"))
+    assert cells == [{(0, 2)}, {(0, 3)}, {(1, 0)}, {(1, 0)}]
+
+
+def test_a_text_printed_twice_points_at_both_and_one_printed_often_at_none():
+    assert answer_cells(page("abxab"), Turn("read", "What?", "ab")) == [{(0, 0), (0, 3)}, {(0, 1), (1, 0)}]
+    assert answer_cells(page("1" * 6), Turn("read", "What?", "1")) == [frozenset()]
+
+
+@pytest.mark.parametrize(
+    ("task", "question", "answer", "expected"),
+    [
+        ("shape", "Which shape is at the top left?", "circle", {(0, 0)}),
+        ("colour", "What colour is the square?", "red", {(2, 2), (2, 3), (3, 2), (3, 3)}),
+        ("position", "Where is the red circle?", "top left", {(0, 0)}),
+        ("count", "How many circles are there?", "1", {(0, 0)}),
+        ("count", "How many blue objects are there?", "0", set()),
+        ("ground", "Where is it?", "[0.50, 0.50, 0.97, 0.97]", {(2, 2), (2, 3), (3, 2), (3, 3)}),
+    ],
+)
+def test_things_are_sought_by_what_question_and_answer_say_of_them(task, question, answer, expected):
+    cells = answer_cells(page(things=SCENE, kind="scene"), Turn(task, question, answer))
+    assert cells == [expected] * len(answer)
+
+
+def test_a_value_that_is_not_printed_points_at_the_label_the_question_names():
+    assert answer_cells(page("JanFeb"), Turn("chart", "What is the value for Feb?", "40"))[0] == {
+        (0, 3),
+        (1, 0),
+        (1, 1),
+    }
+
+
+def test_the_caption_of_a_scene_tells_one_thing_after_the_other():
+    caption = "2 objects: a red circle at the top left, a red square at the bottom right."
+    cells = caption_cells(page(things=SCENE, kind="scene"), caption)
+    assert len(cells) == len(caption)
+    assert cells[caption.index("circle")] == {(0, 0)}
+    assert cells[caption.index("square")] == {(2, 2), (2, 3), (3, 2), (3, 3)}
+
+
+def test_the_words_of_a_caption_are_found_in_reading_order():
+    cells = caption_cells(page("abcab"), "sign: ab c ab.")
+    assert cells[6:8] == [{(0, 0)}, {(0, 1)}]
+    assert cells[11:13] == [{(0, 3)}, {(1, 0)}]
+
+
+@given(st.text("abc ", min_size=1, max_size=12))
+def test_captions_and_answers_get_one_set_of_cells_per_character(text):
+    printed = page("abcabc")
+    assert len(caption_cells(printed, text)) == len(text)
+    assert len(answer_cells(printed, Turn("read", "What?", text))) == len(text)
+
+
+def test_a_token_of_several_characters_takes_the_cells_of_all():
+    cells = [frozenset({(0, column)}) for column in range(4)]
+    assert token_cells(["▁ab", "c", "d"], cells) == [{(0, 0), (0, 1)}, {(0, 2)}, {(0, 3)}]
+
+
+def test_answer_spans():
+    assert answer_spans(torch.tensor([-100, 5, 6, -100, -100, 7])) == [(1, 3), (5, 6)]
+
+
+def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tokens_of_its_place():
+    _, processor = build_fresh(
+        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+        language={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16},
+        pixels={"min_pixels": 64 * 64, "max_pixels": 512 * 512},
+        words=closed_vocabulary(),
+    )
+    world = World(size=256, kinds={"scene": 1})
+    dataset = ChatDataset(world, processor, 8, captions=1.0, guided=True)
+    for index in range(8):
+        item, sample = dataset[index], world.sample(index)
+        turns = dataset.turns(sample)
+        grid = Size(*(side // 64 for side in item["image_sizes"][0].tolist()))
+        first = int((item["input_ids"] == processor.image_token_id).nonzero()[0, 0])
+        cells = Page(sample, grid)
+        for turn, (start, _) in zip(turns, answer_spans(item["labels"]), strict=True):
+            if turn.task in ("shape", "colour"):
+                found = {target for position, target in item["guides"].tolist() if position == start - 1}
+                named = answer_cells(cells, turn)[0]
+                assert found == {first + row * (grid.width + 1) + column for row, column in named} != set()
+        assert (item["input_ids"][item["guides"][:, 1]] == processor.image_token_id).all()
+
+
+def test_the_loss_is_minus_the_log_of_the_attention_on_all_places_of_a_position():
+    attention = torch.zeros(1, 2, 3, 3)
+    attention[0, :, 2] = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6]])
+    guides = torch.tensor([[0, 2, 0], [0, 2, 1]])
+    assert guidance_loss(attention, guides).item() == pytest.approx(-math.log((0.75 + 0.4) / 2), abs=1e-5)
+    assert guidance_loss(attention, guides[:0]).item() == 0.0
