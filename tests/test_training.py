@@ -17,8 +17,8 @@ from convllava.errors import InputError
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
 from convllava.training.alignment import Alignment, vocabulary_of
-from convllava.training.losses import balanced_loss, guidance_loss
 from convllava.training.calibration import calibrate
+from convllava.training.losses import balanced_loss, guidance_loss
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage
 

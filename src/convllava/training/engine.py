@@ -36,9 +36,9 @@ from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import World, closed_vocabulary
 from convllava.training.alignment import Alignment, vocabulary_of
-from convllava.training.losses import balanced_loss, guidance_loss
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
+from convllava.training.losses import balanced_loss, guidance_loss
 from convllava.training.parts import freeze_all_but, parameter_groups
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, StepLog, print_parts
