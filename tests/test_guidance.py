@@ -121,5 +121,7 @@ def test_the_loss_is_minus_the_log_of_the_attention_on_all_places_of_a_position(
     attention = torch.zeros(1, 2, 3, 3)
     attention[0, :, 2] = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6]])
     guides = torch.tensor([[0, 2, 0], [0, 2, 1]])
-    assert guidance_loss(attention, guides).item() == pytest.approx(-math.log((0.75 + 0.4) / 2), abs=1e-5)
-    assert guidance_loss(attention, guides[:0]).item() == 0.0
+    alike = torch.ones(1, 3)
+    expected = -math.log((0.75 + 0.4) / 2)
+    assert guidance_loss(attention, guides, alike).item() == pytest.approx(expected, abs=1e-5)
+    assert guidance_loss(attention, guides[:0], alike).item() == 0.0

@@ -18,7 +18,7 @@ from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.calibration import calibrate
-from convllava.training.losses import balanced_loss, guidance_loss
+from convllava.training.losses import answer_loss, answer_weights, guidance_loss
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage
 
@@ -241,8 +241,8 @@ def test_balance_weighs_answers_by_their_length():
     labels[0, 1:3], labels[0, 4], labels[1, 2:] = torch.tensor([1, 2]), 3, torch.tensor([0, 1, 2, 3])
     each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
     answers = [each[0, 0:2].mean(), each[0, 3], each[1, 1:].mean()]
-    torch.testing.assert_close(balanced_loss(logits, labels, 1.0), torch.stack(answers).mean())
-    torch.testing.assert_close(balanced_loss(logits, labels, 0.0), each.sum() / 7)
+    torch.testing.assert_close(answer_loss(logits, labels, answer_weights(labels, 1.0)), torch.stack(answers).mean())
+    torch.testing.assert_close(answer_loss(logits, labels, answer_weights(labels, 0.0)), each.sum() / 7)
 
 
 def test_pointing_teaches_attention_to_look_there():
@@ -250,11 +250,11 @@ def test_pointing_teaches_attention_to_look_there():
     model.set_attn_implementation({"text_config": "eager"})
     dataset = ChatDataset(World(size=128, simple=True), processor, 2, guided=True)
     batch = collate([dataset[0], dataset[1]], processor.tokenizer.pad_token_id)
-    guides = batch.pop("guides")
+    guides, weights = batch.pop("guides"), answer_weights(batch["labels"], 0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(20):
-        loss = guidance_loss(model(**batch, output_attentions=True).attentions[-1], guides)
+        loss = guidance_loss(model(**batch, output_attentions=True).attentions[-1], guides, weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -53,7 +53,7 @@ def draw_bar_chart(context: Context) -> Drawing:
         bars, values, title = "vertical", "outside", "none"
     data = _data(context, title, values)
     paper, ink = context.colours(dark=0.12)
-    canvas = Canvas(*context.extent(0.55, 1.3), paper)
+    canvas = Canvas(*context.extent(*((0.8, 1.25) if context.simple else (0.55, 1.3))), paper)
     plot = _frame(canvas, context, data, (paper, ink), grid, horizontal=bars == "horizontal")
     fills = _fills(context, paper, colours, len(data.values))
     for number, (value, fill) in enumerate(zip(data.values, fills, strict=True)):
@@ -65,7 +65,7 @@ def draw_bar_chart(context: Context) -> Drawing:
 
 def _data(context: Context, title: str, values: str) -> Data:
     rng = context.rng
-    count = rng.randint(3, 4) if context.simple else rng.randint(3, 6)
+    count = rng.randint(2, 3) if context.simple else rng.randint(3, 6)
     numbers = [rng.randint(1, 20) * 5 if values == "axis" else rng.randint(3, 99) for _ in range(count)]
     return Data(_labels(context, count), numbers, rng.choice(CHART_TITLES) if title == "top" else "")
 
@@ -80,11 +80,12 @@ def _labels(context: Context, count: int) -> list[str]:
         series += [QUARTERS] if count <= 4 else []
     if rng.random() < 0.5:
         return context.words(
-            count, rng.choice(("item", "name", "noun")), longest=4 if count > 4 or context.simple else 5
+            count, rng.choice(("item", "name", "noun")), longest=3 if context.simple else 4 if count > 4 else 5
         )
     chosen = rng.choice(series)
     start = rng.randint(0, len(chosen) - count)
-    return list(chosen[start : start + count])
+    labels = list(chosen[start : start + count])
+    return [context.cased(label) for label in labels] if context.simple else labels
 
 
 def _fills(context: Context, paper: Colour, colours: str, count: int) -> list[str]:
@@ -109,18 +110,20 @@ def _frame(
 ) -> Plot:
     """Draw title, axes, ticks, gridlines and labels; return where the values go."""
     paper, ink = colours
-    face, edge = context.regular(context.rng.uniform(17, 22)), context.pixels(10)
+    face, edge = context.regular(context.rng.uniform(*((30, 36) if context.simple else (17, 22)))), context.pixels(10)
     top = edge + _title(canvas, context, data.title, edge, ink)
     highest, step = _scale(max(data.values))
     row = face.size * 1.5
     if horizontal:
         left = edge + max(face.width(label) for label in data.labels) + edge
     else:
-        left = edge + face.width(str(highest)) + edge
-    room = canvas.width - left - edge - face.width(str(highest)) / 2
+        left = edge if context.simple else edge + face.width(str(highest)) + edge
+    room = canvas.width - left - edge - (0 if context.simple else face.width(str(highest)) / 2)
     face = _narrowed(context, face, data.labels, room / len(data.labels) * 0.94) if not horizontal else face
     plot = Plot(left, top + row, left + room, canvas.height - edge - row, highest, face, ink, horizontal)
-    _axis(canvas, plot, step, (blend(paper, ink, 0.2), ink), grid)
+    if not context.simple:
+        _ticks(canvas, plot, step, (blend(paper, ink, 0.2), ink), grid)
+    canvas.draw.line((plot.left, plot.top, plot.left, plot.bottom, plot.right, plot.bottom), fill=ink, width=2)
     _category_labels(canvas, plot, data.labels)
     return plot
 
@@ -144,7 +147,7 @@ def _scale(most: int) -> tuple[int, int]:
     return -(-most // step) * step, step
 
 
-def _axis(canvas: Canvas, plot: Plot, step: int, colours: tuple[Colour, Colour], grid: str) -> None:
+def _ticks(canvas: Canvas, plot: Plot, step: int, colours: tuple[Colour, Colour], grid: str) -> None:
     faint, ink = colours
     for value in range(0, plot.highest + 1, step):
         start, end = plot.place(0, value), plot.place(1, value)
@@ -156,7 +159,6 @@ def _axis(canvas: Canvas, plot: Plot, step: int, colours: tuple[Colour, Colour],
         else:
             canvas.draw.line((plot.left - 4, start[1], plot.left, start[1]), fill=ink)
             canvas.text(str(value), plot.left - 7, start[1], plot.face, ink, "r")
-    canvas.draw.line((plot.left, plot.top, plot.left, plot.bottom, plot.right, plot.bottom), fill=ink, width=2)
 
 
 def _category_labels(canvas: Canvas, plot: Plot, labels: list[str]) -> None:

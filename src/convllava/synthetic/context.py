@@ -10,6 +10,7 @@ from convllava.synthetic.canvas import Canvas, PageFullError
 from convllava.synthetic.fonts import Font, Typeface, font, font_size, typefaces
 from convllava.synthetic.palette import INKS, PAPERS, Colour, jitter
 from convllava.synthetic.questions import Draft, closed_words
+from convllava.synthetic.sample import CHARACTERS, SHAPES, SIMPLE_SHAPES
 from convllava.synthetic.splits import layouts
 from convllava.synthetic.words import pool, pseudo_word
 
@@ -41,7 +42,21 @@ class Context:
 
     def __post_init__(self) -> None:
         self.typeface = self.rng.choice(typefaces(self.split, self.simple, self.system))
-        self.case = self.rng.choice(("title", "title", "upper", "lower"))
+        self.case = "upper" if self.simple else self.rng.choice(("title", "title", "upper", "lower"))
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The shapes that occur."""
+        return SIMPLE_SHAPES if self.simple else SHAPES
+
+    @property
+    def characters(self) -> str:
+        """The characters that are printed: all, or capitals, digits and the point."""
+        return (
+            "".join(char for char in CHARACTERS if char.isupper() or char in "0123456789.")
+            if self.simple
+            else CHARACTERS
+        )
 
     def layout(self, kind: str) -> tuple[str, ...]:
         """An arrangement of `kind` that the split owns."""

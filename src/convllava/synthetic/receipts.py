@@ -169,14 +169,14 @@ def _drafts(context: Context, bill: Bill, amount: Region) -> list[Draft]:
 
 def draw_ticket(context: Context) -> Drawing:
     """Three big lines, two items and their total: the receipt of the simple world."""
-    layout = align, case, rule = context.layout("ticket")
-    rng, context.case = context.rng, case
+    layout = align, gap, rule = context.layout("ticket")
+    rng = context.rng
     paper, ink = context.colours()
-    canvas = Canvas(*context.extent(0.5, 1.0), paper)
+    canvas = Canvas(*context.extent(0.8, 1.25), paper)
     amounts = [cents(rng, 450) for _ in range(2)]
-    labels = [*context.words(2, "item", longest=7), context.cased("total")]
+    labels = [*context.words(2, "item", longest=4), context.cased("total")]
     prices = [money(amount) for amount in [*amounts, sum(amounts)]]
-    regions = _print_ticket(canvas, context, labels, prices, (align, rule), ink)
+    regions = _print_ticket(canvas, context, labels, prices, (align, gap, rule), ink)
     lines = [f"{label} {price}" for label, price in zip(labels, prices, strict=True)]
     drafts = [ask(rng, "field.price", price, item=label) for label, price in zip(labels[:2], prices, strict=False)]
     drafts += [ask(rng, "field.total", prices[2]), ask(rng, "ground.thing", regions[2], thing="total")]
@@ -192,12 +192,12 @@ def _print_ticket(
     context: Context,
     labels: list[str],
     prices: list[str],
-    style: tuple[str, str],
+    style: tuple[str, str, str],
     ink: Colour,
 ) -> list[Region]:
     """Print the lines; return the regions of their prices."""
-    align, rule = style
-    edge = context.pixels(22)
+    align, gap, rule = style
+    edge = context.pixels({"narrow": 22, "even": 34, "wide": 46}[gap])
     step = (canvas.height - edge) / 3
     most = min(56.0, 0.6 * step * 384 / context.size)
     fits = [context.fit(f"{a} {b} ", canvas.width - 2 * edge, most, True) for a, b in zip(labels, prices, strict=True)]

@@ -12,6 +12,7 @@ from convllava.geometry import Box
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + ".,:-/$%&'()#+"
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
+SIMPLE_SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white")
 POSITIONS = (
     "top left",

@@ -12,7 +12,7 @@ from convllava.synthetic.canvas import Canvas, PageFullError, Region
 from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.palette import GROUNDS, LIGHT_GROUNDS, Colour, blend, is_visible, paint
 from convllava.synthetic.questions import Draft, ask, plural
-from convllava.synthetic.sample import COLOURS, POSITIONS, SHAPES, Box, Thing, position_of
+from convllava.synthetic.sample import COLOURS, POSITIONS, Box, Thing, position_of
 
 _CLEAREST = 0.05
 
@@ -22,14 +22,14 @@ def draw_scene(context: Context) -> Drawing:
     background, aspect, spread = context.layout("scene")
     rng = context.rng
     ground = rng.choice(LIGHT_GROUNDS if context.simple else GROUNDS)
-    canvas = Canvas(*context.aspect(aspect), ground)
+    canvas = Canvas(*context.aspect("square" if context.simple else aspect), ground)
     if not context.simple:
         _paint_ground(canvas, rng, background)
     regions = _scatter(canvas, context, ground, spread)
     return Drawing(
         canvas,
         describe(canvas),
-        scene_drafts(canvas, rng, regions),
+        scene_drafts(canvas, rng, regions, context.shapes),
         (background, aspect, spread),
         steepest=2.0,
     )
@@ -37,10 +37,10 @@ def draw_scene(context: Context) -> Drawing:
 
 def _scatter(canvas: Canvas, context: Context, ground: Colour, spread: str) -> list[Region]:
     rng = context.rng
-    number = rng.randint(1, 4) if context.simple else rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
+    number = rng.randint(1, 3) if context.simple else rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
     colours = [name for name in COLOURS if is_visible(name, ground)]
     few = rng.sample(colours, min(len(colours), rng.choice((3, 5, 11))))
-    kinds = rng.sample(SHAPES, rng.choice((2, 4, 8)))
+    kinds = rng.sample(context.shapes, min(len(context.shapes), rng.choice((2, 4, 8))))
     boxes: list[Box] = []
     for _ in range(number):
         boxes.append(_free_box(canvas, context, spread, boxes))
@@ -58,7 +58,7 @@ def _free_box(canvas: Canvas, context: Context, spread: str, taken: list[Box]) -
     rng, least = context.rng, min(canvas.width, canvas.height)
     low, high = {"small": (0.1, 0.24), "mixed": (0.1, 0.42), "big": (0.24, 0.45)}[spread]
     if context.simple:
-        low, high = 0.25, 0.4
+        low, high = 0.28, 0.42
     for attempt in range(60):
         side = _coarse(least * rng.uniform(low, high) * (1 - attempt / 120))
         x, y = rng.randint(3, canvas.width - side - 3), rng.randint(3, canvas.height - side - 3)
@@ -130,11 +130,11 @@ def describe(canvas: Canvas) -> str:
     return f"{len(parts)} object{'s' if len(parts) > 1 else ''}: {', '.join(parts)}."
 
 
-def scene_drafts(canvas: Canvas, rng: random.Random, regions: list[Region]) -> list[Draft]:
-    """Everything that has one right answer in a scene."""
+def scene_drafts(canvas: Canvas, rng: random.Random, regions: list[Region], shapes: tuple[str, ...]) -> list[Draft]:
+    """Everything that has one right answer in a scene whose things could have had any of `shapes`."""
     things = canvas.things
     drafts = [ask(rng, "count.all", str(len(things)))]
-    for name in rng.sample(SHAPES, 3) + [thing.shape for thing in things]:
+    for name in rng.sample(shapes, 3) + [thing.shape for thing in things]:
         drafts.append(ask(rng, "count.shape", str(sum(thing.shape == name for thing in things)), shapes=plural(name)))
     for name in rng.sample(COLOURS, 2) + [thing.colour for thing in things]:
         drafts.append(ask(rng, "count.colour", str(sum(thing.colour == name for thing in things)), colour=name))

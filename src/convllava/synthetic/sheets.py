@@ -18,11 +18,11 @@ from convllava.synthetic.palette import (
     jitter,
     paint,
 )
-from convllava.synthetic.sample import CHARACTERS, COLOURS, SHAPES
+from convllava.synthetic.sample import CHARACTERS, COLOURS
 from convllava.synthetic.words import cents, code, date, money
 
 _SIZES = (12, 14, 15, 16, 16, 18, 18, 20, 22, 24, 24, 28, 32, 36, 44, 56, 72)
-_SIZES_SIMPLE = (20, 24, 28, 32, 36, 44, 56)
+_SIZES_SIMPLE = (15, 16, 16, 18, 20, 24, 26, 28, 32)
 _ROLES = ("item", "name", "noun", "adjective", "city", "surname")
 
 
@@ -50,12 +50,12 @@ def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int
     x = rng.randint(3, 10)
     while x < canvas.width - size:
         if rng.random() < 0.12:
-            x += _shape(canvas, rng, (x, y), height, paper)
+            x += _shape(canvas, context, (x, y), height, paper)
             continue
         text = _text(context)
         if x + face.width(text) > canvas.width - 6:
             # Part of a word may be a word of the other split.
-            text = "".join(rng.choices(CHARACTERS, k=len(text)))
+            text = "".join(rng.choices(context.characters, k=len(text)))
         while text and x + face.width(text) > canvas.width - 6:
             text = text[:-1].rstrip(" ")
         if not text:
@@ -67,14 +67,15 @@ def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int
     return height
 
 
-def _shape(canvas: Canvas, rng: random.Random, corner: tuple[int, int], height: int, paper: Colour) -> int:
+def _shape(canvas: Canvas, context: Context, corner: tuple[int, int], height: int, paper: Colour) -> int:
     """Put a shape into a band if there is room; return the width it takes."""
+    rng = context.rng
     side = round((height - 4) * rng.uniform(0.6, 1.0))
     x, y = corner[0], corner[1] + (height - side) // 2
     if x + side > canvas.width - 4 or y + side > canvas.height - 1:
         return height
     colour = rng.choice([name for name in COLOURS if is_visible(name, paper)])
-    canvas.shape(rng.choice(SHAPES), colour, paint(rng, colour), (x, y, x + side, y + side))
+    canvas.shape(rng.choice(context.shapes), colour, paint(rng, colour), (x, y, x + side, y + side))
     return side + rng.randint(3, 12)
 
 
@@ -82,6 +83,9 @@ def _text(context: Context) -> str:
     """A word in any case, an invention, a number, a code, or a run of arbitrary characters."""
     rng = context.rng
     chance = rng.random()
+    if context.simple:
+        word = context.word(rng.choice(_ROLES)).upper()
+        return word if chance < 0.4 else "".join(rng.choices(context.characters, k=rng.randint(2, 6)))
     if chance < 0.4:
         word = context.word(rng.choice(_ROLES))
         return rng.choice((word, word, word.upper(), word.title()))

@@ -62,7 +62,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "grid": ("grid", "ticks"),
         "frame": ("open", "closed"),
     },
-    "ticket": {"align": ("left", "spread"), "case": ("upper", "title", "lower"), "rule": ("none", "solid")},
+    "ticket": {"align": ("left", "spread"), "gap": ("narrow", "even", "wide"), "rule": ("none", "solid")},
 }
 
 

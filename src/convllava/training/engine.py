@@ -38,7 +38,7 @@ from convllava.synthetic import World, closed_vocabulary
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
-from convllava.training.losses import balanced_loss, guidance_loss
+from convllava.training.losses import answer_loss, answer_weights, guidance_loss
 from convllava.training.parts import freeze_all_but, parameter_groups
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, StepLog, print_parts
@@ -282,10 +282,11 @@ class StageTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
         notes = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
         passes = self.args.gradient_accumulation_steps
+        weights = answer_weights(inputs["labels"], self.stage.balance) if "labels" in inputs else None
         if self.stage.balance:
-            loss = balanced_loss(outputs["logits"], inputs["labels"], self.stage.balance) / passes
+            loss = answer_loss(outputs["logits"], inputs["labels"], weights) / passes
         if guides is not None:
-            guidance = guidance_loss(outputs["attentions"][-1], guides)
+            guidance = guidance_loss(outputs["attentions"][-1], guides, weights)
             notes["guidance"] = guidance.item()
             loss = loss + self.stage.guidance * guidance / passes
         self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
