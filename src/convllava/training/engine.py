@@ -281,16 +281,22 @@ class StageTrainer(Trainer):
             inputs["output_attentions"] = True
         loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
         notes = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
-        passes = self.args.gradient_accumulation_steps
-        weights = answer_weights(inputs["labels"], self.stage.balance) if "labels" in inputs else None
+        self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
+        if self.stage.balance or guides is not None:
+            loss = self._chat_loss(loss, outputs, inputs["labels"], guides)
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
+
+    def _chat_loss(self, loss: Tensor, outputs: Any, labels: Tensor, guides: Tensor | None) -> Tensor:
+        """The model's own loss, or that of balanced answers, and attention guidance."""
+        weights = answer_weights(labels, self.stage.balance)
+        passes = self.args.gradient_accumulation_steps  # the model's own loss is a share of all passes' tokens already
         if self.stage.balance:
-            loss = answer_loss(outputs["logits"], inputs["labels"], weights) / passes
+            loss = answer_loss(outputs["logits"], labels, weights) / passes
         if guides is not None:
             guidance = guidance_loss(outputs["attentions"][-1], guides, weights)
-            notes["guidance"] = guidance.item()
+            self.notes["guidance"] = guidance.item()
             loss = loss + self.stage.guidance * guidance / passes
-        self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
-        return (loss, outputs) if kwargs.get("return_outputs") else loss
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self.notes}, start_time)
