@@ -20,7 +20,7 @@ from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.calibration import calibrate
 from convllava.training.losses import answer_loss, answer_weights, guidance_loss
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
-from convllava.training.recipe import Data, ModelSpec, Recipe, Stage
+from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, load_recipe
 
 DATA = Data(size=128, simple=True, turns=2)
 SCENES = dataclasses.replace(DATA, kinds={"scene": 1})
@@ -80,7 +80,8 @@ def test_the_log_has_one_line_a_step(tmp_path):
     assert set(lines[-1]["learning_rates"]) == set(CHAT.trains)
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert 0 <= lines[2]["colour"] <= 1
-    assert (tmp_path / "recipe.yaml").exists()
+    for folder in (tmp_path, tmp_path / "0-dense", tmp_path / "1-chat"):
+        assert load_recipe(folder / "recipe.yaml") == recipe(DENSE, CHAT)
     assert list((tmp_path / "tensorboard").rglob("events*"))
 
 

@@ -91,11 +91,13 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     return model, processor
 
 
-def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, path: Path) -> None:
-    """Save both; the folder appears only when it is complete and replaces an older one."""
+def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, path: Path, **texts: str) -> None:
+    """Save both, and texts as NAME.yaml; the folder appears only when it is complete and replaces an older one."""
     with whole_folder(path) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        for name, text in texts.items():
+            (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def initialise_from_nothing(tower: nn.Module) -> None:

@@ -3,8 +3,8 @@
     convllava train recipes/tiny-quick.yaml --output runs/quick [--resume]
 
 Everything lies in the output folder: `recipe.yaml` (resolved), `log.jsonl` (one line an optimiser step), `tensorboard/`
-and one folder per stage, `1-NAME/`, which is a loadable checkpoint and appears when the stage is complete. A stage in
-progress keeps `.1-NAME.progress/checkpoint-STEP/`, from which `--resume` continues exactly.
+and one folder per stage, `1-NAME/`, which is a loadable checkpoint with the recipe beside it and appears when the stage
+is complete. A stage in progress keeps `.1-NAME.progress/checkpoint-STEP/`, from which `--resume` continues exactly.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         torch.set_flush_denormal(False)
         bar.stop()
     model.config.use_cache = True  # the Trainer turns it off
-    checkpoints.write(model, processor, folder)
+    checkpoints.write(model, processor, folder, recipe=dump_recipe(recipe))
     shutil.rmtree(progress, ignore_errors=True)
 
 
