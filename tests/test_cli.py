@@ -87,3 +87,13 @@ def refusal(finished: subprocess.CompletedProcess[str], word: str) -> None:
     assert finished.stderr.startswith("convllava: ")
     assert finished.stderr.count("\n") == 1, finished.stderr
     assert word in finished.stderr
+
+
+def test_eval_prints_a_table_or_the_same_report_as_json(model):
+    arguments = ("eval", "--model", str(model), "--samples", "2", "--simple", "--size", "192")
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert report["samples"] == 2
+    assert sum(score["n"] for score in report["tasks"].values()) == report["overall"]["n"] > 0
+    printed = run(*arguments).stdout
+    assert all(task in printed for task in report["tasks"])
+    assert f"{report['overall']['accuracy']:.1%}" in printed
