@@ -81,13 +81,18 @@ class ConvLlavaMultiModalProjector(nn.Module):
 
     def forward(self, features: ConvLlavaVisionOutput) -> list[Tensor]:
         """Feature maps -> one (visual tokens, LLM width) tensor per image, row by row."""
-        tokens = self.linear_2(self.act(self.linear_1(features.last_hidden_state)))
+        tokens = self.content(features)
         if self.coordinates is not None:
             places = torch.cat([coordinate_features(grid, tokens.device) for grid in features.grids])
-            # Nothing else bounds what the projector writes: it grows in training until the place is lost beside it.
-            tokens = F.rms_norm(tokens, tokens.shape[-1:]) + self.coordinates(places.to(tokens.dtype))
+            tokens = tokens + self.coordinates(places.to(tokens.dtype))
         maps = ConvLlavaVisionOutput(tokens, features.grids).maps()
         return [self._end_rows(rows).flatten(0, 1) for rows in maps]
+
+    def content(self, features: ConvLlavaVisionOutput) -> Tensor:
+        """(all cells, LLM width): what each cell shows, without where it stands."""
+        tokens = self.linear_2(self.act(self.linear_1(features.last_hidden_state)))
+        # Nothing else bounds what the projector writes: it grows in training until the place is lost beside it.
+        return tokens if self.coordinates is None else F.rms_norm(tokens, tokens.shape[-1:])
 
     def _end_rows(self, rows: Tensor) -> Tensor:
         if self.row_separator is None:

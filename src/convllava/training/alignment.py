@@ -45,13 +45,8 @@ class Alignment(nn.Module):
     ) -> dict[str, Tensor]:
         """Images of (3, height, width) and the label maps of `DenseDataset` at the tower's stride -> loss, and the
         accuracy of the glyph map over the cells where something is printed."""
-        features = self.model.get_image_features(pixel_values, return_dict=True)
-        tokens = torch.cat(
-            [
-                rows.view(grid.height, -1, rows.shape[-1])[:, : grid.width].flatten(0, 1)
-                for rows, grid in zip(features.pooler_output, features.grids, strict=True)
-            ]
-        )
+        # Without coordinates: they say nothing of what is shown, so this loss alone would shrink them to nothing.
+        tokens = self.model.multi_modal_projector.content(self.model.vision_tower(pixel_values))
         outputs: dict[str, Tensor] = {}
         printed = torch.cat([cells(item, self.side) for item in glyph])
         losses = [judge("glyph", self.head["glyph"](tokens), printed, outputs)]
