@@ -18,7 +18,7 @@ from torch import Tensor
 from convllava.data.conversation import IGNORE
 from convllava.geometry import Box, Size, grid, parse_box
 from convllava.processing import ConvLlavaProcessor
-from convllava.synthetic import COLOURS, POSITIONS, SHAPES, Sample, Turn, plural, position_of
+from convllava.synthetic import COLOURS, POSITIONS, SHAPES, Sample, Turn, position_of
 
 CAPTION = "caption"
 """The task of a turn that is answered by the caption."""
@@ -86,7 +86,9 @@ def answer_cells(page: Page, turn: Turn) -> list[Cells]:
     if (box := parse_box(answer)) is not None:
         width, height = page.sample.image.size
         everywhere = page.cells((box[0] * width, box[1] * height, box[2] * width, box[3] * height))
-    elif turn.task in ("shape", "colour", "position", "count"):
+    elif turn.task == "count":
+        everywhere = frozenset()  # attention is a mean: pointed at all that counts, it could not tell how many
+    elif turn.task in ("shape", "colour", "position"):
         everywhere = _named_things(page, turn)
     else:
         starts = page.find(answer)
@@ -97,13 +99,10 @@ def answer_cells(page: Page, turn: Turn) -> list[Cells]:
 
 
 def _named_things(page: Page, turn: Turn) -> Cells:
-    text = turn.question + (f" {turn.answer}" if turn.task != "count" else "")
+    text = f"{turn.question} {turn.answer}"
     words = set(re.findall("[a-z]+", text.lower()))
     places = sorted((place for place in POSITIONS if place in text), key=len)
-    if turn.task == "count" and page.sample.kind != "scene":
-        return page.things(["bar"], []) if "bars" in words else frozenset()
-    shapes = [shape for shape in SHAPES if shape in words or plural(shape) in words]
-    return page.things(shapes, words & set(COLOURS), places[-1] if places and turn.task != "count" else None)
+    return page.things(words & set(SHAPES), words & set(COLOURS), places[-1] if places else None)
 
 
 def _mentioned(page: Page, question: str) -> Cells:

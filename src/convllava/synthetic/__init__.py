@@ -5,7 +5,7 @@ sample = world.sample(0)
 sample.image, sample.caption, sample.turns
 """
 
-from convllava.synthetic.questions import closed_vocabulary, plural
+from convllava.synthetic.questions import closed_vocabulary
 from convllava.synthetic.sample import (
     CHARACTERS,
     COLOURS,
@@ -36,6 +36,5 @@ __all__ = [
     "World",
     "box_text",
     "closed_vocabulary",
-    "plural",
     "position_of",
 ]
