@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from convllava.data.conversation import CAPTION_REQUESTS, encode
 from convllava.data.guidance import CAPTION, guides
+from convllava.geometry import Box, Size
 from convllava.processing import ConvLlavaProcessor
-from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Sample, Turn, World
+from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Glyph, Sample, Turn, World
 
 GLYPH_CELL = 8
 """Side in pixels of one cell of the glyph map: about the width of the smallest printed character."""
@@ -25,6 +26,8 @@ DENSE_NAMES = {
 """What the classes of each label map are called in an answer: words after a space, characters spelled."""
 DENSE_CLASSES = {name: len(names) + 1 for name, names in DENSE_NAMES.items()}
 """Classes of each label map, 0 being nothing."""
+ACCURACIES = (*DENSE_CLASSES, "spelling")
+"""What training on labels of cells reports of itself."""
 _LABELS = {
     name: {text.strip(): label for label, text in enumerate(names, start=1)} for name, names in DENSE_NAMES.items()
 }
@@ -95,11 +98,53 @@ class DenseDataset(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        is_sheet = random.Random(index).random() < self.sheets
-        sample = self.world.glyph_sheet(index) if is_sheet else self.world.sample(index)
+        sample = self._sample(index)
         pixels = self.processor.image_processor(sample.image, return_tensors="pt")
         height, width = pixels["image_sizes"][0].tolist()
         return {"pixel_values": pixels["pixel_values"][0]} | dense_labels(sample, height, width, self.stride)
+
+    def _sample(self, index: int) -> Sample:
+        is_sheet = random.Random(index).random() < self.sheets
+        return self.world.glyph_sheet(index) if is_sheet else self.world.sample(index)
+
+
+class AlignDataset(DenseDataset):
+    """As `DenseDataset`, with `spelling`: what each printed character follows, and in which cell it stands."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        grid = Size(*item["shape"].shape)
+        return item | {"spelling": spelling(self._sample(index), grid)}
+
+
+def spelling(sample: Sample, grid: Size) -> Tensor:
+    """(characters, 3): the cell of each printed character, row by row; the glyph class before it in its word, 0 where
+    it begins one; its own."""
+    rows = []
+    before: Glyph | None = None
+    for glyph in sample.glyphs:
+        (x, y), (width, height) = _centre(glyph.box), sample.image.size
+        row = min(int(y / height * grid.height), grid.height - 1)
+        column = min(int(x / width * grid.width), grid.width - 1)
+        follows = before is not None and _is_next(before, glyph)
+        rows.append((row * grid.width + column, _label(before) if before and follows else 0, _label(glyph)))
+        before = glyph
+    return torch.tensor(rows, dtype=torch.long).view(-1, 3)
+
+
+def _is_next(a: Glyph, b: Glyph) -> bool:
+    """Whether b stands on the line of a, right of it and with less than a space between."""
+    height = max(a.box[3] - a.box[1], b.box[3] - b.box[1])
+    level = abs(_centre(a.box)[1] - _centre(b.box)[1]) < height
+    return level and -height / 2 < b.box[0] - a.box[2] < 0.3 * height
+
+
+def _centre(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _label(glyph: Glyph) -> int:
+    return _LABELS["glyph"][glyph.char]
 
 
 def dense_labels(sample: Sample, height: int, width: int, stride: int) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 A projector before a pretrained language model learns from captions which directions mean "red". A language model from
 nothing has no such directions yet, and what the new fifth stage and the projector write is mostly background to it. So
 each visual token is asked, by its products with the language model's word embeddings, for the words of the things and
-the characters in its cell; and, through a linear head that is thrown away, for the character over each 8-pixel cell in
-it. The embedding of a question's "square" and the token of a square then match before the language model is trained.
+the characters in its cell; and, through heads that are thrown away, for the character over each 8-pixel cell in it and
+for the character after a given one. The embedding of a question's "square" and the token of a square then match before
+the language model is trained, and a token's text is ready to be spelled.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
 
 
 class Alignment(nn.Module):
-    """The model without its language model's layers, under a linear head that training throws away."""
+    """The model without its language model's layers, under heads that training throws away."""
 
     def __init__(self, model: ConvLlavaForConditionalGeneration, vocabulary: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
@@ -37,14 +38,27 @@ class Alignment(nn.Module):
         self.config = model.config
         self.side = self.config.vision_config.stride // GLYPH_CELL
         width = self.config.text_config.hidden_size
-        self.head = nn.ModuleDict({"glyph": nn.Linear(width, self.side**2 * DENSE_CLASSES["glyph"])})
+        glyphs = DENSE_CLASSES["glyph"]
+        self.head = nn.ModuleDict(
+            {
+                "glyph": nn.Linear(width, self.side**2 * glyphs),
+                "before": nn.Embedding(glyphs, width),
+                "hidden": nn.Linear(width, width),
+                "next": nn.Linear(width, glyphs),
+            }
+        )
         self.vocabulary = {name: torch.tensor(ids) for name, ids in vocabulary.items()}
 
     def forward(
-        self, pixel_values: list[Tensor], glyph: list[Tensor], shape: list[Tensor], colour: list[Tensor]
+        self,
+        pixel_values: list[Tensor],
+        glyph: list[Tensor],
+        shape: list[Tensor],
+        colour: list[Tensor],
+        spelling: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Images of (3, height, width) and the label maps of `DenseDataset` at the tower's stride -> loss, and the
-        accuracy of the glyph map over the cells where something is printed."""
+        """Images of (3, height, width) and the labels of `AlignDataset` at the tower's stride -> loss, the accuracy of
+        the glyph map over the cells where something is printed, and that of spelling."""
         # Without coordinates: they say nothing of what is shown, so this loss alone would shrink them to nothing.
         tokens = self.model.multi_modal_projector.content(self.model.vision_tower(pixel_values))
         outputs: dict[str, Tensor] = {}
@@ -55,7 +69,22 @@ class Alignment(nn.Module):
             name: torch.cat([item.flatten() for item in maps])[:, None]
             for name, maps in (("shape", shape), ("colour", colour))
         }
-        return {"loss": torch.stack([*losses, self._naming_loss(tokens, labels)]).sum(), **outputs}
+        losses += [self._naming_loss(tokens, labels), self._spelling_loss(tokens, glyph, spelling, outputs)]
+        return {"loss": torch.stack(losses).sum(), **outputs}
+
+    def _spelling_loss(
+        self, tokens: Tensor, glyph: list[Tensor], spelling: list[Tensor], outputs: dict[str, Tensor]
+    ) -> Tensor:
+        """Cross entropy of each character, given the one before it and the token of its cell: reading is that step."""
+        counts = [item.numel() // self.side**2 for item in glyph]
+        starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+        cell, before, char = torch.cat(
+            [item + item.new_tensor([start, 0, 0]) for item, start in zip(spelling, starts, strict=True)]
+        ).T
+        hidden = F.gelu(self.head["hidden"](tokens[cell]) + self.head["before"](before))
+        logits = self.head["next"](hidden)
+        outputs["spelling"] = (logits.detach().argmax(-1) == char).float().mean()
+        return F.cross_entropy(logits, char, reduction="sum") / max(len(char), 1)
 
     def _naming_loss(self, tokens: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
         """Cross entropy between each token's products with the word embeddings and the words of its cell, all alike."""

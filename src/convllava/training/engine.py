@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from convllava import checkpoints
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.conversation import collate
-from convllava.data.synthetic import DENSE_CLASSES, ChatDataset, DenseDataset, collate_dense
+from convllava.data.synthetic import ACCURACIES, AlignDataset, ChatDataset, DenseDataset, collate_dense
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
@@ -199,9 +199,10 @@ def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
     stage, data = recipe.stages[index], recipe.stages[index].data
     world = make_world(data, seed=1000 * recipe.seed + index)
     length = stage.steps * stage.batch_size
-    if stage.objective != "chat":
-        stride = processor.image_processor.stride // (2 if stage.objective == "dense" else 1)
-        return DenseDataset(world, processor, length, sheets=data.sheets, stride=stride)
+    if stage.objective == "dense":
+        return DenseDataset(world, processor, length, sheets=data.sheets)
+    if stage.objective == "align":
+        return AlignDataset(world, processor, length, sheets=data.sheets, stride=processor.image_processor.stride)
     return ChatDataset(world, processor, length, captions=data.captions, images=data.images, guided=stage.guidance > 0)
 
 
@@ -280,7 +281,7 @@ class StageTrainer(Trainer):
         if guides is not None:
             inputs["output_attentions"] = True
         loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
-        notes = {name: outputs[name].item() for name in DENSE_CLASSES if name in outputs}
+        notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
         self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
         if self.stage.balance or guides is not None:
             loss = self._chat_loss(loss, outputs, inputs["labels"], guides)

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from convllava.data.synthetic import DENSE_CLASSES
+from convllava.data.synthetic import ACCURACIES
 from convllava.training.parts import parts_of
 from convllava.training.recipe import Stage
 
@@ -75,7 +75,7 @@ class StepLog(TrainerCallback):
             "index": self.index,
             "step": state.global_step,
             "loss": logs["loss"],
-            **{name: round(logs[name], 4) for name in (*DENSE_CLASSES, "guidance") if name in logs},
+            **{name: round(logs[name], 4) for name in (*ACCURACIES, "guidance") if name in logs},
             "learning_rates": {group["part"]: group["lr"] for group in groups},
             "images": self.before["images"] + self.counts["images"],
             "tokens": self.before["tokens"] + self.counts["tokens"],
