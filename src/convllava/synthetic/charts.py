@@ -78,14 +78,11 @@ def _labels(context: Context, count: int) -> list[str]:
         first = rng.randint(1990, 2024)
         series += [tuple(str(first + step) for step in range(8)), tuple("ABCDEFGH")]
         series += [QUARTERS] if count <= 4 else []
-    if rng.random() < 0.5:
-        return context.words(
-            count, rng.choice(("item", "name", "noun")), longest=3 if context.simple else 4 if count > 4 else 5
-        )
+    if not context.simple and rng.random() < 0.5:
+        return context.words(count, rng.choice(("item", "name", "noun")), longest=4 if count > 4 else 5)
     chosen = rng.choice(series)
     start = rng.randint(0, len(chosen) - count)
-    labels = list(chosen[start : start + count])
-    return [context.cased(label) for label in labels] if context.simple else labels
+    return list(chosen[start : start + count])
 
 
 def _fills(context: Context, paper: Colour, colours: str, count: int) -> list[str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from convllava.synthetic.canvas import Canvas, PageFullError
 from convllava.synthetic.fonts import Font, Typeface, font, font_size, typefaces
 from convllava.synthetic.palette import INKS, PAPERS, Colour, jitter
-from convllava.synthetic.questions import Draft, closed_words
-from convllava.synthetic.sample import CHARACTERS, SHAPES, SIMPLE_SHAPES
+from convllava.synthetic.questions import SIMPLE_ITEMS, Draft, closed_words
+from convllava.synthetic.sample import SHAPES, SIMPLE_SHAPES
 from convllava.synthetic.splits import layouts
 from convllava.synthetic.words import pool, pseudo_word
 
@@ -42,21 +42,12 @@ class Context:
 
     def __post_init__(self) -> None:
         self.typeface = self.rng.choice(typefaces(self.split, self.simple, self.system))
-        self.case = "upper" if self.simple else self.rng.choice(("title", "title", "upper", "lower"))
+        self.case = "title" if self.simple else self.rng.choice(("title", "title", "upper", "lower"))
 
     @property
     def shapes(self) -> tuple[str, ...]:
         """The shapes that occur."""
         return SIMPLE_SHAPES if self.simple else SHAPES
-
-    @property
-    def characters(self) -> str:
-        """The characters that are printed: all, or capitals, digits and the point."""
-        return (
-            "".join(char for char in CHARACTERS if char.isupper() or char in "0123456789.")
-            if self.simple
-            else CHARACTERS
-        )
 
     def layout(self, kind: str) -> tuple[str, ...]:
         """An arrangement of `kind` that the split owns."""
@@ -97,7 +88,9 @@ class Context:
         return pseudo_word(self.rng, self.split, closed_words(), longest)
 
     def words(self, count: int, role: str, longest: int = 9) -> list[str]:
-        """`count` different open words of `role` in the page's case."""
+        """`count` different open words of `role` in the page's case; in the simple world, items it has a list of."""
+        if self.simple:
+            return [self.cased(word) for word in self.rng.sample(SIMPLE_ITEMS, count)]
         found: list[str] = []
         while len(found) < count:
             word = self.cased(self.word(role, longest))

@@ -32,6 +32,7 @@ CHART_TITLES = (
     "Members",
     "Profit",
 )
+SIMPLE_ITEMS = ("tea", "milk", "cake", "rice", "fish", "soup", "eggs", "bread", "juice", "apple", "nuts", "ham")
 TABLE_TITLES = ("Stock list", "Price list", "Results", "Overview", "Summary", "Schedule", "Inventory")
 
 TEMPLATES: dict[str, tuple[str, ...]] = {key: tuple(lines) for key, lines in sections("questions.txt").items()}
@@ -80,6 +81,7 @@ def closed_words() -> frozenset[str]:
         *FORM_TITLES,
         *CHART_TITLES,
         *TABLE_TITLES,
+        *SIMPLE_ITEMS,
     ]
     names = [*COLOURS, *SHAPES, *map(plural, SHAPES), *POSITIONS, *MONTHS, *DAYS, *QUARTERS]
     return frozenset(re.findall(r"[a-z]+[0-9]?", " ".join([*wordings, *labels, *names, _GLUE]).lower()))

@@ -174,7 +174,7 @@ def draw_ticket(context: Context) -> Drawing:
     paper, ink = context.colours()
     canvas = Canvas(*context.extent(0.8, 1.25), paper)
     amounts = [cents(rng, 450) for _ in range(2)]
-    labels = [*context.words(2, "item", longest=4), context.cased("total")]
+    labels = [*context.words(2, "item"), context.cased("total")]
     prices = [money(amount) for amount in [*amounts, sum(amounts)]]
     regions = _print_ticket(canvas, context, labels, prices, (align, gap, rule), ink)
     lines = [f"{label} {price}" for label, price in zip(labels, prices, strict=True)]

@@ -18,8 +18,9 @@ from convllava.synthetic.palette import (
     jitter,
     paint,
 )
+from convllava.synthetic.questions import SIMPLE_ITEMS
 from convllava.synthetic.sample import CHARACTERS, COLOURS
-from convllava.synthetic.words import cents, code, date, money
+from convllava.synthetic.words import DAYS, MONTHS, cents, code, date, money
 
 _SIZES = (12, 14, 15, 16, 16, 18, 18, 20, 22, 24, 24, 28, 32, 36, 44, 56, 72)
 _SIZES_SIMPLE = (15, 16, 16, 18, 20, 24, 26, 28, 32)
@@ -55,7 +56,7 @@ def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int
         text = _text(context)
         if x + face.width(text) > canvas.width - 6:
             # Part of a word may be a word of the other split.
-            text = "".join(rng.choices(context.characters, k=len(text)))
+            text = "".join(rng.choices("0123456789" if context.simple else CHARACTERS, k=len(text)))
         while text and x + face.width(text) > canvas.width - 6:
             text = text[:-1].rstrip(" ")
         if not text:
@@ -84,8 +85,8 @@ def _text(context: Context) -> str:
     rng = context.rng
     chance = rng.random()
     if context.simple:
-        word = context.word(rng.choice(_ROLES)).upper()
-        return word if chance < 0.4 else "".join(rng.choices(context.characters, k=rng.randint(2, 6)))
+        word = rng.choice((*map(context.cased, (*SIMPLE_ITEMS, "total")), *MONTHS, *DAYS))
+        return word if chance < 0.5 else rng.choice((money(cents(rng, 450)), str(rng.randint(0, 99))))
     if chance < 0.4:
         word = context.word(rng.choice(_ROLES))
         return rng.choice((word, word, word.upper(), word.title()))
