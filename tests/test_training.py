@@ -8,12 +8,14 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 import convllava
 from convllava.checkpoints import read
 from convllava.data.conversation import IGNORE, collate, encode
-from convllava.data.synthetic import GLYPH_CELL, ChatDataset, DenseDataset, dense_labels
+from convllava.data.synthetic import GLYPH_CELL, ChatDataset, DenseDataset, dense_labels, spelling
 from convllava.errors import InputError
+from convllava.geometry import Size
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
 from convllava.training.alignment import Alignment, vocabulary_of
@@ -201,6 +203,14 @@ def test_dense_labels_lie_where_things_lie():
     assert labels["glyph"].equal(expected)
     assert (labels["shape"] > 0).tolist() == [[False, False, True, True], [False] * 4]
     assert labels["colour"].unique().tolist() == [0, 1]
+
+
+def test_spelling_tells_what_each_character_follows_in_its_word():
+    boxes = {"a": (2, 2, 10, 12), "b": (11, 2, 20, 12), "c": (40, 2, 50, 12), "d": (2, 40, 10, 52)}
+    glyphs = tuple(Glyph(char, box) for char, box in boxes.items())
+    found = spelling(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()), Size(2, 2))
+    a, b, c, d = (CHARACTERS.index(char) + 1 for char in boxes)
+    assert found.tolist() == [[0, 0, a], [0, a, b], [1, 0, c], [2, 0, d]]
 
 
 def test_dense_items_fit_the_grids():

@@ -1,0 +1,26 @@
+"""A short cut of recipes/tiny-quick.yaml, from nothing to a model that sees: the whole of training at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import convllava
+from convllava.evaluation.synthetic import evaluate
+from convllava.synthetic import World
+from convllava.training.engine import train
+from convllava.training.recipe import load_recipe
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
+STEPS = {"dense": 300, "projector": 150, "scenes": 350}
+
+
+def test_a_short_cut_of_the_quick_recipe_sees_colours(tmp_path):
+    recipe = load_recipe(RECIPE)
+    stages = [dataclasses.replace(stage, steps=STEPS[stage.name]) for stage in recipe.stages if stage.name in STEPS]
+    model = convllava.load(train(dataclasses.replace(recipe, stages=stages), tmp_path))
+    world = World("heldout", seed=1, size=192, simple=True, kinds={"scene": 1})
+    score = evaluate(model, world, 60)["tasks"]["colour"]
+    spread = math.sqrt(sum(share * (1 - share) / score["n"] for share in (score["accuracy"], score["blind"])))
+    assert score["accuracy"] > score["blind"] + 4 * spread, score
