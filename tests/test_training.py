@@ -12,8 +12,9 @@ from PIL import Image
 
 import convllava
 from convllava.checkpoints import read
+from convllava.data.cells import GLYPH_CELL, DenseDataset, label_maps, spelling
 from convllava.data.conversation import IGNORE, collate, encode
-from convllava.data.synthetic import GLYPH_CELL, ChatDataset, DenseDataset, dense_labels, spelling
+from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.geometry import Size
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
@@ -192,11 +193,11 @@ def test_batched_loss_equals_the_mean_over_all_supervised_tokens():
     torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_dense_labels_lie_where_things_lie():
+def test_label_maps_lie_where_things_lie():
     glyphs = (Glyph("A", (0, 0, 16, 16)), Glyph("i", (33, 40, 36, 56)))
     things = (Thing("star", "red", (64, 0, 128, 32)),)
     sample = Sample(0, "sheet", World(size=128, simple=True).sample(0).image.resize((128, 64)), "", (), glyphs, things)
-    labels = dense_labels(sample, 64, 128, 32)
+    labels = label_maps(sample, Size(64, 128), 32)
     expected = torch.zeros(64 // GLYPH_CELL, 128 // GLYPH_CELL, dtype=torch.long)
     expected[0:2, 0:2] = 1 + CHARACTERS.index("A")
     expected[6, 4] = 1 + CHARACTERS.index("i")

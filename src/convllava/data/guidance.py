@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from convllava.data.cells import cells_under
 from convllava.data.conversation import IGNORE
 from convllava.geometry import Box, Size, grid, parse_box
 from convllava.processing import ConvLlavaProcessor
@@ -35,18 +36,8 @@ class Page:
         self.printed = "".join(glyph.char for glyph in sample.glyphs)
 
     def cells(self, box: Box) -> Cells:
-        """The cells whose centres the box covers, and always the cell of its own centre."""
-        width, height = self.sample.image.size
-        x0, x1 = (x / width * self.grid.width for x in (box[0], box[2]))
-        y0, y1 = (y / height * self.grid.height for y in (box[1], box[3]))
-        covered = {
-            (row, column)
-            for row in range(max(0, round(y0)), min(self.grid.height, round(y1)))
-            for column in range(max(0, round(x0)), min(self.grid.width, round(x1)))
-        }
-        row = min(max(int((y0 + y1) / 2), 0), self.grid.height - 1)
-        column = min(max(int((x0 + x1) / 2), 0), self.grid.width - 1)
-        return frozenset(covered | {(row, column)})
+        """The cells under a box in pixels of the image."""
+        return frozenset(cells_under(box, self.sample, self.grid))
 
     def things(self, shapes: Iterable[str], colours: Iterable[str], place: str | None = None) -> Cells:
         """Of every thing that has one of these shapes, one of these colours and this place; nothing named, any."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from convllava.data.synthetic import DENSE_CLASSES, DENSE_NAMES, GLYPH_CELL
+from convllava.data.cells import DENSE_CLASSES, DENSE_NAMES, GLYPH_CELL
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.dense import cells, judge
 

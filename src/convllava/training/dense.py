@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convllava.data.synthetic import DENSE_CLASSES, GLYPH_CELL
+from convllava.data.cells import DENSE_CLASSES, GLYPH_CELL
 from convllava.vision import ConvLlavaVisionModel
 
 STAGES = 4

@@ -28,8 +28,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from convllava import checkpoints
 from convllava.configuration import ConvLlavaVisionConfig
+from convllava.data.cells import ACCURACIES, AlignDataset, DenseDataset, collate_dense
 from convllava.data.conversation import collate
-from convllava.data.synthetic import ACCURACIES, AlignDataset, ChatDataset, DenseDataset, collate_dense
+from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from convllava.data.synthetic import ACCURACIES
+from convllava.data.cells import ACCURACIES
 from convllava.training.parts import parts_of
 from convllava.training.recipe import Stage
 
