@@ -11,20 +11,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from convllava.checkpoints import build_fresh
+from convllava.data.cells import label_maps
 from convllava.data.guidance import Page, answer_cells, answer_spans, caption_cells, token_cells
 from convllava.data.synthetic import ChatDataset
-from convllava.geometry import Size
+from convllava.geometry import Size, square, unchanged
 from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
 from convllava.training.losses import guidance_loss
-
-GRID = Size(4, 4)
 
 
 def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") -> Page:
     """A 64 x 64 page of 4 x 4 cells: one character in each cell in reading order, and things."""
     places = [(16 * (number % 4), 16 * (number // 4)) for number in range(len(printed))]
     glyphs = tuple(Glyph(char, (x + 4, y + 4, x + 10, y + 12)) for char, (x, y) in zip(printed, places, strict=True))
-    return Page(Sample(0, kind, Image.new("RGB", (64, 64)), "", (), glyphs, things), GRID)
+    return Page(
+        Sample(0, kind, Image.new("RGB", (64, 64)), "", (), glyphs, things), unchanged(Size(64, 64), stride=16), 16
+    )
 
 
 SCENE = (Thing("circle", "red", (2, 2, 14, 14)), Thing("square", "red", (34, 34, 62, 62)))
@@ -105,14 +106,13 @@ def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tok
     for index in range(8):
         item, sample = dataset[index], world.sample(index)
         turns = dataset.turns(sample)
-        grid = Size(*(side // 64 for side in item["image_sizes"][0].tolist()))
         first = int((item["input_ids"] == processor.image_token_id).nonzero()[0, 0])
-        cells = Page(sample, grid)
+        cells = Page(sample, processor.image_processor.placement(Size(sample.image.height, sample.image.width)), 64)
         for turn, (start, _) in zip(turns, answer_spans(item["labels"]), strict=True):
             if turn.task in ("shape", "colour"):
                 found = {target for position, target in item["guides"].tolist() if position == start - 1}
                 named = answer_cells(cells, turn)[0]
-                assert found == {first + row * (grid.width + 1) + column for row, column in named} != set()
+                assert found == {first + row * (cells.grid.width + 1) + column for row, column in named} != set()
         assert (item["input_ids"][item["guides"][:, 1]] == processor.image_token_id).all()
 
 
@@ -124,3 +124,10 @@ def test_the_loss_is_minus_the_log_of_the_attention_on_all_places_of_a_position(
     expected = -math.log((0.75 + 0.4) / 2)
     assert guidance_loss(attention, guides, alike).item() == pytest.approx(expected, abs=1e-5)
     assert guidance_loss(attention, guides[:0], alike).item() == 0.0
+
+
+def test_guides_and_labels_follow_the_image_where_it_is_padded():
+    wide = Sample(0, "scene", Image.new("RGB", (128, 64)), "", (), (), (Thing("star", "red", (96, 0, 128, 32)),))
+    placement = square(Size(64, 128), side=128)
+    assert Page(wide, placement, 32).things([], []) == {(1, 3)}
+    assert label_maps(wide, placement, 32)["shape"].nonzero().tolist() == [[1, 3]]

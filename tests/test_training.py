@@ -16,7 +16,7 @@ from convllava.data.cells import GLYPH_CELL, DenseDataset, label_maps, spelling
 from convllava.data.conversation import IGNORE, collate, encode
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
-from convllava.geometry import Size
+from convllava.geometry import Size, native, unchanged
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
 from convllava.training.alignment import Alignment, vocabulary_of
@@ -197,7 +197,7 @@ def test_label_maps_lie_where_things_lie():
     glyphs = (Glyph("A", (0, 0, 16, 16)), Glyph("i", (33, 40, 36, 56)))
     things = (Thing("star", "red", (64, 0, 128, 32)),)
     sample = Sample(0, "sheet", World(size=128, simple=True).sample(0).image.resize((128, 64)), "", (), glyphs, things)
-    labels = label_maps(sample, Size(64, 128), 32)
+    labels = label_maps(sample, native(Size(64, 128), min_pixels=64 * 64, max_pixels=512 * 512), 32)
     expected = torch.zeros(64 // GLYPH_CELL, 128 // GLYPH_CELL, dtype=torch.long)
     expected[0:2, 0:2] = 1 + CHARACTERS.index("A")
     expected[6, 4] = 1 + CHARACTERS.index("i")
@@ -209,7 +209,9 @@ def test_label_maps_lie_where_things_lie():
 def test_spelling_tells_what_each_character_follows_in_its_word():
     boxes = {"a": (2, 2, 10, 12), "b": (11, 2, 20, 12), "c": (40, 2, 50, 12), "d": (2, 40, 10, 52)}
     glyphs = tuple(Glyph(char, box) for char, box in boxes.items())
-    found = spelling(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()), Size(2, 2))
+    found = spelling(
+        Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()), unchanged(Size(64, 64), stride=32), 32
+    )
     a, b, c, d = (CHARACTERS.index(char) + 1 for char in boxes)
     assert found.tolist() == [[0, 0, a], [0, a, b], [1, 0, c], [2, 0, d]]
 

@@ -115,8 +115,8 @@ def initialise_attention(language_model: nn.Module) -> None:
     """Let attention begin by matching and copying: keys equal queries, and what is read is written back as it was.
 
     A question's "square" then looks at what holds something square from the first step on, where a small model
-    otherwise needs hours to find that out. In the manner of mimetic initialisation (arXiv 2305.09828), which gives
-    random weights the correlations of trained ones. Only where keys have as many heads as queries.
+    otherwise needs thousands of steps to find that out. In the manner of mimetic initialisation (arXiv 2305.09828),
+    which gives random weights the correlations of trained ones. Only where keys have as many heads as queries.
     """
     for module in language_model.modules():
         projections = [getattr(module, f"{name}_proj", None) for name in "qkvo"]

@@ -136,6 +136,26 @@ def parse_box(text: str) -> Box | None:
     return (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
 
 
+def cells_under(box: Box, cells: Size) -> set[tuple[int, int]]:
+    """The (row, column) of every cell of a grid that a box in fractions of the canvas stands in.
+
+    These are the cells whose centres it covers and always that of its own centre, because thin things miss centres;
+    none where the box is empty, as when it was cropped away.
+    """
+    x0, y0, x1, y1 = box[0] * cells.width, box[1] * cells.height, box[2] * cells.width, box[3] * cells.height
+    if x0 >= x1 or y0 >= y1:
+        return set()
+    rows = range(max(0, round(y0)), min(cells.height, round(y1)))
+    columns = range(max(0, round(x0)), min(cells.width, round(x1)))
+    return {(row, column) for row in rows for column in columns} | {centre_cell(box, cells)}
+
+
+def centre_cell(box: Box, cells: Size) -> tuple[int, int]:
+    """The (row, column) of the cell in which the centre of a box in fractions of the canvas lies."""
+    row, column = int((box[1] + box[3]) / 2 * cells.height), int((box[0] + box[2]) / 2 * cells.width)
+    return min(row, cells.height - 1), min(column, cells.width - 1)
+
+
 def check_size(size: Size) -> Size:
     """The size as a `Size`.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from convllava.geometry import Box, Size
+from convllava.geometry import Box, Placement, Size, cells_under, centre_cell, grid
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Glyph, Sample, World
 
@@ -50,28 +50,35 @@ class DenseDataset(Dataset):
         return self.item(self.world.glyph_sheet(index) if is_sheet else self.world.sample(index))
 
     def item(self, sample: Sample) -> dict[str, Tensor]:
-        pixels = self.processor.image_processor(sample.image, return_tensors="pt")
-        size = Size(*pixels["image_sizes"][0].tolist())
-        return {"pixel_values": pixels["pixel_values"][0]} | label_maps(sample, size, self.stride)
+        """The pixels and the labels of one sample."""
+        pixels = self.processor.image_processor(sample.image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels} | label_maps(sample, self.placement(sample), self.stride)
+
+    def placement(self, sample: Sample) -> Placement:
+        """How the image processor lays the sample's image on its canvas."""
+        return self.processor.image_processor.placement(Size(sample.image.height, sample.image.width))
 
 
 class AlignDataset(DenseDataset):
     """As `DenseDataset`, with `spelling`: what each printed character follows, and in which cell it stands."""
 
     def item(self, sample: Sample) -> dict[str, Tensor]:
-        item = super().item(sample)
-        return item | {"spelling": spelling(sample, Size(*item["shape"].shape))}
+        """As of `DenseDataset`, and the spelling."""
+        return super().item(sample) | {"spelling": spelling(sample, self.placement(sample), self.stride)}
 
 
-def spelling(sample: Sample, grid: Size) -> Tensor:
-    """(characters, 3): the cell of each printed character, row by row; the glyph class before it in its word, 0 where
-    it begins one; its own."""
+def spelling(sample: Sample, placement: Placement, stride: int) -> Tensor:
+    """(characters, 3): the cell of each printed character that is seen, row by row; the glyph class before it in its
+    word, 0 where it begins one; its own."""
+    cells = grid(placement.canvas, stride)
     rows = []
     before: Glyph | None = None
     for glyph in sample.glyphs:
-        row, column = cell_at(glyph.box, sample, grid)
-        follows = before is not None and _is_next(before, glyph)
-        rows.append((row * grid.width + column, _label(before) if before and follows else 0, _label(glyph)))
+        box = placement.box_to_normalised(glyph.box)
+        if cells_under(box, cells):
+            row, column = centre_cell(box, cells)
+            follows = before is not None and _is_next(before, glyph)
+            rows.append((row * cells.width + column, _label(before) if before and follows else 0, _label(glyph)))
         before = glyph
     return torch.tensor(rows, dtype=torch.long).view(-1, 3)
 
@@ -87,44 +94,22 @@ def _label(glyph: Glyph) -> int:
     return _LABELS["glyph"][glyph.char]
 
 
-def label_maps(sample: Sample, size: Size, stride: int) -> dict[str, Tensor]:
-    """Label maps of a sample whose image was resized to `size`; see `DenseDataset`."""
-    fine = Size(size.height // GLYPH_CELL, size.width // GLYPH_CELL)
-    coarse = Size(size.height // stride, size.width // stride)
+def label_maps(sample: Sample, placement: Placement, stride: int) -> dict[str, Tensor]:
+    """Label maps of a sample on its canvas; see `DenseDataset`."""
+    fine, coarse = grid(placement.canvas, GLYPH_CELL), grid(placement.canvas, stride)
     maps = {name: torch.zeros(fine if name == "glyph" else coarse, dtype=torch.long) for name in DENSE_NAMES}
     for glyph in sample.glyphs:
-        _paint(maps["glyph"], sample, glyph.box, _label(glyph))
+        _paint(maps["glyph"], placement.box_to_normalised(glyph.box), _label(glyph))
     for thing in sample.things:
-        _paint(maps["shape"], sample, thing.box, _LABELS["shape"][thing.shape])
-        _paint(maps["colour"], sample, thing.box, _LABELS["colour"][thing.colour])
+        box = placement.box_to_normalised(thing.box)
+        _paint(maps["shape"], box, _LABELS["shape"][thing.shape])
+        _paint(maps["colour"], box, _LABELS["colour"][thing.colour])
     return maps
 
 
-def _paint(labels: Tensor, sample: Sample, box: Box, value: int) -> None:
-    for row, column in cells_under(box, sample, Size(*labels.shape)):
+def _paint(labels: Tensor, box: Box, value: int) -> None:
+    for row, column in cells_under(box, Size(*labels.shape)):
         labels[row, column] = value
-
-
-def cells_under(box: Box, sample: Sample, grid: Size) -> set[tuple[int, int]]:
-    """The cells (row, column) of a grid over the sample's image whose centres the box covers, and always the cell of
-    its own centre: thin letters miss centres."""
-    x0, y0, x1, y1 = _on_grid(box, sample, grid)
-    rows = range(max(0, round(y0)), min(grid.height, round(y1)))
-    columns = range(max(0, round(x0)), min(grid.width, round(x1)))
-    return {(row, column) for row in rows for column in columns} | {cell_at(box, sample, grid)}
-
-
-def cell_at(box: Box, sample: Sample, grid: Size) -> tuple[int, int]:
-    """The cell (row, column) of the box's centre."""
-    x0, y0, x1, y1 = _on_grid(box, sample, grid)
-    row, column = int((y0 + y1) / 2), int((x0 + x1) / 2)
-    return min(max(row, 0), grid.height - 1), min(max(column, 0), grid.width - 1)
-
-
-def _on_grid(box: Box, sample: Sample, grid: Size) -> Box:
-    """The box in units of cells."""
-    across, down = grid.width / sample.image.width, grid.height / sample.image.height
-    return box[0] * across, box[1] * down, box[2] * across, box[3] * down
 
 
 def collate_dense(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:

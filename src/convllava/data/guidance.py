@@ -1,8 +1,8 @@
 """Where on the page each token of an answer stands: what the language model's attention is told to look at.
 
-A small language model that has only answers to learn from finds the commonest object of a scene in minutes and then,
-for hours, not how to look one up: the score of "which token do I need" has no gradient until the value of that token
-is used, and the other way round. The generated world knows the place, so training can point there (see
+A small language model that has only answers to learn from finds the commonest object of a scene at once and then,
+for thousands of steps, not how to look one up: the score of "which token do I need" has no gradient until the value of
+that token is used, and the other way round. The generated world knows the place, so training can point there (see
 `training.losses`). Everything here is found by looking for the answer among what was printed and drawn; an answer
 that stands nowhere on its page has no guide.
 """
@@ -15,9 +15,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from convllava.data.cells import cells_under
 from convllava.data.conversation import IGNORE
-from convllava.geometry import Box, Size, grid, parse_box
+from convllava.geometry import Box, Placement, Size, cells_under, grid, parse_box
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import COLOURS, POSITIONS, SHAPES, Sample, Turn, position_of
 
@@ -29,15 +28,15 @@ _MOST_OCCURRENCES = 4
 
 
 class Page:
-    """The cells (row, column) of a grid over a sample's image in which its characters and things stand."""
+    """The visual tokens, as cells (row, column), in which a sample's characters and things stand."""
 
-    def __init__(self, sample: Sample, grid: Size) -> None:
-        self.sample, self.grid = sample, grid
+    def __init__(self, sample: Sample, placement: Placement, stride: int) -> None:
+        self.sample, self.placement, self.grid = sample, placement, grid(placement.canvas, stride)
         self.printed = "".join(glyph.char for glyph in sample.glyphs)
 
     def cells(self, box: Box) -> Cells:
         """The cells under a box in pixels of the image."""
-        return frozenset(cells_under(box, self.sample, self.grid))
+        return frozenset(cells_under(self.placement.box_to_normalised(box), self.grid))
 
     def things(self, shapes: Iterable[str], colours: Iterable[str], place: str | None = None) -> Cells:
         """Of every thing that has one of these shapes, one of these colours and this place; nothing named, any."""
@@ -155,11 +154,10 @@ def guides(encoded: dict[str, Tensor], turns: Sequence[Turn], sample: Sample, pr
     Returns:
         (pairs, 2): a position of the sequence, and one of the visual tokens that it should look at.
     """
-    height, width = encoded["image_sizes"][0].tolist()
-    cells = grid(Size(height, width), processor.image_processor.stride)
-    page = Page(sample, cells)
+    pixels = processor.image_processor
+    page = Page(sample, pixels.placement(Size(sample.image.height, sample.image.width)), pixels.stride)
     first = int((encoded["input_ids"] == processor.image_token_id).nonzero()[0, 0])
-    row_length = cells.width + processor.row_separator
+    row_length = page.grid.width + processor.row_separator
     pairs: list[tuple[int, int]] = []
     for turn, (start, stop) in zip(turns, answer_spans(encoded["labels"]), strict=True):
         pieces = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"][start : stop - 1].tolist())

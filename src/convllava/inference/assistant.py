@@ -245,7 +245,7 @@ class Assistant:
         def work() -> None:
             try:
                 with torch.inference_mode():
-                    self.model.generate(**inputs, **settings, streamer=streamer)  # type: ignore[misc]
+                    self.model.generate(**inputs, **settings, streamer=streamer)  # type: ignore[misc]  # as above
             except BaseException as error:
                 failure.append(error)
                 streamer.end()

@@ -2,7 +2,7 @@
 
 Attention guidance: -log of the share of its attention, averaged over heads, that a position gives to the visual tokens
 which its next token is about (`data.guidance` finds them). Answers alone teach a small model from nothing to look
-things up only after hours; pointing teaches it in minutes, and what it reads there the answers teach at once.
+things up only after many thousands of steps; pointing does in hundreds, and what it finds there the answers teach.
 """
 
 from __future__ import annotations

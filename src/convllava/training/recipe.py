@@ -118,6 +118,8 @@ class Stage:
             raise InputError(f"{where}: gradient_checkpointing is for the objective chat")
         if not 0 <= self.balance <= 1:
             raise InputError(f"{where}: balance lies between 0, tokens alike, and 1, answers alike; got {self.balance}")
+        if self.balance and self.objective != "chat":
+            raise InputError(f"{where}: balance is for the objective chat")
         if self.guidance < 0 or (self.guidance and (self.objective != "chat" or not self.data.images)):
             raise InputError(f"{where}: guidance is a weight of 0 or more, for the objective chat with images")
         if self.calibrate and not self.data.images:
