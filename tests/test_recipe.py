@@ -83,3 +83,18 @@ def test_bad_overrides_are_refused(tmp_path, override):
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(InputError, match=r"there is no recipe at .*nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"balance": 1.5}, "balance lies between 0"),
+        ({"balance": 0.5, "objective": "dense"}, "balance is for the objective chat"),
+        ({"guidance": 0.5, "objective": "align"}, "guidance is a weight of 0 or more"),
+        ({"guidance": -1.0}, "guidance is a weight of 0 or more"),
+        ({"calibrate": True, "objective": "dense"}, "calibrate is for the objectives align and chat"),
+    ],
+)
+def test_settings_that_would_have_no_meaning_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Stage("one", 1, {"projector": 1e-3}, **settings)
