@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,17 +10,18 @@ from PIL import Image
 
 from convllava.checkpoints import build_fresh
 from convllava.data.cells import label_maps
-from convllava.data.guidance import Page, answer_cells, answer_spans, caption_cells, token_cells
+from convllava.data.guidance import Page, answer_cells, answer_spans, caption_cells, mentioned_cells, token_cells
 from convllava.data.synthetic import ChatDataset
 from convllava.geometry import Size, square, unchanged
 from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
-from convllava.training.losses import guidance_loss
 
 
 def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") -> Page:
-    """A 64 x 64 page of 4 x 4 cells: one character in each cell in reading order, and things."""
+    """A 64 x 64 page of 4 x 4 cells: one character in each cell in reading order, none for a space, and things."""
     places = [(16 * (number % 4), 16 * (number // 4)) for number in range(len(printed))]
-    glyphs = tuple(Glyph(char, (x + 4, y + 4, x + 10, y + 12)) for char, (x, y) in zip(printed, places, strict=True))
+    glyphs = tuple(
+        Glyph(char, (x + 1, y + 4, x + 15, y + 12)) for char, (x, y) in zip(printed, places, strict=True) if char != " "
+    )
     return Page(
         Sample(0, kind, Image.new("RGB", (64, 64)), "", (), glyphs, things), unchanged(Size(64, 64), stride=16), 16
     )
@@ -57,11 +56,13 @@ def test_things_are_sought_by_what_question_and_answer_say_of_them(task, questio
 
 
 def test_a_value_that_is_not_printed_points_at_the_label_the_question_names():
-    assert answer_cells(page("JanFeb"), Turn("chart", "What is the value for Feb?", "40"))[0] == {
-        (0, 3),
-        (1, 0),
-        (1, 1),
-    }
+    cells = answer_cells(page("Jan Feb"), Turn("chart", "What is the value for Feb?", "40"))
+    assert cells[0] == {(1, 0), (1, 1), (1, 2)}
+
+
+def test_a_question_mentions_whole_words_in_any_case():
+    assert mentioned_cells(page("DATE"), "What is the date?") == {(0, 0), (0, 1), (0, 2), (0, 3)}
+    assert mentioned_cells(page("DAT"), "What is the date?") == frozenset()
 
 
 def test_the_caption_of_a_scene_tells_one_thing_after_the_other():
@@ -110,20 +111,10 @@ def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tok
         cells = Page(sample, processor.image_processor.placement(Size(sample.image.height, sample.image.width)), 64)
         for turn, (start, _) in zip(turns, answer_spans(item["labels"]), strict=True):
             if turn.task in ("shape", "colour"):
-                found = {target for position, target in item["guides"].tolist() if position == start - 1}
+                found = {target for position, target in item["answer_guides"].tolist() if position == start - 1}
                 named = answer_cells(cells, turn)[0]
                 assert found == {first + row * (cells.grid.width + 1) + column for row, column in named} != set()
-        assert (item["input_ids"][item["guides"][:, 1]] == processor.image_token_id).all()
-
-
-def test_the_loss_is_minus_the_log_of_the_attention_on_all_places_of_a_position():
-    attention = torch.zeros(1, 2, 3, 3)
-    attention[0, :, 2] = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6]])
-    guides = torch.tensor([[0, 2, 0], [0, 2, 1]])
-    alike = torch.ones(1, 3)
-    expected = -math.log((0.75 + 0.4) / 2)
-    assert guidance_loss(attention, guides, alike).item() == pytest.approx(expected, abs=1e-5)
-    assert guidance_loss(attention, guides[:0], alike).item() == 0.0
+        assert (item["input_ids"][item["answer_guides"][:, 1]] == processor.image_token_id).all()
 
 
 def test_guides_and_labels_follow_the_image_where_it_is_padded():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from PIL import Image
 
 import convllava
 from convllava.checkpoints import read
-from convllava.data.cells import GLYPH_CELL, DenseDataset, label_maps, spelling
+from convllava.data.cells import GLYPH_CELL, DenseDataset, boxes, label_maps, spelling, word_tokens, words
 from convllava.data.conversation import IGNORE, collate, encode
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
@@ -21,9 +25,9 @@ from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.calibration import calibrate
-from convllava.training.losses import answer_loss, answer_weights, guidance_loss
+from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
-from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, load_recipe
+from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, dump_recipe, load_recipe
 
 DATA = Data(size=128, simple=True, turns=2)
 SCENES = dataclasses.replace(DATA, kinds={"scene": 1})
@@ -155,8 +159,9 @@ def test_every_parameter_belongs_to_one_part_and_one_group():
     assert list(parts) == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5", "projector", "language_model"]
     assert sum(len(parameters) for parameters in parts.values()) == len(list(model.parameters()))
     freeze_all_but(model, CHAT.trains)
-    for decay in (0.0, 0.1):
-        groups = parameter_groups(model, CHAT.trains, decay)
+    for decay, muon in itertools.product((0.0, 0.1), (False, True)):
+        groups = parameter_groups(model, CHAT.trains, decay, muon)
+        assert any(group["muon"] for group in groups) == muon
         grouped = [id(p) for group in groups for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
         assert {group["part"]: group["lr"] for group in groups} == CHAT.trains
@@ -206,14 +211,39 @@ def test_label_maps_lie_where_things_lie():
     assert labels["colour"].unique().tolist() == [0, 1]
 
 
-def test_spelling_tells_what_each_character_follows_in_its_word():
+def labelled_page() -> Sample:
+    """64 x 64 pixels: "ab" and "c" on a line, below them "d"."""
     boxes = {"a": (2, 2, 10, 12), "b": (11, 2, 20, 12), "c": (40, 2, 50, 12), "d": (2, 40, 10, 52)}
     glyphs = tuple(Glyph(char, box) for char, box in boxes.items())
-    found = spelling(
-        Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()), unchanged(Size(64, 64), stride=32), 32
-    )
-    a, b, c, d = (CHARACTERS.index(char) + 1 for char in boxes)
-    assert found.tolist() == [[0, 0, a], [0, a, b], [1, 0, c], [2, 0, d]]
+    return Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ())
+
+
+def test_spelling_tells_what_each_character_follows_and_where_words_end():
+    printed = words(labelled_page())
+    assert ["".join(glyph.char for glyph in word) for word in printed] == ["ab", "c", "d"]
+    found = spelling(printed, unchanged(Size(64, 64), stride=32), 32)
+    a, b, c, d = (CHARACTERS.index(char) + 1 for char in "abcd")
+    assert found.tolist() == [
+        *([0, 0, 0, a], [0, 0, a, b], [0, a, b, 0]),
+        *([1, 0, 0, c], [1, 0, c, 0]),
+        *([2, 0, 0, d], [2, 0, d, 0]),
+    ]
+
+
+def test_cells_are_named_by_the_words_that_the_tokenizer_knows():
+    _, processor = engine.start(recipe(ALIGN))
+    glyphs = tuple(Glyph(char, (2 + 9 * i, 2, 10 + 9 * i, 12)) for i, char in enumerate("Total:"))
+    printed = words(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()))
+    found = word_tokens(printed, unchanged(Size(64, 64), stride=32), 32, processor.tokenizer)
+    ids = [processor.tokenizer(text).input_ids[0] for text in (" Total", " total")]
+    assert sorted(found.tolist()) == sorted([cell, name] for cell in (0, 1) for name in ids)
+    assert not len(word_tokens(words(labelled_page()), unchanged(Size(64, 64), stride=32), 32, processor.tokenizer))
+
+
+def test_boxes_are_told_from_the_centre_of_each_cell():
+    found = boxes([(8, 0, 40, 32), (48, 48, 64, 64)], unchanged(Size(64, 64), stride=32), 32)
+    expected = [[0, -0.25, -0.5, 0.75, 0.5], [3, 0.0, 0.0, 0.5, 0.5]]
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_dense_items_fit_the_grids():
@@ -228,25 +258,25 @@ def test_dense_items_fit_the_grids():
 def test_visual_tokens_are_asked_for_all_words_of_their_cell_alike():
     model, processor = engine.start(recipe(ALIGN))
     alignment = Alignment(model, vocabulary_of(processor.tokenizer))
-    words = [processor.tokenizer(text).input_ids[0] for text in (" circle", " red", "x")]
+    circle, red, x, total = (processor.tokenizer(text).input_ids[0] for text in (" circle", " red", "x", " total"))
     embeddings = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
     model.get_input_embeddings().weight.data = embeddings
-    labels = {
-        "shape": torch.tensor([[1], [0], [0]]),
-        "colour": torch.tensor([[1], [0], [0]]),
-        "glyph": torch.tensor([[0, 0], [CHARACTERS.index("x") + 1] * 2, [0, 0]]),
-    }
-    tokens = 1000 * torch.stack([embeddings[words[0]], embeddings[words[2]], embeddings[5]])
-    wrong = alignment._naming_loss(tokens, labels)
+    printed = torch.zeros(3 * alignment.side**2, dtype=torch.long)
+    printed[alignment.side**2] = CHARACTERS.index("x") + 1
+    drawn = [torch.tensor([[1, 0, 0]])]
+    bags = alignment._bags(printed, drawn, drawn, torch.tensor([[1, total]]))
+    assert [row.nonzero().flatten().tolist() for row in bags] == [sorted([circle, red]), sorted([x, total]), []]
+    tokens = 1000 * torch.stack([embeddings[circle], embeddings[x], embeddings[5]])
     log_shares = [torch.log_softmax(token @ embeddings.T, dim=-1) for token in tokens]
-    expected = -(log_shares[0][words[0]] + log_shares[0][words[1]]) / 2 - log_shares[1][words[2]]
-    torch.testing.assert_close(wrong, expected / 2)  # the third cell is empty and says nothing
-    assert alignment._naming_loss(tokens, {name: 0 * found for name, found in labels.items()}) == 0
+    halves = -(log_shares[0][[circle, red]].mean() + log_shares[1][[x, total]].mean())
+    # The third cell is empty and says nothing.
+    torch.testing.assert_close(alignment._naming_loss(tokens, bags), halves / 2)
+    assert alignment._naming_loss(tokens, 0 * bags) == 0
 
 
 def test_a_guided_run_logs_where_attention_looks(tmp_path):
     engine.train(recipe(GUIDED), tmp_path)
-    assert all(line["guidance"] > 0 for line in log(tmp_path))
+    assert all(line["answer_guidance"] > 0 for line in log(tmp_path))
 
 
 def test_balance_weighs_answers_by_their_length():
@@ -259,21 +289,25 @@ def test_balance_weighs_answers_by_their_length():
     torch.testing.assert_close(answer_loss(logits, labels, answer_weights(labels, 0.0)), each.sum() / 7)
 
 
-def test_pointing_teaches_attention_to_look_there():
-    model, processor = engine.start(recipe(GUIDED))
-    model.set_attn_implementation({"text_config": "eager"})
-    dataset = ChatDataset(World(size=128, simple=True), processor, 2, guided=True)
-    batch = collate([dataset[0], dataset[1]], processor.tokenizer.pad_token_id)
-    guides, weights = batch.pop("guides"), answer_weights(batch["labels"], 0.5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(20):
-        loss = guidance_loss(model(**batch, output_attentions=True).attentions[-1], guides, weights)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+def test_two_processes_learn_what_one_does(tmp_path):
+    plan = tmp_path / "recipe.yaml"
+    plan.write_text(dump_recipe(recipe(dataclasses.replace(CHAT, steps=3), GUIDED)))
+    command = ["-m", "convllava", "train", str(plan), "--output"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command, str(tmp_path / "one")], check=True, env=settings)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, *command, str(tmp_path / "two")], check=True, env=settings)
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 3, 1, 2, 3, 4]
+    for a, b in zip(one[:3], two[:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="batch_size 2 does not divide among 3 processes"):
+        engine.train(recipe(CHAT), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_max_steps_caps_every_stage(tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +13,7 @@ from torch.utils.data import Dataset
 
 from convllava.geometry import Box, Placement, Size, cells_under, centre_cell, grid
 from convllava.processing import ConvLlavaProcessor
-from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Glyph, Sample, World
+from convllava.synthetic import CHARACTERS, COLOURS, SHAPES, Glyph, Sample, World, union
 
 GLYPH_CELL = 8
 """Side in pixels of one cell of the glyph map: about the width of the smallest printed character."""
@@ -22,7 +25,7 @@ DENSE_NAMES = {
 """What the classes of each label map are called in an answer: words after a space, characters spelled."""
 DENSE_CLASSES = {name: len(names) + 1 for name, names in DENSE_NAMES.items()}
 """Classes of each label map, 0 being nothing."""
-ACCURACIES = (*DENSE_CLASSES, "spelling")
+ACCURACIES = (*DENSE_CLASSES, "spelling", "box_error")
 """What training on labels of cells reports of itself."""
 _LABELS = {
     name: {text.strip(): label for label, text in enumerate(names, start=1)} for name, names in DENSE_NAMES.items()
@@ -60,27 +63,35 @@ class DenseDataset(Dataset):
 
 
 class AlignDataset(DenseDataset):
-    """As `DenseDataset`, with `spelling`: what each printed character follows, and in which cell it stands."""
+    """As `DenseDataset`, with what single visual tokens hold: `spelling`, `words` and `boxes`, see there."""
 
     def item(self, sample: Sample) -> dict[str, Tensor]:
-        """As of `DenseDataset`, and the spelling."""
-        return super().item(sample) | {"spelling": spelling(sample, self.placement(sample), self.stride)}
+        """As of `DenseDataset`, and spelling, words and boxes."""
+        placement = self.placement(sample)
+        printed = words(sample)
+        return super().item(sample) | {
+            "spelling": spelling(printed, placement, self.stride),
+            "words": word_tokens(printed, placement, self.stride, self.processor.tokenizer),
+            "boxes": boxes(
+                [union(glyph.box for glyph in word) for word in printed] + [thing.box for thing in sample.things],
+                placement,
+                self.stride,
+            ),
+        }
 
 
-def spelling(sample: Sample, placement: Placement, stride: int) -> Tensor:
-    """(characters, 3): the cell of each printed character that is seen, row by row; the glyph class before it in its
-    word, 0 where it begins one; its own."""
-    cells = grid(placement.canvas, stride)
-    rows = []
-    before: Glyph | None = None
+Word = list[Glyph]
+
+
+def words(sample: Sample) -> list[Word]:
+    """The printed characters, those that touch on a line together."""
+    found: list[Word] = []
     for glyph in sample.glyphs:
-        box = placement.box_to_normalised(glyph.box)
-        if cells_under(box, cells):
-            row, column = centre_cell(box, cells)
-            follows = before is not None and _is_next(before, glyph)
-            rows.append((row * cells.width + column, _label(before) if before and follows else 0, _label(glyph)))
-        before = glyph
-    return torch.tensor(rows, dtype=torch.long).view(-1, 3)
+        if found and _is_next(found[-1][-1], glyph):
+            found[-1].append(glyph)
+        else:
+            found.append([glyph])
+    return found
 
 
 def _is_next(a: Glyph, b: Glyph) -> bool:
@@ -88,6 +99,52 @@ def _is_next(a: Glyph, b: Glyph) -> bool:
     height = max(a.box[3] - a.box[1], b.box[3] - b.box[1])
     level = abs(a.box[1] + a.box[3] - b.box[1] - b.box[3]) / 2 < height
     return level and -height / 2 < b.box[0] - a.box[2] < 0.3 * height
+
+
+def spelling(printed: Sequence[Word], placement: Placement, stride: int) -> Tensor:
+    """(characters, 4): the cell of each character that is seen, the glyph classes of the two before it in its word,
+    its own. 0 stands before a word, and as what follows its last character, in that one's cell."""
+    cells = grid(placement.canvas, stride)
+    rows = []
+    for word in printed:
+        labels = [0, 0, *map(_label, word), 0]
+        for number, glyph in enumerate([*word, word[-1]]):
+            box = placement.box_to_normalised(glyph.box)
+            if cells_under(box, cells):
+                row, column = centre_cell(box, cells)
+                rows.append((row * cells.width + column, *labels[number : number + 3]))
+    return torch.tensor(rows, dtype=torch.long).view(-1, 4)
+
+
+def word_tokens(printed: Sequence[Word], placement: Placement, stride: int, tokenizer: Any) -> Tensor:
+    """(names, 2): a cell, and a token that names a printed word in it, as it is printed or in lower case; none for
+    words that the tokenizer spells."""
+    cells = grid(placement.canvas, stride)
+    rows = set()
+    for word in printed:
+        text = "".join(glyph.char for glyph in word).strip(".,:()")
+        for form in {text, text.lower()} if len(text) > 1 else ():
+            ids = tokenizer(f" {form}").input_ids
+            if len(ids) == 1:
+                under = set().union(*(cells_under(placement.box_to_normalised(glyph.box), cells) for glyph in word))
+                rows |= {(row * cells.width + column, ids[0]) for row, column in under}
+    return torch.tensor(sorted(rows), dtype=torch.long).view(-1, 2)
+
+
+def boxes(found: Sequence[Box], placement: Placement, stride: int) -> Tensor:
+    """(cells, 5): an occupied cell, and how far left, up, right and down from its centre the sides of what stands in
+    it lie, in cells; of several things that with the nearest centre."""
+    cells = grid(placement.canvas, stride)
+    nearest: dict[tuple[int, int], tuple[float, ...]] = {}
+    for box in map(placement.box_to_normalised, found):
+        x0, y0, x1, y1 = box[0] * cells.width, box[1] * cells.height, box[2] * cells.width, box[3] * cells.height
+        for row, column in cells_under(box, cells):
+            sides = (x0 - column - 0.5, y0 - row - 0.5, x1 - column - 0.5, y1 - row - 0.5)
+            distance = (sides[0] + sides[2]) ** 2 + (sides[1] + sides[3]) ** 2
+            if distance < nearest.get((row, column), (math.inf,))[0]:
+                nearest[row, column] = (distance, *sides)
+    rows = [(row * cells.width + column, *sides) for (row, column), (_, *sides) in sorted(nearest.items())]
+    return torch.tensor(rows, dtype=torch.float32).view(-1, 5)
 
 
 def _label(glyph: Glyph) -> int:

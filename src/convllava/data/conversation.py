@@ -14,6 +14,8 @@ from convllava.errors import InputError
 from convllava.processing import ConvLlavaProcessor
 
 IGNORE = -100
+GUIDES = ("answer", "mention")
+"""What a position can be told to look at (see `guidance.guides`)."""
 CAPTION_REQUESTS = ("Describe the image.", "What does the page show?", "Read the page.")
 
 
@@ -47,7 +49,7 @@ def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dic
 def collate(items: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Any]:
     """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing.
 
-    Guides (see `guidance`) become (pairs, 3): sequence of the batch, position, position to look at.
+    Guides (see `guidance.guides`) become (pairs, 3): sequence of the batch, position, position to look at.
     """
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch: dict[str, Any] = {
@@ -63,6 +65,7 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Any]
     ]
     if images:
         batch["pixel_values"] = images
-    if "guides" in items[0]:
-        batch["guides"] = torch.cat([F.pad(item["guides"], (1, 0), value=row) for row, item in enumerate(items)])
+    for name in (f"{kind}_guides" for kind in GUIDES):
+        if name in items[0]:
+            batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])
     return batch

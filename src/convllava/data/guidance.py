@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from convllava.data.cells import Word, words
 from convllava.data.conversation import IGNORE
 from convllava.geometry import Box, Placement, Size, cells_under, grid, parse_box
 from convllava.processing import ConvLlavaProcessor
@@ -25,6 +26,7 @@ CAPTION = "caption"
 Cells = frozenset[tuple[int, int]]
 _MOST_OCCURRENCES = 4
 """What is printed more often than this ("1") says nothing about where to look."""
+_MOST_NAMESAKES = 2
 
 
 class Page:
@@ -84,7 +86,7 @@ def answer_cells(page: Page, turn: Turn) -> list[Cells]:
         starts = page.find(answer)
         if 0 < len(starts) <= _MOST_OCCURRENCES:
             return page.characters(answer, starts)
-        everywhere = _mentioned(page, turn.question)
+        everywhere = mentioned_cells(page, turn.question)
     return [everywhere] * len(answer)
 
 
@@ -95,14 +97,16 @@ def _named_things(page: Page, turn: Turn) -> Cells:
     return page.things(words & set(SHAPES), words & set(COLOURS), places[-1] if places else None)
 
 
-def _mentioned(page: Page, question: str) -> Cells:
-    """The cells of the one printed label that the question names, as where a bar must be read off an axis."""
-    words = [word for word in re.findall(r"[\w']+", question) if len(word) > 1 or word.isupper() or word.isdigit()]
-    for word in reversed(words):
-        starts = page.find(word)
-        if len(starts) == 1:
-            return frozenset().union(*page.characters(word, starts))
-    return frozenset()
+def mentioned_cells(page: Page, question: str) -> Cells:
+    """The cells of the printed words that a question names, such as a row's label: where its answer is looked up."""
+    asked = {word.lower() for word in re.findall(r"[\w']+", question)}
+    named: dict[str, list[Word]] = {}
+    for word in words(page.sample):
+        text = "".join(glyph.char for glyph in word).strip(".,:;()").lower()
+        if text in asked:
+            named.setdefault(text, []).append(word)
+    glyphs = [glyph for found in named.values() if len(found) <= _MOST_NAMESAKES for word in found for glyph in word]
+    return frozenset().union(*(page.cells(glyph.box) for glyph in glyphs))
 
 
 def caption_cells(page: Page, caption: str) -> list[Cells]:
@@ -142,8 +146,10 @@ def token_cells(pieces: Sequence[str], cells: Sequence[Cells]) -> list[Cells]:
     return found
 
 
-def guides(encoded: dict[str, Tensor], turns: Sequence[Turn], sample: Sample, processor: ConvLlavaProcessor) -> Tensor:
-    """What each position of an encoded conversation should look at to write its next token.
+def guides(
+    encoded: dict[str, Tensor], turns: Sequence[Turn], sample: Sample, processor: ConvLlavaProcessor
+) -> dict[str, Tensor]:
+    """What the positions of an encoded conversation should look at to write their next tokens.
 
     Args:
         encoded: From `conversation.encode`: the sample's image and then these turns.
@@ -152,19 +158,23 @@ def guides(encoded: dict[str, Tensor], turns: Sequence[Turn], sample: Sample, pr
         processor: Which encoded it.
 
     Returns:
-        (pairs, 2): a position of the sequence, and one of the visual tokens that it should look at.
+        `answer_guides`, to where the next token stands, and `mention_guides`, to what the question names: (pairs, 2)
+        each, a position of the sequence, and one of the visual tokens that it should look at.
     """
     pixels = processor.image_processor
     page = Page(sample, pixels.placement(Size(sample.image.height, sample.image.width)), pixels.stride)
     first = int((encoded["input_ids"] == processor.image_token_id).nonzero()[0, 0])
     row_length = page.grid.width + processor.row_separator
-    pairs: list[tuple[int, int]] = []
+    pairs: dict[str, list[tuple[int, int]]] = {"answer_guides": [], "mention_guides": []}
     for turn, (start, stop) in zip(turns, answer_spans(encoded["labels"]), strict=True):
         pieces = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"][start : stop - 1].tolist())
-        by_character = caption_cells(page, turn.answer) if turn.task == CAPTION else answer_cells(page, turn)
+        is_caption = turn.task == CAPTION
+        by_character = caption_cells(page, turn.answer) if is_caption else answer_cells(page, turn)
+        mentioned = frozenset() if is_caption else mentioned_cells(page, turn.question)
         for position, found in enumerate(token_cells(pieces, by_character), start=start - 1):
-            pairs += [(position, first + row * row_length + column) for row, column in sorted(found)]
-    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+            for kind, cells in (("answer_guides", found), ("mention_guides", mentioned)):
+                pairs[kind] += [(position, first + row * row_length + column) for row, column in sorted(cells)]
+    return {kind: torch.tensor(found, dtype=torch.long).view(-1, 2) for kind, found in pairs.items()}
 
 
 def answer_spans(labels: Tensor) -> list[tuple[int, int]]:

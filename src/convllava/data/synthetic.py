@@ -17,7 +17,7 @@ from convllava.synthetic import Sample, Turn, World
 class ChatDataset(Dataset):
     """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
 
-    Items are those of `conversation.encode`; with `guided`, also `guides` (see `guidance`).
+    Items are those of `conversation.encode`; with `guided`, also `answer_guides` and `mention_guides` (see `guidance`).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ChatDataset(Dataset):
         sample = self.world.sample(index)
         turns = self.turns(sample)
         item = encode(self.processor, self.messages(sample, turns))
-        return item | {"guides": guides(item, turns, sample, self.processor)} if self.guided else item
+        return item | guides(item, turns, sample, self.processor) if self.guided else item
 
     def turns(self, sample: Sample) -> list[Turn]:
         """The sample's turns, and perhaps its caption at any place among them."""

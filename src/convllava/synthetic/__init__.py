@@ -19,6 +19,7 @@ from convllava.synthetic.sample import (
     Turn,
     box_text,
     position_of,
+    union,
 )
 from convllava.synthetic.world import World
 
@@ -37,4 +38,5 @@ __all__ = [
     "box_text",
     "closed_vocabulary",
     "position_of",
+    "union",
 ]

@@ -42,9 +42,10 @@ class Alignment(nn.Module):
         self.head = nn.ModuleDict(
             {
                 "glyph": nn.Linear(width, self.side**2 * glyphs),
-                "before": nn.Embedding(glyphs, width),
-                "hidden": nn.Linear(width, width),
-                "next": nn.Linear(width, glyphs),
+                "token": nn.Linear(width, 2 * width),
+                "before": nn.Embedding(2 * glyphs, 2 * width),
+                "next": nn.Linear(2 * width, glyphs),
+                "box": nn.Linear(width, 4),
             }
         )
         self.vocabulary = {name: torch.tensor(ids) for name, ids in vocabulary.items()}
@@ -56,44 +57,69 @@ class Alignment(nn.Module):
         shape: list[Tensor],
         colour: list[Tensor],
         spelling: list[Tensor],
+        words: list[Tensor],
+        boxes: list[Tensor],
     ) -> dict[str, Tensor]:
         """Images of (3, height, width) and the labels of `AlignDataset` at the tower's stride -> loss, the accuracy of
-        the glyph map over the cells where something is printed, and that of spelling."""
+        the glyph map over the cells where something is printed, that of spelling, and the mean error of boxes."""
         # Without coordinates: they say nothing of what is shown, so this loss alone would shrink them to nothing.
         tokens = self.model.multi_modal_projector.content(self.model.vision_tower(pixel_values))
         outputs: dict[str, Tensor] = {}
         printed = torch.cat([cells(item, self.side) for item in glyph])
-        losses = [judge("glyph", self.head["glyph"](tokens), printed, outputs)]
-        labels = {"glyph": printed.view(len(tokens), -1)}
+        counts = [item.numel() // self.side**2 for item in glyph]
+        losses = [
+            judge("glyph", self.head["glyph"](tokens), printed, outputs),
+            self._naming_loss(tokens, self._bags(printed, shape, colour, _numbered(words, counts))),
+            self._spelling_loss(tokens, _numbered(spelling, counts), outputs),
+            self._box_loss(tokens, _numbered(boxes, counts), outputs),
+        ]
+        return {"loss": torch.stack(losses).sum(), **outputs}
+
+    def _spelling_loss(self, tokens: Tensor, spelling: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+        """Cross entropy of each character, given the two before it and the token of its cell: reading is that step."""
+        cell, *before, char = spelling.T
+        glyphs = DENSE_CLASSES["glyph"]
+        known = self.head["before"](before[0]) + self.head["before"](glyphs + before[1])
+        logits = self.head["next"](F.gelu(self.head["token"](tokens)[cell] + known))
+        outputs["spelling"] = (logits.detach().argmax(-1) == char).float().mean()
+        return F.cross_entropy(logits, char, reduction="sum") / max(len(char), 1)
+
+    def _box_loss(self, tokens: Tensor, boxes: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+        """Smooth L1 distance of the sides of what stands in a cell, in cells (Fast R-CNN, arXiv 1504.08083)."""
+        found = self.head["box"](tokens[boxes[:, 0].long()])
+        outputs["box_error"] = (found.detach() - boxes[:, 1:]).abs().mean()
+        return F.smooth_l1_loss(found, boxes[:, 1:], beta=0.1, reduction="sum") / max(boxes[:, 1:].numel(), 1)
+
+    def _bags(self, printed: Tensor, shape: list[Tensor], colour: list[Tensor], words: Tensor) -> Tensor:
+        """(cells, vocabulary): 1 for each token that names something in the cell."""
+        embeddings: Any = self.model.get_input_embeddings()
+        nothing = len(embeddings.weight)
+        labels = {"glyph": printed.view(-1, self.side**2)}
         labels |= {
             name: torch.cat([item.flatten() for item in maps])[:, None]
             for name, maps in (("shape", shape), ("colour", colour))
         }
-        losses += [self._naming_loss(tokens, labels), self._spelling_loss(tokens, glyph, spelling, outputs)]
-        return {"loss": torch.stack(losses).sum(), **outputs}
+        named = torch.cat([self.vocabulary[name].to(printed.device)[found] for name, found in labels.items()], dim=1)
+        bags = torch.zeros(len(named), nothing + 1, device=printed.device)
+        bags = bags.scatter(1, named.where(named >= 0, nothing), 1.0)[:, :nothing]
+        bags[words[:, 0], words[:, 1]] = 1.0
+        return bags
 
-    def _spelling_loss(
-        self, tokens: Tensor, glyph: list[Tensor], spelling: list[Tensor], outputs: dict[str, Tensor]
-    ) -> Tensor:
-        """Cross entropy of each character, given the one before it and the token of its cell: reading is that step."""
-        counts = [item.numel() // self.side**2 for item in glyph]
-        starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
-        cell, before, char = torch.cat(
-            [item + item.new_tensor([start, 0, 0]) for item, start in zip(spelling, starts, strict=True)]
-        ).T
-        hidden = F.gelu(self.head["hidden"](tokens[cell]) + self.head["before"](before))
-        logits = self.head["next"](hidden)
-        outputs["spelling"] = (logits.detach().argmax(-1) == char).float().mean()
-        return F.cross_entropy(logits, char, reduction="sum") / max(len(char), 1)
-
-    def _naming_loss(self, tokens: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
+    def _naming_loss(self, tokens: Tensor, bags: Tensor) -> Tensor:
         """Cross entropy between each token's products with the word embeddings and the words of its cell, all alike."""
         embeddings: Any = self.model.get_input_embeddings()
-        words = torch.cat([self.vocabulary[name].to(tokens.device)[found] for name, found in labels.items()], dim=1)
-        nothing = len(embeddings.weight)
-        bags = tokens.new_zeros(len(tokens), nothing + 1)
-        bags = bags.scatter(1, words.where(words >= 0, nothing), 1.0)[:, :nothing]
         occupied = bags.sum(1) > 0
         shares = bags[occupied] / bags[occupied].sum(1, keepdim=True)
         log_shares = F.linear(tokens[occupied], embeddings.weight).log_softmax(-1)
         return -(shares * log_shares).sum() / occupied.sum().clamp(min=1)
+
+
+def _numbered(rows: list[Tensor], counts: list[int]) -> Tensor:
+    """Per image (n, k) whose first column is a cell of that image -> one, its cells counted through the batch."""
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+    return torch.cat(
+        [
+            F.pad(item[:, :1] + start, (0, item.shape[1] - 1)) + F.pad(item[:, 1:], (1, 0))
+            for item, start in zip(rows, starts, strict=True)
+        ]
+    )

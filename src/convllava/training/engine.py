@@ -1,6 +1,7 @@
 """Runs a recipe: stage after stage through a small subclass of the Hugging Face Trainer.
 
     convllava train recipes/tiny-quick.yaml --output runs/quick [--resume]
+    torchrun --nproc-per-node 2 -m convllava train recipes/tiny-quick.yaml --output runs/quick
 
 Everything lies in the output folder: `recipe.yaml` (resolved), `log.jsonl` (one line an optimiser step), `tensorboard/`
 and one folder per stage, `1-NAME/`, which is a loadable checkpoint with the recipe beside it and appears when the stage
@@ -13,7 +14,9 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from convllava import checkpoints
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.cells import ACCURACIES, AlignDataset, DenseDataset, collate_dense
-from convllava.data.conversation import collate
+from convllava.data.conversation import GUIDES, collate
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
@@ -37,9 +40,11 @@ from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import World, closed_vocabulary
 from convllava.training.alignment import Alignment, vocabulary_of
+from convllava.training.attention import Guidance, guide_attention, guided_layers
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
-from convllava.training.losses import answer_loss, answer_weights, guidance_loss
+from convllava.training.losses import answer_loss, answer_weights
+from convllava.training.muon import Muon
 from convllava.training.parts import freeze_all_but, parameter_groups
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, StepLog, print_parts
@@ -66,10 +71,12 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
     if max_steps is not None:
         stages = [dataclasses.replace(stage, steps=min(stage.steps, max_steps)) for stage in recipe.stages]
         recipe = dataclasses.replace(recipe, stages=stages)
+    check_processes(recipe, process_count())
     set_seed(recipe.seed)
     model, processor = start(recipe)
     check_stages(recipe, model, processor)
-    prepare_output(recipe, output, resume)
+    if is_first_process():
+        prepare_output(recipe, output, resume)
     folders = [output / f"{index}-{stage.name}" for index, stage in enumerate(recipe.stages)]
     done = sum(folder.exists() for folder in folders)
     for index in range(done, len(folders)):
@@ -89,6 +96,30 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
     for stage in recipe.stages:
         freeze_all_but(trained_module(stage, model, processor), stage.trains)
         make_world(stage.data, seed=0)
+
+
+def process_count() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """Refuse a batch that the processes cannot share.
+
+    Raises:
+        InputError: names the stage.
+    """
+    for stage in recipe.stages:
+        if stage.batch_size % (stage.accumulate * processes):
+            raise InputError(
+                f"stage {stage.name}: batch_size {stage.batch_size} does not divide among {processes} processes "
+                f"with accumulate {stage.accumulate}; make it a multiple of {stage.accumulate * processes}"
+            )
 
 
 def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
@@ -165,7 +196,8 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     set_seed(recipe.seed + index)
     trained = trained_module(stage, model, processor)
     freeze_all_but(trained, stage.trains)
-    print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
+    if is_first_process():
+        print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
     dataset = make_dataset(recipe, index, processor)
     checkpoint = get_last_checkpoint(progress) if progress.exists() else None
     if stage.calibrate and checkpoint is None:
@@ -178,12 +210,13 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         data_collator=make_collator(stage, processor),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StepLog(folder.parent, stage, index, trainer.counts))
     bar = ProgressBar(f"{index}-{stage.name}")
-    trainer.add_callback(bar)
-    trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.parent / "tensorboard" / folder.name)))
+    if is_first_process():
+        trainer.add_callback(StepLog(folder.parent, stage, index, trainer.counts))
+        trainer.add_callback(bar)
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.parent / "tensorboard" / folder.name)))
     if stage.guidance:
-        model.set_attn_implementation({"text_config": "eager"})  # the others do not tell where they look
+        guide_attention(model)
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -191,8 +224,10 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         torch.set_flush_denormal(False)
         bar.stop()
     model.config.use_cache = True  # the Trainer turns it off
-    checkpoints.write(model, processor, folder, recipe=dump_recipe(recipe))
-    shutil.rmtree(progress, ignore_errors=True)
+    if is_first_process():
+        checkpoints.write(model, processor, folder, recipe=dump_recipe(recipe))
+        shutil.rmtree(progress, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
 
 
 def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
@@ -225,10 +260,11 @@ def make_collator(stage: Stage, processor: Any) -> Any:
 
 
 def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> TrainingArguments:
+    on_cpu = not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(progress),
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size // stage.accumulate,
+        per_device_train_batch_size=stage.batch_size // stage.accumulate // process_count(),
         gradient_accumulation_steps=stage.accumulate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
         warmup_steps=round(stage.warmup * stage.steps),
@@ -246,6 +282,9 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
+        ddp_find_unused_parameters=True,  # an objective may leave parts of what trains alone for a step
     )
 
 
@@ -262,12 +301,15 @@ class StageTrainer(Trainer):
         self.staging: str | None = None
         self.counts = {"images": 0, "tokens": 0}
         self.notes: dict[str, float] = {}
+        self.guided_layers = guided_layers(model) if stage.guidance else {}
         super().__init__(model=model, **keywords)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = parameter_groups(self.trained, self.stage.trains, self.stage.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, self.stage.adam_beta2))
+            is_muon = self.stage.optimizer == "muon"
+            groups = parameter_groups(self.trained, self.stage.trains, self.stage.weight_decay, is_muon)
+            betas = (0.95 if is_muon else 0.9, self.stage.adam_beta2)
+            self.optimizer = Muon(groups, betas=betas) if is_muon else torch.optim.AdamW(groups, betas=betas)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -276,29 +318,43 @@ class StageTrainer(Trainer):
         return SequentialSampler(samples)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.counts["images"] += len(inputs.get("pixel_values", ()))
-        self.counts["tokens"] += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
-        guides = inputs.pop("guides", None)
-        if guides is not None:
-            inputs["output_attentions"] = True
-        loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
-        notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
-        self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
-        if self.stage.balance or guides is not None:
-            loss = self._chat_loss(loss, outputs, inputs["labels"], guides)
+        self._count(inputs)
+        # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
+        inputs.pop("attention_mask", None)
+        guidance = self._guidance(inputs)
+        if self.stage.balance or guidance is not None:
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = self._chat_loss(outputs["logits"], labels, guidance)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
+            notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
+            self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
-    def _chat_loss(self, loss: Tensor, outputs: Any, labels: Tensor, guides: Tensor | None) -> Tensor:
-        """The model's own loss, or that of balanced answers, and attention guidance."""
+    def _count(self, inputs: Mapping[str, Any]) -> None:
+        """Images and tokens of all processes, which have as many each, more or less."""
+        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+        self.counts["images"] += len(inputs.get("pixel_values", ())) * self.args.world_size
+        self.counts["tokens"] += tokens * self.args.world_size
+
+    def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
+        """Take the guides out of the batch and put into it what records where attention looks."""
+        found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}
+        if not self.stage.guidance:
+            return None
+        inputs["guidance"] = Guidance({layer: found[kind] for kind, layer in self.guided_layers.items()})
+        return inputs["guidance"]
+
+    def _chat_loss(self, logits: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:
+        """The loss of balanced answers, and attention guidance."""
         weights = answer_weights(labels, self.stage.balance)
-        passes = self.args.gradient_accumulation_steps  # the model's own loss is a share of all passes' tokens already
-        if self.stage.balance:
-            loss = answer_loss(outputs["logits"], labels, weights) / passes
-        if guides is not None:
-            guidance = guidance_loss(outputs["attentions"][-1], guides, weights)
-            self.notes["guidance"] = guidance.item()
-            loss = loss + self.stage.guidance * guidance / passes
-        return loss
+        loss = answer_loss(logits, labels, weights)
+        if guidance is not None:
+            looks = {kind: guidance.loss(layer, weights) for kind, layer in self.guided_layers.items()}
+            self.notes = {f"{kind}_guidance": value.item() for kind, value in looks.items()}
+            loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
+        return loss / self.args.gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self.notes}, start_time)
@@ -311,12 +367,17 @@ class StageTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         home = Path(super()._get_output_dir(trial))
         self.staging = str(home / "partial")
-        shutil.rmtree(self.staging, ignore_errors=True)
+        if is_first_process():
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         finally:
             staged, self.staging = Path(self.staging), None
-        older = list(home.glob("checkpoint-*"))
-        (staged / name).rename(home / name)
-        for folder in older:
-            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if is_first_process():
+            older = list(home.glob("checkpoint-*"))
+            (staged / name).rename(home / name)
+            for folder in older:
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()

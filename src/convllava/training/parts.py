@@ -56,12 +56,24 @@ def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> None:
             parameter.requires_grad_(part in trains)
 
 
-def parameter_groups(model: nn.Module, trains: Mapping[str, float], weight_decay: float) -> list[dict]:
-    """AdamW groups: per part, matrices with weight decay and vectors (norms, biases, LayerScale) without."""
+_CHANNEL_MIXING = re.compile(r"_proj\.|pwconv\d\.|downsampling_layer\.1\.|linear_\d\.")
+
+
+def parameter_groups(model: nn.Module, trains: Mapping[str, float], weight_decay: float, muon: bool) -> list[dict]:
+    """Optimiser groups: per part, matrices with weight decay and vectors (norms, biases, LayerScale) without.
+
+    With `muon` the matrices that mix channels inside the network form groups of their own, marked `"muon": True`;
+    embeddings, heads, the stem and depthwise convolutions are not of that kind.
+    """
     groups = []
     for part, parameters in parts_of(model).items():
-        for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
-            chosen = [p for _, p in parameters if p.requires_grad and (p.ndim > 1) == is_matrix]
-            if chosen:
-                groups.append({"params": chosen, "lr": trains[part], "weight_decay": decay, "part": part})
+        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                is_matrix = parameter.ndim > 1
+                mixes = muon and is_matrix and part not in ("stem", "head") and bool(_CHANNEL_MIXING.search(name))
+                kinds.setdefault((is_matrix, mixes), []).append(parameter)
+        for (is_matrix, mixes), chosen in kinds.items():
+            decay = weight_decay if is_matrix else 0.0
+            groups.append({"params": chosen, "lr": trains[part], "weight_decay": decay, "part": part, "muon": mixes})
     return groups

@@ -83,8 +83,10 @@ class Stage:
     """Of the learning rate, after the warm-up."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonal steps for the matrices that mix channels, AdamW for the rest; at the same learning rate."""
     weight_decay: float = 0.0
-    """AdamW's, on matrices only."""
+    """On matrices only."""
     adam_beta2: float = 0.999
     """AdamW's memory of squared gradients."""
     max_grad_norm: float = 1.0

@@ -18,6 +18,8 @@ from convllava.data.cells import ACCURACIES
 from convllava.training.parts import parts_of
 from convllava.training.recipe import Stage
 
+NOTES = (*ACCURACIES, "mention_guidance", "answer_guidance")
+"""What a step may report beside its loss."""
 _QUIET_SECONDS = 30
 """Where there is no terminal, one line this often stands in for the bar."""
 
@@ -75,7 +77,11 @@ class StepLog(TrainerCallback):
             "index": self.index,
             "step": state.global_step,
             "loss": logs["loss"],
-            **{name: round(logs[name], 4) for name in (*ACCURACIES, "guidance") if name in logs},
+            **{
+                name: round(logs[name], 4)
+                for name in (*ACCURACIES, "mention_guidance", "answer_guidance")
+                if name in logs
+            },
             "learning_rates": {group["part"]: group["lr"] for group in groups},
             "images": self.before["images"] + self.counts["images"],
             "tokens": self.before["tokens"] + self.counts["tokens"],
@@ -119,7 +125,8 @@ class ProgressBar(TrainerCallback):
         self.loss = logs["loss"] if self.loss is None else 0.98 * self.loss + 0.02 * logs["loss"]
         now = time.monotonic()
         done = state.global_step - self.first
-        rate = done * args.train_batch_size * args.gradient_accumulation_steps / max(now - self.started, 1e-9)
+        samples = done * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rate = samples / max(now - self.started, 1e-9)
         self.bar.update(self.task, completed=state.global_step, loss=f"{self.loss:.3f}", rate=f"{rate:.1f}")
         if not self.console.is_terminal and now - self.spoke > _QUIET_SECONDS:
             self.spoke = now

@@ -1,0 +1,102 @@
+"""Attention guidance: the language model's attention told where to look.
+
+-log of the share of its attention, averaged over heads, that a position gives to the visual tokens it is guided to
+(`data.guidance` finds them). Answers alone teach a small model from nothing to look things up only after many thousands
+of steps; pointing does in hundreds, and what it finds there the answers teach. A layer in the middle is told where on
+the page stands what the question names, the last one where the next token of the answer stands.
+
+The attention itself runs as scaled dot product attention; shares are computed a second time, and only for the guided
+positions of the two layers, because attention that returns all its weights takes several times as long.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+IMPLEMENTATION = "convllava_guided"
+_FLOOR = 1e-6
+"""Keeps the logarithm of attention that is nowhere near finite."""
+
+
+class Guidance:
+    """Passed through the model's forward as `guidance=`: the guides of each guided layer, and the shares found.
+
+    Args:
+        guides: Layer -> (pairs, 3): sequence of the batch, position, a position that it should look at.
+    """
+
+    def __init__(self, guides: dict[int, Tensor]) -> None:
+        self.guides = guides
+        self.shares: dict[int, Tensor] = {}
+
+    def loss(self, layer: int, weights: Tensor) -> Tensor:
+        """Weighted mean over the guided positions of -log(share of attention on all their places).
+
+        Args:
+            layer: A guided layer; the model has run.
+            weights: (batch, positions).
+
+        Returns:
+            A scalar; 0 where there are no guides.
+        """
+        guides, shares = self.guides[layer], self.shares[layer]
+        if not len(guides):
+            return weights.new_zeros(())
+        rows, groups = torch.unique(guides[:, 0] * weights.shape[1] + guides[:, 1], return_inverse=True)
+        total = torch.zeros(len(rows), dtype=shares.dtype, device=shares.device).index_add(0, groups, shares)
+        weights = weights.flatten()[rows]
+        return -(weights * (total + _FLOOR).log()).sum() / weights.sum()
+
+
+def guided_layers(model: Any) -> dict[str, int]:
+    """Which layer of the model's language model looks where: at what the question mentions, and at the answer."""
+    last = model.config.text_config.num_hidden_layers - 1
+    return {"answer": last} if last == 0 else {"mention": (last - 1) // 2, "answer": last}
+
+
+def guide_attention(model: Any) -> None:
+    """Let the language model of a `ConvLlavaForConditionalGeneration` take `guidance=`."""
+    AttentionInterface.register(IMPLEMENTATION, _attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    model.set_attn_implementation({"text_config": IMPLEMENTATION})
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    guidance: Guidance | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if guidance is not None and (layer := getattr(module, "layer_idx", None)) in guidance.guides:
+        guidance.shares[layer] = shares_of(query, key, guidance.guides[layer], kwargs["scaling"])
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def shares_of(query: Tensor, key: Tensor, guides: Tensor, scaling: float) -> Tensor:
+    """The share of causal attention, averaged over heads, that each guide's position gives to its place: (pairs,).
+
+    Args:
+        query: (batch, heads, positions, head width), right-padded.
+        key: (batch, key heads, positions, head width); heads are a multiple of key heads.
+        guides: (pairs, 3): sequence, position, place looked at.
+        scaling: Of the products.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    positions = torch.arange(key.shape[2], device=key.device)
+    shares = [query.new_zeros(0)]
+    for sequence in guides[:, 0].unique().tolist():
+        _, asked, place = guides[guides[:, 0] == sequence].T
+        rows, row_of = asked.unique(return_inverse=True)
+        scores = (query[sequence, :, rows] @ key[sequence].mT) * scaling
+        scores = scores.masked_fill(positions > rows[:, None], -torch.inf)
+        shares.append(scores.softmax(-1).mean(0)[row_of, place])
+    return torch.cat(shares)

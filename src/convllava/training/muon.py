@@ -1,0 +1,70 @@
+"""Muon: momentum whose every step is made orthogonal, for the matrices inside a network; AdamW for everything else.
+
+On two cores the dense stage reaches a loss with it in about two thirds of the time that AdamW needs. torch.optim.Muon
+orthogonalises in bfloat16, which a CPU without bfloat16 arithmetic emulates so slowly that nothing is won; this one
+works in the weights' own precision, and keeps both kinds of parameters in one optimiser, as the Trainer wants.
+
+Muon: Keller Jordan et al., 2024. Its steps are scaled to a root mean square of one, as AdamW's first steps have, so
+that one learning rate serves a part's matrices and vectors (arXiv 2502.16982, section 2.2, with 1 in place of 0.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """The (rows, columns) matrix with its singular values moved near one, by Newton-Schulz iteration."""
+    a, b, c = _QUINTIC
+    x = matrix / (matrix.norm() + 1e-7)
+    if tall := x.shape[0] > x.shape[1]:
+        x = x.T
+    for _ in range(_ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `"muon": True` take orthogonal steps, the others AdamW's.
+
+    Args:
+        groups: Parameter groups with `lr` and `weight_decay`; those of Muon hold parameters of two or more dimensions,
+            which count as (first, all the rest).
+        betas: AdamW's; the first is Muon's momentum too.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.95, 0.98)) -> None:
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "betas": betas, "eps": 1e-8, "muon": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # as the Trainer calls
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    direct = self._orthogonal if group["muon"] else self._adam
+                    direction = direct(parameter, parameter.grad, group)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+
+    def _orthogonal(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov momentum, made orthogonal."""
+        state, momentum = self.state[parameter], group["betas"][0]
+        mean = state.setdefault("mean", torch.zeros_like(parameter)).lerp_(gradient, 1 - momentum)
+        direction = orthogonalise(torch.lerp(gradient, mean, momentum).flatten(1))
+        return (direction * max(direction.shape) ** 0.5).view_as(parameter)
+
+    def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        state["step"] = step = state.get("step", 0) + 1
+        mean = state.setdefault("mean", torch.zeros_like(parameter)).lerp_(gradient, 1 - beta1)
+        square = state.setdefault("square", torch.zeros_like(parameter))
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return mean / (1 - beta1**step) / scale

@@ -1,0 +1,69 @@
+"""Muon: orthogonal steps for matrices, AdamW's for the rest."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from convllava.training.muon import Muon, orthogonalise
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
+def test_singular_values_come_near_one(rows, columns, seed):
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    before = torch.linalg.svdvals(matrix / matrix.norm())
+    after = torch.linalg.svdvals(orthogonalise(matrix))
+    assert after.max() < 1.3
+    assert after[before > 0.01].min() > 0.5
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
+    inputs, losses = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), []
+    for _ in range(count):
+        loss = (model(inputs) - inputs.flip(1).square()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+
+def groups_of(model: nn.Module, muon: bool) -> list[dict]:
+    return [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "lr": 1e-2, "weight_decay": 0.1, "muon": muon},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "lr": 1e-2, "weight_decay": 0.0},
+    ]
+
+
+def test_what_is_not_for_muon_takes_the_steps_of_adamw():
+    ours, theirs = network(), network()
+    steps(ours, Muon(groups_of(ours, False), betas=(0.9, 0.98)), 10)
+    steps(theirs, torch.optim.AdamW(groups_of(theirs, False), betas=(0.9, 0.98)), 10)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_orthogonal_steps_learn():
+    model = network()
+    losses = steps(model, Muon(groups_of(model, True)), 200)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_its_state_continues_where_it_was_saved():
+    model = network()
+    optimizer = Muon(groups_of(model, True))
+    steps(model, optimizer, 5)
+    twin = copy.deepcopy(model)
+    resumed = Muon(groups_of(twin, True))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert steps(model, optimizer, 5) == steps(twin, resumed, 5)
