@@ -19,7 +19,7 @@ from convllava.errors import InputError
 from convllava.geometry import Size, crop, square, visual_tokens
 from convllava.image_processing import ConvLlavaImageProcessorPil, mean_colour, render
 
-OFFICIAL = Path(__file__).parent / "data" / "official" / "square.png"
+OFFICIAL = Path(__file__).parent / "data" / "official" / "images" / "square.png"
 OFFICIAL_PIXELS_SHA256 = "cc4adbdd40b7a83be9f154582ff2b84f88c196c8695bfc4abd8de06e8f91e66d"
 """Of the float32 (1, 3, 256, 256) that ConvLLaVA's own code (commit 3e7ae57) made of square.png."""
 BACKGROUND = (122, 116, 104)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
+from convllava import official
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
@@ -23,6 +26,8 @@ from convllava.processing import ConvLlavaProcessor
 from convllava.tokenization import END, PAD, build_tokenizer
 
 Parts = tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]
+OFFICIAL_OWNER = re.compile(r"ConvLLaVA/[\w.-]+$")
+"""Hub ids whose repositories are in the published layout."""
 
 
 def build_fresh(
@@ -67,11 +72,14 @@ def build_fresh(
 
 
 def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
-    """A model and its processor from a folder or hub id in our own layout.
+    """A model and its processor from a folder or hub id, in our layout or in that of the published checkpoints.
 
     Raises:
         InputError: another kind of model, a damaged file, or a tensor that is missing or of another shape.
     """
+    path = on_disk(path)
+    if official.is_official(path):
+        return official.load(path, dtype)
     try:
         config = AutoConfig.from_pretrained(path)
         if not isinstance(config, ConvLlavaConfig):
@@ -98,6 +106,16 @@ def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcesso
         processor.save_pretrained(folder)
         for name, text in texts.items():
             (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def on_disk(path: str | Path) -> str | Path:
+    """The folder of a published checkpoint that goes by a hub id, fetched if need be; anything else passes through."""
+    if Path(path).exists() or not OFFICIAL_OWNER.match(str(path)):
+        return path
+    try:
+        return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*/*"])
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"{path} cannot be fetched: {str(error).strip().splitlines()[0]}") from None
 
 
 def initialise_from_nothing(tower: nn.Module) -> None:
@@ -131,20 +149,46 @@ def initialise_attention(language_model: nn.Module) -> None:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def convert(source: str | Path, destination: str | Path, dtype: str = "bfloat16") -> None:
-    """Write a checkpoint again in another precision; that is how the weights in the package were made.
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    dtype: str = "bfloat16",
+    *,
+    to: str = "convllava",
+    base: str | Path | None = None,
+) -> str:
+    """Write a checkpoint again: a published one in our layout, ours in the published one, either in another precision.
+
+    Args:
+        source: A folder or hub id in either layout; of the original's LoRA runs the folder with the adapter.
+        destination: A new folder, which appears only when it is complete.
+        dtype: float32, bfloat16 or float16.
+        to: `convllava`, or `official` for the layout of the original code.
+        base: What a LoRA was trained on, where its own folder names a path that is not here.
+
+    Returns:
+        What a user should know of the source; empty if nothing.
 
     Raises:
-        InputError: the source does not load, the destination exists, or the precision is unknown.
+        InputError: the source does not load, the destination exists, or a setting is unknown.
     """
-    destination = Path(destination)
+    source, destination = on_disk(source), Path(destination)
     if dtype not in DTYPES:
         raise InputError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if to not in ("convllava", "official"):
+        raise InputError(f"there is no layout {to!r}; choose convllava or official")
     if destination.exists():
         raise InputError(f"{destination} exists already; choose another folder or remove it")
-    model, processor = read(source)
-    model.to(DTYPES[dtype])  # type: ignore[arg-type]  # a decorated method loses its self
-    write(model, processor, destination)
+    if to == "convllava" and official.is_official(source):
+        with whole_folder(destination) as folder:
+            return official.convert(source, folder, DTYPES[dtype], base)
+    model, processor = read(source, DTYPES[dtype])
+    if to == "convllava":
+        write(model, processor, destination)
+    else:
+        with whole_folder(destination) as folder:
+            official.write_official(model, processor, folder)
+    return ""
 
 
 @contextmanager

@@ -110,11 +110,14 @@ def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint: a folder or a hub id.")],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    to: Annotated[str, typer.Option(help="convllava, or official: the layout of the original code.")] = "convllava",
+    base: Annotated[str | None, typer.Option(help="What a LoRA of the original code was trained on.")] = None,
 ) -> None:
-    """Write a checkpoint in another precision."""
+    """Write a published checkpoint as ours, ours as a published one, or either in another precision."""
     from convllava.checkpoints import convert as run
 
-    run(source, destination, dtype)
+    if note := run(source, destination, dtype, to=to, base=base):
+        print(note, file=sys.stderr)
 
 
 @app.command(name="eval")

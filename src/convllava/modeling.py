@@ -186,8 +186,11 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if input_ids is not None:
+            # The placeholder may lie beyond the vocabulary, as in published checkpoints: it is never looked up.
+            text_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+            inputs_embeds = self.get_input_embeddings()(text_ids)
+        assert inputs_embeds is not None
         features = (mm_encoder_outputs or {}).get("image")
         if features is None and pixel_values is not None and len(pixel_values):
             features = self.get_image_features(pixel_values, image_sizes, return_dict=True)
