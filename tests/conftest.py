@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from convllava.checkpoints import Parts, build_fresh
+from convllava.building import Parts, build_fresh
 
 torch.set_num_threads(1)
 

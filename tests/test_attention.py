@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from convllava.checkpoints import build_fresh
+from convllava.building import build_fresh
 from convllava.data.conversation import collate
 from convllava.data.synthetic import ChatDataset
 from convllava.synthetic import World, closed_vocabulary

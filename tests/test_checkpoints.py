@@ -7,7 +7,8 @@ import torch
 from conftest import fresh, picture
 
 from convllava import InputError
-from convllava.checkpoints import build_fresh, convert, read, whole_folder, write
+from convllava.building import build_fresh
+from convllava.checkpoints import convert, read, whole_folder, write
 from convllava.inference import Assistant
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from convllava.checkpoints import build_fresh
+from convllava.building import build_fresh
 from convllava.data.cells import label_maps
 from convllava.data.guidance import Page, answer_cells, answer_spans, caption_cells, mentioned_cells, token_cells
 from convllava.data.synthetic import ChatDataset

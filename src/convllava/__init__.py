@@ -21,6 +21,7 @@ _HOMES = {
     "ConvLlavaImageProcessorPil": "image_processing",
     "ConvLlavaProcessor": "processing",
     "InputError": "errors",
+    "build": "building",
     "load": "inference",
 }
 __all__ = sorted(_HOMES)

@@ -1,10 +1,10 @@
-"""Models on disk and from nothing: building a fresh one, writing a folder that is either whole or absent."""
+"""Models on disk: reading one in any layout, converting it, writing a folder that is either whole or absent."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,62 +13,18 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava import official
-from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
-from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
-from convllava.tokenization import END, PAD, build_tokenizer
 
 Parts = tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]
 OFFICIAL_OWNER = re.compile(r"ConvLLaVA/[\w.-]+$")
 """Hub ids whose repositories are in the published layout."""
-
-
-def build_fresh(
-    *,
-    vision: dict[str, Any],
-    language: dict[str, Any],
-    pixels: dict[str, Any],
-    words: Iterable[str],
-    row_separator: bool = True,
-    coordinate_embedding: bool = True,
-    seed: int = 0,
-) -> Parts:
-    """A model with random weights and a processor with a spelling tokenizer, ready for the first stage.
-
-    Args:
-        vision: Settings of `ConvLlavaVisionConfig`.
-        language: Settings of a causal language model; `model_type` names its family. The vocabulary is filled in.
-        pixels: Settings of `ConvLlavaImageProcessorPil`; the stride is filled in.
-        words: What the tokenizer knows as single tokens (see `tokenization.build_tokenizer`).
-        seed: Of the weights.
-    """
-    tower = ConvLlavaVisionConfig(**vision)
-    tokenizer = build_tokenizer(words, context=language.get("max_position_embeddings", 2048))
-    processor = ConvLlavaProcessor(
-        ConvLlavaImageProcessorPil(**{**pixels, "stride": tower.stride}), tokenizer, row_separator=row_separator
-    )
-    ids = {"pad_token_id": tokenizer.convert_tokens_to_ids(PAD), "eos_token_id": tokenizer.convert_tokens_to_ids(END)}
-    config = ConvLlavaConfig(
-        vision_config=tower,
-        text_config={**language, "vocab_size": len(tokenizer), "bos_token_id": None, **ids},
-        image_token_id=processor.image_token_id,
-        row_separator=row_separator,
-        coordinate_embedding=coordinate_embedding,
-    )
-    torch.manual_seed(seed)
-    model = ConvLlavaForConditionalGeneration(config)
-    initialise_from_nothing(model.model.vision_tower)
-    initialise_attention(model.model.language_model)
-    for key, value in ids.items():
-        setattr(model.generation_config, key, value)
-    return model, processor
 
 
 def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
@@ -116,34 +72,6 @@ def on_disk(path: str | Path) -> str | Path:
         return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*/*"])
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(f"{path} cannot be fetched: {str(error).strip().splitlines()[0]}") from None
-
-
-def initialise_from_nothing(tower: nn.Module) -> None:
-    """LeCun-normal weights (standard deviation 1/sqrt(fan-in)).
-
-    The 0.02 of ConvNeXt suits its hundreds of channels; in a tower of tens the blocks would hardly act at first.
-    """
-    for module in tower.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-
-
-@torch.no_grad()
-def initialise_attention(language_model: nn.Module) -> None:
-    """Let attention begin by matching and copying: keys equal queries, and what is read is written back as it was.
-
-    A question's "square" then looks at what holds something square from the first step on, where a small model
-    otherwise needs thousands of steps to find that out. In the manner of mimetic initialisation (arXiv 2305.09828),
-    which gives random weights the correlations of trained ones. Only where keys have as many heads as queries.
-    """
-    for module in language_model.modules():
-        projections = [getattr(module, f"{name}_proj", None) for name in "qkvo"]
-        weights = [projection.weight for projection in projections if isinstance(projection, nn.Linear)]
-        if len(weights) == 4:
-            query, key, value, output = weights
-            if key.shape == query.shape:
-                key.copy_(query)
-                output.copy_(value.T)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -30,6 +30,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from convllava import checkpoints
+from convllava.building import build_fresh
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.cells import ACCURACIES, AlignDataset, DenseDataset, collate_dense
 from convllava.data.conversation import GUIDES, collate
@@ -155,7 +156,7 @@ def start(recipe: Recipe) -> checkpoints.Parts:
     if spec.checkpoint is not None:
         return checkpoints.read(spec.checkpoint)
     check_settings(spec)
-    return checkpoints.build_fresh(
+    return build_fresh(
         vision=spec.vision,
         language=spec.language,
         pixels=spec.pixels,

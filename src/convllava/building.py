@@ -1,0 +1,309 @@
+"""A model before its first stage: from nothing, or from a pretrained ConvNeXt and a pretrained language model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import convllava.auto  # noqa: F401  the Auto classes must know the model
+from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.errors import InputError
+from convllava.image_processing import ConvLlavaImageProcessorPil
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.official import V1_TEMPLATE, opened, tensor_files
+from convllava.processing import ConvLlavaProcessor
+from convllava.tokenization import END, PAD, build_tokenizer
+
+Parts = tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]
+STAGE5_DEPTH = 6
+"""Blocks of the published fifth stage, which is twice as wide as the fourth."""
+
+
+def build_fresh(
+    *,
+    vision: dict[str, Any],
+    language: dict[str, Any],
+    pixels: dict[str, Any],
+    words: Iterable[str],
+    row_separator: bool = True,
+    coordinate_embedding: bool = True,
+    seed: int = 0,
+) -> Parts:
+    """A model with random weights and a processor with a spelling tokenizer, ready for the first stage.
+
+    Args:
+        vision: Settings of `ConvLlavaVisionConfig`.
+        language: Settings of a causal language model; `model_type` names its family. The vocabulary is filled in.
+        pixels: Settings of `ConvLlavaImageProcessorPil`; the stride is filled in.
+        words: What the tokenizer knows as single tokens (see `tokenization.build_tokenizer`).
+        seed: Of the weights.
+    """
+    tower = ConvLlavaVisionConfig(**vision)
+    tokenizer = build_tokenizer(words, context=language.get("max_position_embeddings", 2048))
+    processor = ConvLlavaProcessor(
+        ConvLlavaImageProcessorPil(**{**pixels, "stride": tower.stride}), tokenizer, row_separator=row_separator
+    )
+    ids = {"pad_token_id": tokenizer.convert_tokens_to_ids(PAD), "eos_token_id": tokenizer.convert_tokens_to_ids(END)}
+    config = ConvLlavaConfig(
+        vision_config=tower,
+        text_config={**language, "vocab_size": len(tokenizer), "bos_token_id": None, **ids},
+        image_token_id=processor.image_token_id,
+        row_separator=row_separator,
+        coordinate_embedding=coordinate_embedding,
+    )
+    torch.manual_seed(seed)
+    model = ConvLlavaForConditionalGeneration(config)
+    initialise_from_nothing(model.model.vision_tower)
+    initialise_attention(model.model.language_model)
+    for key, value in ids.items():
+        setattr(model.generation_config, key, value)
+    return model, processor
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model put together from parts, and what became of every tensor.
+
+    Attributes:
+        loaded, new, left_over: Names of tensors: taken from the parts, initialised, found in the parts and not used.
+    """
+
+    model: ConvLlavaForConditionalGeneration
+    processor: ConvLlavaProcessor
+    loaded: list[str]
+    new: list[str]
+    left_over: list[str]
+
+    def table(self) -> Table:
+        """Tensors and parameters by part: loaded, new, left over."""
+        table = Table(title="what the model is made of", title_justify="left")
+        for title in ("tensors of", "loaded", "new", "left over"):
+            table.add_column(title, justify="left" if title == "tensors of" else "right")
+        groups: dict[str, list[int]] = {}
+        for column, names in enumerate((self.loaded, self.new, self.left_over)):
+            for name in names:
+                groups.setdefault(_group(name), [0, 0, 0])[column] += 1
+        for group, counts in groups.items():
+            table.add_row(group, *(str(count) if count else "" for count in counts))
+        return table
+
+
+def build(
+    *,
+    vision: str | Path | Mapping[str, Tensor],
+    language: str | Path,
+    stage5_depth: int = STAGE5_DEPTH,
+    pixels: Mapping[str, Any] | None = None,
+    row_separator: bool = False,
+    coordinate_embedding: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Assembly:
+    """A model ready for stage 1: a pretrained four-stage ConvNeXt with a new fifth stage, a new projector, and a
+    pretrained causal language model.
+
+    Args:
+        vision: Folder of a Hugging Face `convnext` or `dinov3_convnext`; or the tensors of a timm or open_clip
+            ConvNeXt.
+        language: Folder or hub id of a causal language model with its tokenizer.
+        stage5_depth: Blocks of the new stage, twice as wide as the fourth; 0 keeps four stages.
+        pixels: Settings of `ConvLlavaImageProcessorPil`; mean and deviation come from the encoder's folder if they are
+            there.
+        row_separator, coordinate_embedding: As of `ConvLlavaConfig`.
+        seed: Of what is new.
+
+    Raises:
+        InputError: no ConvNeXt there, a tensor of another shape, or a language model whose head is not a plain linear
+            layer.
+    """
+    tower, extra, statistics = _tower_tensors(vision)
+    causal, tokenizer = _language_model(language, dtype)
+    image_token_id = _add_image_token(tokenizer)
+    widths, depths = _shape_of(tower)
+    if stage5_depth:
+        widths, depths = [*widths, 2 * widths[-1]], [*depths, stage5_depth]
+    config = ConvLlavaConfig(
+        vision_config=ConvLlavaVisionConfig(depths=depths, hidden_sizes=widths),
+        text_config=causal.config.to_dict(),
+        image_token_id=image_token_id,
+        row_separator=row_separator,
+        coordinate_embedding=coordinate_embedding,
+    )
+    torch.manual_seed(seed)
+    model = ConvLlavaForConditionalGeneration(config).to(dtype)  # type: ignore[arg-type]  # a decorated method loses self
+    tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.items()} | _language_tensors(causal)
+    loaded = _copy_into(model, tensors)
+    model.generation_config = causal.generation_config
+    image_processor = ConvLlavaImageProcessorPil(
+        **{"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}
+    )
+    template = V1_TEMPLATE.replace("'<s> '", "(bos_token or '') ~ ' '").replace("'</s>'", "eos_token")
+    processor = ConvLlavaProcessor(image_processor, tokenizer, chat_template=template, row_separator=row_separator)
+    names = model.state_dict()
+    return Assembly(model, processor, loaded, [name for name in names if name not in set(loaded)], extra)
+
+
+def rename_encoder(name: str) -> str | None:
+    """A tensor of a Hugging Face, DINOv3, timm or open_clip ConvNeXt -> its name in our tower; None: not wanted."""
+    name = name.removeprefix("module.").removeprefix("visual.trunk.").removeprefix("model.").removeprefix("convnext.")
+    for pattern, replacement in _ENCODER_NAMES:
+        renamed, count = pattern.subn(replacement, name)
+        if count:
+            name = renamed
+            break
+    for old, new in _BLOCK_NAMES.items():
+        name = name.replace(old, new)
+    known = name.startswith("embeddings.") or re.match(r"encoder\.stages\.\d\.(downsampling_layer|layers)\.", name)
+    return name if known else None
+
+
+_ENCODER_NAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(?:stem|stages\.0\.downsample_layers)\.0\.", "embeddings.patch_embeddings."),
+        (r"^(?:stem|stages\.0\.downsample_layers)\.1\.", "embeddings.layernorm."),
+        (r"^stages\.(\d)\.downsample(?:_layers)?\.", r"encoder.stages.\1.downsampling_layer."),
+        (r"^stages\.(\d)\.(?:blocks|layers)\.", r"encoder.stages.\1.layers."),
+    )
+]
+_BLOCK_NAMES = {
+    ".gamma": ".layer_scale_parameter",
+    ".conv_dw.": ".dwconv.",
+    ".depthwise_conv.": ".dwconv.",
+    ".norm.": ".layernorm.",
+    ".layer_norm.": ".layernorm.",
+    ".mlp.fc1.": ".pwconv1.",
+    ".mlp.fc2.": ".pwconv2.",
+    ".pointwise_conv1.": ".pwconv1.",
+    ".pointwise_conv2.": ".pwconv2.",
+}
+
+
+def _tower_tensors(
+    vision: str | Path | Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
+    """The encoder under our names, the tensors that are not wanted, and mean and deviation of its pixels."""
+    statistics: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
+    extra: list[str] = []
+    if isinstance(vision, Mapping):
+        pairs = list(vision.items())
+        if any(name.startswith(("stem.", "stages.")) for name in vision):  # timm; open_clip keeps CLIP's statistics
+            statistics = {"image_mean": list(IMAGENET_DEFAULT_MEAN), "image_std": list(IMAGENET_DEFAULT_STD)}
+    else:
+        folder = Path(vision)
+        pairs = [pair for path in tensor_files(folder) for pair in _tensors(path)]
+        preprocessor = folder / "preprocessor_config.json"
+        if preprocessor.is_file():
+            content = json.loads(preprocessor.read_text(encoding="utf-8"))
+            statistics = {key: content[key] for key in ("image_mean", "image_std") if key in content}
+    for name, tensor in pairs:
+        new = rename_encoder(name)
+        if new is None:
+            extra.append(name)
+        else:
+            found[new] = tensor
+    if "embeddings.patch_embeddings.weight" not in found:
+        raise InputError("vision: there is no ConvNeXt in it; give a Hugging Face, timm or open_clip one")
+    return found, extra, statistics
+
+
+def _tensors(path: Path) -> list[tuple[str, Tensor]]:
+    with opened(path) as tensors:
+        return list(tensors.items())
+
+
+def _shape_of(tower: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Width and number of blocks of each stage, read off the tensors."""
+    blocks: dict[int, set[int]] = {}
+    widths: dict[int, int] = {}
+    for name, tensor in tower.items():
+        if match := re.fullmatch(r"encoder\.stages\.(\d)\.layers\.(\d+)\.dwconv\.weight", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+            widths[int(match[1])] = tensor.shape[0]
+    return [widths[stage] for stage in sorted(widths)], [len(blocks[stage]) for stage in sorted(blocks)]
+
+
+def _language_model(language: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        causal = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(language, padding_side="left")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise InputError(f"language: {language} does not load as a causal language model: {cause}") from None
+    head = causal.get_output_embeddings()
+    if getattr(head, "bias", None) is not None or getattr(causal.config, "final_logit_softcapping", None):
+        raise InputError(f"language: the head of {causal.config.model_type} is more than a linear layer without bias")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return causal, tokenizer
+
+
+def _add_image_token(tokenizer: Any) -> int:
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    return tokenizer.convert_tokens_to_ids("<image>")
+
+
+def _language_tensors(causal: Any) -> dict[str, Tensor]:
+    body = {f"model.language_model.{name}": tensor for name, tensor in causal.base_model.state_dict().items()}
+    return body | {"lm_head.weight": causal.get_output_embeddings().weight}
+
+
+def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise InputError(f"{name} has no place in the model")
+        if own[name].shape != tensor.shape:
+            raise InputError(f"{name} has the shape {list(tensor.shape)}, the model asks for {list(own[name].shape)}")
+    model.load_state_dict(dict(tensors), strict=False)
+    return list(tensors)
+
+
+def _group(name: str) -> str:
+    """The part of a tensor, for the table."""
+    if match := re.match(r"model\.vision_tower\.(?:encoder\.)?(stages\.\d|embeddings)", name):
+        return f"tower {match[1]}"
+    if name.startswith("model.multi_modal_projector."):
+        return "projector"
+    return (
+        "language model" if name.startswith(("model.language_model.", "lm_head.")) else f"encoder {name.split('.')[0]}"
+    )
+
+
+def initialise_from_nothing(tower: nn.Module) -> None:
+    """LeCun-normal weights (standard deviation 1/sqrt(fan-in)).
+
+    The 0.02 of ConvNeXt suits its hundreds of channels; in a tower of tens the blocks would hardly act at first.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+
+
+@torch.no_grad()
+def initialise_attention(language_model: nn.Module) -> None:
+    """Let attention begin by matching and copying: keys equal queries, and what is read is written back as it was.
+
+    A question's "square" then looks at what holds something square from the first step on, where a small model
+    otherwise needs thousands of steps to find that out. In the manner of mimetic initialisation (arXiv 2305.09828),
+    which gives random weights the correlations of trained ones. Only where keys have as many heads as queries.
+    """
+    for module in language_model.modules():
+        projections = [getattr(module, f"{name}_proj", None) for name in "qkvo"]
+        weights = [projection.weight for projection in projections if isinstance(projection, nn.Linear)]
+        if len(weights) == 4:
+            query, key, value, output = weights
+            if key.shape == query.shape:
+                key.copy_(query)
+                output.copy_(value.T)

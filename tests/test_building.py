@@ -1,0 +1,127 @@
+"""Assembling a model: every kind of encoder file gives the same tower, and what is new is said."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaConfig, LlamaForCausalLM
+
+import convllava
+from convllava import InputError
+from convllava.checkpoints import read, write
+from convllava.inference import Assistant
+from convllava.tokenization import build_tokenizer
+from convllava.vision import ConvLlavaVisionModel
+
+DEPTHS, WIDTHS = [1, 2, 1, 1], [8, 12, 16, 24]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    config = ConvNextConfig(depths=DEPTHS, hidden_sizes=WIDTHS, layer_scale_init_value=0.5)
+    return ConvNextForImageClassification(config).eval()
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language")
+    tokenizer = build_tokenizer(["what", "colour"])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def as_timm(state: dict) -> dict:
+    """A Hugging Face ConvNeXt's tensors under timm's names."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("convnext.").replace("embeddings.patch_embeddings", "stem.0")
+        name = name.replace("embeddings.layernorm", "stem.1")
+        if re.match(r"(layernorm|classifier)\.", name):
+            name = f"head.{name}"
+        name = name.replace("encoder.", "").replace("downsampling_layer", "downsample").replace(".layers.", ".blocks.")
+        name = name.replace("layer_scale_parameter", "gamma").replace("dwconv", "conv_dw")
+        name = re.sub(r"(blocks\.\d+)\.layernorm", r"\1.norm", name)
+        renamed[name.replace("pwconv", "mlp.fc")] = tensor
+    return renamed
+
+
+def as_dinov3(state: dict) -> dict:
+    """The same under the names of dinov3_convnext."""
+    renamed = {}
+    for name, tensor in as_timm(state).items():
+        name = name.replace("stem.", "stages.0.downsample_layers.").replace(".downsample.", ".downsample_layers.")
+        name = (
+            name.replace("conv_dw", "depthwise_conv")
+            .replace(".norm.", ".layer_norm.")
+            .replace("mlp.fc", "pointwise_conv")
+        )
+        renamed[f"model.{name.replace('blocks', 'layers')}"] = tensor
+    return renamed
+
+
+def test_every_kind_of_encoder_gives_the_same_tower(encoder, language, tmp_path):
+    encoder.save_pretrained(tmp_path / "convnext")
+    state = encoder.state_dict()
+    open_clip = {f"visual.trunk.{name}": tensor for name, tensor in as_timm(state).items()} | {
+        "logit_scale": torch.ones(1)
+    }
+    sources = (tmp_path / "convnext", as_timm(state), open_clip, as_dinov3(state))
+    models = [convllava.build(vision=source, language=language, stage5_depth=2).model for source in sources]
+    for other in models[1:]:
+        for (name, a), b in zip(models[0].state_dict().items(), other.state_dict().values(), strict=True):
+            assert a.equal(b), name
+    pixels = torch.randn(1, 3, 64, 64)
+    four = ConvLlavaVisionModel(type(models[0].config.vision_config)(depths=DEPTHS, hidden_sizes=WIDTHS)).eval()
+    four.load_state_dict({k: v for k, v in models[0].model.vision_tower.state_dict().items() if "stages.4." not in k})
+    with torch.no_grad():
+        expected = encoder.convnext(pixels).last_hidden_state.flatten(2)[0].T
+        torch.testing.assert_close(four(pixels).last_hidden_state, expected, atol=1e-4, rtol=0)
+
+
+def test_what_is_loaded_new_and_left_over_is_told(encoder, language, tmp_path):
+    assembly = convllava.build(vision=encoder.state_dict(), language=language, stage5_depth=3, row_separator=True)
+    config = assembly.model.config.vision_config
+    assert list(config.depths) == [*DEPTHS, 3]
+    assert list(config.hidden_sizes) == [*WIDTHS, 48]
+    assert {name.partition("stages.4")[0] for name in assembly.new} <= {
+        "model.vision_tower.encoder.",
+        *(f"model.multi_modal_projector.{name}" for name in ("linear_1.weight", "linear_1.bias", "row_separator")),
+        *(f"model.multi_modal_projector.linear_2.{name}" for name in ("weight", "bias")),
+    }
+    assert sorted(assembly.left_over) == sorted(
+        name for name in encoder.state_dict() if name.startswith(("convnext.layernorm.", "classifier."))
+    )
+    assert [str(cell) for cell in assembly.table().columns[0].cells][-2:] == ["encoder convnext", "encoder classifier"]
+    fifth = assembly.model.model.vision_tower.encoder.stages[4]
+    assert fifth.layers[0].pwconv1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert (fifth.layers[0].layer_scale_parameter == config.layer_scale_init_value).all()
+
+
+def test_an_assembled_model_answers_and_survives_its_folder(encoder, language, tmp_path):
+    assembly = convllava.build(
+        vision=encoder.state_dict(), language=language, stage5_depth=1, pixels={"min_pixels": 4096, "max_pixels": 65536}
+    )
+    write(assembly.model, assembly.processor, tmp_path / "model")
+    image = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
+    first = Assistant(assembly.model.eval(), assembly.processor).ask(image, "What colour?", max_new_tokens=3)
+    second = Assistant(*read(tmp_path / "model")).ask(image, "What colour?", max_new_tokens=3)
+    assert first == second
+
+
+def test_a_mismatch_names_the_tensor(encoder, language, tmp_path):
+    state = dict(encoder.state_dict())
+    state["convnext.encoder.stages.1.layers.0.pwconv1.weight"] = torch.zeros(3, 3)
+    with pytest.raises(InputError, match=r"stages\.1\.layers\.0\.pwconv1\.weight has the shape \[3, 3\]"):
+        convllava.build(vision=state, language=language)
+    with pytest.raises(InputError, match="there is no ConvNeXt in it"):
+        convllava.build(vision={"a": torch.zeros(1)}, language=language)
+    with pytest.raises(InputError, match="does not load as a causal language model"):
+        convllava.build(vision=encoder.state_dict(), language=tmp_path)
