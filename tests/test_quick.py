@@ -13,7 +13,7 @@ from convllava.training.engine import train
 from convllava.training.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
-STEPS = {"dense": 300, "projector": 150, "scenes": 350}
+STEPS = {"dense": 200, "projector": 100, "pretrain": 250}
 
 
 def test_a_short_cut_of_the_quick_recipe_sees_colours(tmp_path):

@@ -120,6 +120,24 @@ def convert(
         print(note, file=sys.stderr)
 
 
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A published architecture such as convllava-1536-7b, or a checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is made of and what it costs, without allocating it."""
+    from convllava.inspection import inspect, tables_of
+
+    report = inspect(name)
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    for table in tables_of(report):
+        Console().print(table)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Model = "tiny",

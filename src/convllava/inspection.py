@@ -1,0 +1,172 @@
+"""What a model is made of and what it costs, without allocating its weights.
+
+    convllava info convllava-1536-7b
+
+Parameters are counted and floating-point operations recorded on torch's meta device, where tensors have shapes only.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from convllava import official
+from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.errors import InputError
+from convllava.geometry import Size, visual_tokens
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.training.parts import parts_of
+
+SIDES = (384, 768, 1024, 1536)
+TEXT_TOKENS = 64
+"""Of a prompt besides its image."""
+PAPER_STAGES = {
+    "1 projector initialisation": ("stage5", "projector"),
+    "2 vision-language pretraining": ("stage3", "stage4", "stage5", "projector", "language_model"),
+    "3 visual instruction tuning": ("projector", "language_model"),
+}
+_GB = 1e9
+
+
+class ImageCost(TypedDict):
+    """One size of image: visual tokens, and GFLOP of the tower with projector and of the prompt's prefill."""
+
+    height: int
+    width: int
+    visual_tokens: int
+    tower_gflop: float
+    prefill_gflop: float
+
+
+class Report(TypedDict):
+    """What `inspect` found; memory in GB."""
+
+    name: str
+    parameters: dict[str, int]
+    images: list[ImageCost]
+    inference_gb: dict[str, float]
+    training_gb: dict[str, float]
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """The published architectures by name: settings of vision, language and pixels."""
+    return json.loads(resources.files("convllava").joinpath("presets.json").read_text(encoding="utf-8"))
+
+
+def configuration_of(name: str) -> ConvLlavaConfig:
+    """The configuration of a preset or of a checkpoint's folder.
+
+    Raises:
+        InputError: neither a preset nor a folder with a model of ours.
+    """
+    known = presets()
+    if name in known:
+        language = known[name]["language"]
+        return ConvLlavaConfig(
+            vision_config=ConvLlavaVisionConfig(**known[name]["vision"]),
+            text_config=language,
+            image_token_id=language["vocab_size"],
+        )
+    from convllava.inference.assistant import find_model
+
+    try:
+        folder = find_model(name)
+    except InputError as error:
+        raise InputError(f"{error}, or a preset: {', '.join(known)}") from None
+    if official.is_official(folder):
+        return official.configuration(official.look_through(folder))
+    try:
+        return ConvLlavaConfig.from_pretrained(Path(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{name} does not hold a ConvLLaVA model: {str(error).splitlines()[0]}") from None
+
+
+def inspect(name: str) -> Report:
+    """Parameters, cost per image and memory of a preset or checkpoint.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    config = configuration_of(name)
+    with torch.device("meta"):
+        model = ConvLlavaForConditionalGeneration(config).eval()
+    parameters = {part: sum(p.numel() for _, p in named) for part, named in parts_of(model).items()}
+    stride = config.vision_config.stride
+    sides = sorted({max(stride, round(side / stride) * stride) for side in SIDES})
+    return {
+        "name": name,
+        "parameters": parameters,
+        "images": [image_cost(model, Size(side, side)) for side in sides],
+        "inference_gb": inference_memory(config, sum(parameters.values())),
+        "training_gb": {
+            stage: training_memory(parameters, trained)
+            for stage, trained in PAPER_STAGES.items()
+            if set(trained) <= set(parameters)
+        },
+    }
+
+
+def image_cost(model: ConvLlavaForConditionalGeneration, canvas: Size) -> ImageCost:
+    """Of one image of this size in a prompt with `TEXT_TOKENS` tokens of text; the model lies on the meta device."""
+    config = model.config
+    tokens = visual_tokens(canvas, config.vision_config.stride, config.row_separator)
+    pixels = torch.empty(1, config.vision_config.num_channels, *canvas, device="meta")
+    prompt = torch.empty(1, tokens + TEXT_TOKENS, config.text_config.hidden_size, device="meta")
+    # Given whole, since making a mask looks at values, which there are none of here.
+    mask = torch.empty(1, 1, prompt.shape[1], prompt.shape[1], dtype=torch.bool, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as tower:
+        model.get_image_features(pixels)
+    with torch.no_grad(), FlopCounterMode(display=False) as prefill:
+        model.model.language_model(inputs_embeds=prompt, attention_mask=mask, use_cache=False)
+    return {
+        "height": canvas.height,
+        "width": canvas.width,
+        "visual_tokens": tokens,
+        "tower_gflop": round(tower.get_total_flops() / 1e9, 1),
+        "prefill_gflop": round(prefill.get_total_flops() / 1e9, 1),
+    }
+
+
+def inference_memory(config: ConvLlavaConfig, parameters: int) -> dict[str, float]:
+    """Weights in bfloat16, and the key-value cache of one sequence of the whole context."""
+    text = config.text_config
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * width * text.max_position_embeddings * 2
+    return {"weights": round(2 * parameters / _GB, 2), "cache": round(cache / _GB, 2)}
+
+
+def training_memory(parameters: dict[str, int], trained: tuple[str, ...]) -> float:
+    """Of weights, gradients and AdamW in mixed precision, before activations: 16 bytes for a parameter that trains
+    (2 + 2 in bfloat16; master copy and two moments in float32; ZeRO, arXiv 1910.02054, section 3.1), 2 for a frozen."""
+    count = sum(parameters[part] for part in trained)
+    return round((16 * count + 2 * (sum(parameters.values()) - count)) / _GB, 2)
+
+
+def tables_of(report: Report) -> list[Table]:
+    """The report for the terminal."""
+    parts = Table(title=f"{report['name']}: parameters", title_justify="left")
+    parts.add_column("part")
+    parts.add_column("parameters", justify="right")
+    for part, count in [*report["parameters"].items(), ("all", sum(report["parameters"].values()))]:
+        parts.add_row(part, f"{count:,}")
+    images = Table(title=f"one image and {TEXT_TOKENS} tokens of text", title_justify="left")
+    for column in ("pixels", "visual tokens", "tower GFLOP", "prefill GFLOP"):
+        images.add_column(column, justify="right")
+    for cost in report["images"]:
+        row = (cost["visual_tokens"], cost["tower_gflop"], cost["prefill_gflop"])
+        images.add_row(f"{cost['height']}x{cost['width']}", *(f"{value:,}" for value in row))
+    memory = Table(title="memory in GB, before activations", title_justify="left")
+    memory.add_column("for")
+    memory.add_column("GB", justify="right")
+    memory.add_row("inference: weights in bfloat16", f"{report['inference_gb']['weights']:,}")
+    memory.add_row("inference: cache of one full context", f"{report['inference_gb']['cache']:,}")
+    for stage, size in report["training_gb"].items():
+        memory.add_row(f"training, stage {stage}", f"{size:,}")
+    return [parts, images, memory]

@@ -1,0 +1,55 @@
+"""What a model costs: counts that match the paper, and operations that match real runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import fresh
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from convllava import InputError
+from convllava.checkpoints import write
+from convllava.cli import app
+from convllava.inspection import inspect, presets, training_memory
+
+
+def test_the_published_architecture_has_the_papers_numbers():
+    report = inspect("convllava-1536-7b")
+    tower = {part: count for part, count in report["parameters"].items() if part.startswith(("stem", "stage"))}
+    assert round(sum(tower.values()) / 1e6) == 669
+    assert round(tower["stage5"] / 1e6) == 473
+    assert round(report["parameters"]["language_model"] / 1e9, 1) == 6.7
+    tokens = {cost["height"]: cost["visual_tokens"] for cost in report["images"]}
+    assert {side: tokens[side] for side in (768, 1024, 1536)} == {768: 144, 1024: 256, 1536: 576}
+
+
+def test_cost_is_linear_in_pixels():
+    costs = {cost["height"]: cost["tower_gflop"] for cost in inspect("convllava-768-7b")["images"]}
+    assert costs[1536] / costs[768] == pytest.approx(4.0, rel=1e-3)
+
+
+def test_operations_are_those_of_a_real_run(tmp_path):
+    model, processor = fresh()
+    write(model, processor, tmp_path / "model")
+    cost = next(cost for cost in inspect(str(tmp_path / "model"))["images"] if cost["height"] == 384)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.get_image_features(torch.zeros(1, 3, 384, 384))
+    assert cost["tower_gflop"] == round(counter.get_total_flops() / 1e9, 1)
+
+
+def test_what_trains_takes_sixteen_bytes_and_what_is_frozen_two():
+    assert training_memory({"stage5": 10**9, "language_model": 3 * 10**9}, ("stage5",)) == 22.0
+
+
+def test_every_preset_can_be_shown():
+    for name in presets():
+        result = CliRunner().invoke(app, ["info", name, "--json"])
+        assert json.loads(result.stdout)["name"] == name
+
+
+def test_an_unknown_name_tells_the_presets():
+    with pytest.raises(InputError, match=r"there is no model 'convllava-9b'.*convllava-1536-13b"):
+        inspect("convllava-9b")
