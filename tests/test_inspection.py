@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import fresh
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from convllava import InputError
@@ -48,6 +49,12 @@ def test_every_preset_can_be_shown():
     for name in presets():
         result = CliRunner().invoke(app, ["info", name, "--json"])
         assert json.loads(result.stdout)["name"] == name
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds a model of type llama, not convllava"):
+        inspect(str(tmp_path))
 
 
 def test_an_unknown_name_tells_the_presets():

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig
 
 from convllava import InputError, official
 from convllava.checkpoints import convert, read
@@ -194,6 +195,9 @@ def test_lora_is_merged_and_its_projector_kept(source, tmp_path):
         convert(lora, tmp_path / "model", "float32")
     convert(lora, tmp_path / "model", "float32", base=base)
     merged, plain = tensors_of(tmp_path / "model"), tensors_of(source)
+    (lora / "non_lora_trainables.bin").unlink()
+    save_file(weights, base / "model.safetensors")
+    assert "the projector is that of its base" in convert(lora, tmp_path / "plain_projector", "float32", base=base)
     ours = "model.language_model.layers.1.self_attn.q_proj.weight"
     torch.testing.assert_close(merged[ours], plain[ours] + 2.0 * up @ down)
     for name in plain.keys() - {ours}:
@@ -215,6 +219,9 @@ def test_there_and_back_again(source, tmp_path):
     for key, value in json.loads((source / "config.json").read_text()).items():
         if key.startswith(("mm_vision", "mm_hidden", "mm_projector_type", "num_", "hidden", "rope", "image_aspect")):
             assert settings[key] == value, key
+    assert (tmp_path / "theirs" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    plain = AutoTokenizer.from_pretrained(tmp_path / "theirs", config=LlamaConfig())
+    assert len(plain) == settings["vocab_size"]
     again, first = tensors_of(tmp_path / "theirs"), tensors_of(source)
     assert all(again[name].equal(tensor) for name, tensor in first.items())
 
@@ -224,14 +231,89 @@ def test_a_four_stage_tower_gives_the_originals_features():
     settings = json.loads((folder / "config.json").read_text())
     config = ConvLlavaVisionConfig(depths=settings["depths"], hidden_sizes=settings["hidden_sizes"])
     tower = ConvLlavaVisionModel(config).eval()
-    with official.opened(folder / "pytorch_model.bin") as tensors:
-        named = {official.rename_tower(name): tensor for name, tensor in tensors.items()}
+    tensors = official.tensors_in(folder / "pytorch_model.bin")
+    named = {official.rename_tower(name): tensor for name, tensor in tensors.items()}
     prefix = "model.vision_tower."
     tower.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in named.items() if name is not None})
     with torch.no_grad():
         features = tower(GOLDEN["square/pixel_values"]).last_hidden_state
     expected = GOLDEN["original4_select-1/square/vision_features"][0]
     torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
+
+
+def four_stages(source: Path, select_layer: int) -> Path:
+    """The checkpoint with the original four-stage tower and a projector of its width."""
+    shutil.rmtree(source / "vision_tower")
+    shutil.copytree(DATA / "inputs" / "original_convnext", source / "vision_tower")
+    change(source / "config.json", mm_vision_select_layer=select_layer)
+    weights = load_file(source / "model.safetensors")
+    weights["model.mm_projector.0.weight"] = weights["model.mm_projector.0.weight"][:, :128].contiguous()
+    save_file(weights, source / "model.safetensors")
+    return source
+
+
+def change(path: Path, **settings: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_select_layer_drops_the_last_block_of_four_stages(source, tmp_path):
+    original = json.loads((DATA / "inputs" / "original_convnext" / "config.json").read_text())["depths"]
+    four_stages(source, -1)
+    last, _ = read(source)
+    assert list(last.config.vision_config.depths) == original
+    pixels = GOLDEN["square/pixel_values"]
+    with torch.no_grad():
+        features = last.model.vision_tower(pixels).last_hidden_state
+    expected = GOLDEN["original4_select-1/square/vision_features"][0]
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
+
+    change(source / "config.json", mm_vision_select_layer=-2)
+    convert(source, tmp_path / "model", "float32")
+    shorter, _ = read(tmp_path / "model")
+    assert list(shorter.config.vision_config.depths) == [*original[:-1], original[-1] - 1]
+    tower = last.model.vision_tower
+    tower.encoder.stages[3].layers = tower.encoder.stages[3].layers[:-1]
+    with torch.no_grad():
+        assert shorter.model.vision_tower(pixels).last_hidden_state.equal(tower(pixels).last_hidden_state)
+
+
+def test_a_tower_that_its_config_counts_too_long_is_taken_as_it_is(source):
+    settings = json.loads((source / "vision_tower" / "config.json").read_text())
+    longer = [*settings["depths"][:3], settings["depths"][3] + 1, settings["depths"][4]]
+    change(source / "vision_tower" / "config.json", depths=longer)
+    change(source / "config.json", mm_vision_select_layer=-2)
+    assert list(read(source)[0].config.vision_config.depths) == settings["depths"]
+
+
+def test_the_checkpoints_own_tower_counts_before_one_in_the_shards(source, tmp_path):
+    expected = tensors_of(source)
+    weights = load_file(source / "model.safetensors")
+    tower = torch.load(source / "vision_tower" / "pytorch_model.bin", weights_only=True)
+    weights |= {f"model.vision_tower.vision_tower.{name}": tensor + 1 for name, tensor in tower.items()}
+    save_file(weights, source / "model.safetensors")
+    assert "there is another among" in convert(source, tmp_path / "model", "float32")
+    found = tensors_of(tmp_path / "model")
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_rope_scaling_is_kept_both_ways(source, tmp_path):
+    change(source / "config.json", rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=20000.0)
+    convert(source, tmp_path / "ours", "float32")
+    rope = read(tmp_path / "ours")[0].config.text_config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 4.0, 20000.0)
+    convert(tmp_path / "ours", tmp_path / "theirs", "float32", to="official")
+    settings = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert settings["rope_scaling"] == {"type": "linear", "factor": 4.0}
+    assert settings["rope_theta"] == 20000.0
+
+
+def test_text_without_an_image_is_not_trimmed_and_both_forms_agree(parts):
+    _, processor = parts
+    messages = [{"role": "user", "content": " Hi. "}, {"role": "assistant", "content": " yes\n"}]
+    as_parts = [{**message, "content": [text(message["content"])]} for message in messages]
+    texts = [processor.apply_chat_template(one) for one in (messages, as_parts)]
+    assert texts[0] == texts[1]
+    assert texts[0].endswith("USER:  Hi.  ASSISTANT:  yes\n</s>")
 
 
 class Code:
@@ -264,6 +346,14 @@ def damage_shape(folder: Path) -> None:
     save_file(weights, path)
 
 
+def damage_emptied(folder: Path) -> None:
+    (folder / "vision_tower" / "pytorch_model.bin").write_bytes(b"")
+
+
+def damage_projector(folder: Path) -> None:
+    change(folder / "config.json", mm_projector_type="linear")
+
+
 def damage_completeness(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -278,7 +368,9 @@ def damage_completeness(folder: Path) -> None:
         (damage_shard, r"model\.safetensors is not a readable file of tensors"),
         (damage_pickle, r"pytorch_model\.bin is damaged, or holds code"),
         (damage_vocabulary, "has 1000 tokens, but config.json says vocab_size 999"),
-        (damage_shape, r"mm_projector\.0\.weight has the shape \[64, 128\]"),
+        (damage_shape, r"^[^:]*model\.safetensors: model\.mm_projector\.0\.weight has the shape \[64, 128\]"),
+        (damage_emptied, r"pytorch_model\.bin is not a readable file of tensors"),
+        (damage_projector, "a projector of the type linear; only mlp2x_gelu is known"),
         (damage_completeness, r"lacks the tensor model\.multi_modal_projector\.linear_2\.bias"),
     ],
 )

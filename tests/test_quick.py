@@ -13,14 +13,22 @@ from convllava.training.engine import train
 from convllava.training.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
-STEPS = {"dense": 200, "projector": 100, "pretrain": 250}
+STEPS = {"dense": 200, "projector": 80, "pretrain": 150}
+SMALL = {"mode": "native", "min_pixels": 16384, "max_pixels": 65536}
+"""Colours need no enlarged pages."""
 
 
 def test_a_short_cut_of_the_quick_recipe_sees_colours(tmp_path):
     recipe = load_recipe(RECIPE)
-    stages = [dataclasses.replace(stage, steps=STEPS[stage.name]) for stage in recipe.stages if stage.name in STEPS]
-    model = convllava.load(train(dataclasses.replace(recipe, stages=stages), tmp_path))
-    world = World("heldout", seed=1, size=192, simple=True, kinds={"scene": 1})
+    scenes = {"kinds": {"scene": 1.0}}
+    stages = [
+        dataclasses.replace(stage, steps=STEPS[stage.name], data=dataclasses.replace(stage.data, **scenes))
+        for stage in recipe.stages
+        if stage.name in STEPS
+    ]
+    short = dataclasses.replace(recipe, stages=stages, model=dataclasses.replace(recipe.model, pixels=SMALL))
+    model = convllava.load(train(short, tmp_path))
+    world = World("heldout", seed=1, size=192, simple=True, **scenes)
     score = evaluate(model, world, 60)["tasks"]["colour"]
     spread = math.sqrt(sum(share * (1 - share) / score["n"] for share in (score["accuracy"], score["blind"])))
     assert score["accuracy"] > score["blind"] + 4 * spread, score

@@ -13,14 +13,13 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.official import V1_TEMPLATE, opened, tensor_files
+from convllava.official import V1_TEMPLATE, tensor_files, tensors_in
 from convllava.processing import ConvLlavaProcessor
 from convllava.tokenization import END, PAD, build_tokenizer
 
@@ -104,7 +103,7 @@ def build(
     language: str | Path,
     stage5_depth: int = STAGE5_DEPTH,
     pixels: Mapping[str, Any] | None = None,
-    row_separator: bool = False,
+    row_separator: bool = True,
     coordinate_embedding: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -117,8 +116,8 @@ def build(
             ConvNeXt.
         language: Folder or hub id of a causal language model with its tokenizer.
         stage5_depth: Blocks of the new stage, twice as wide as the fourth; 0 keeps four stages.
-        pixels: Settings of `ConvLlavaImageProcessorPil`; mean and deviation come from the encoder's folder if they are
-            there.
+        pixels: Settings of `ConvLlavaImageProcessorPil`; mean and deviation are those in the encoder's folder, else
+            CLIP's.
         row_separator, coordinate_embedding: As of `ConvLlavaConfig`.
         seed: Of what is new.
 
@@ -130,6 +129,8 @@ def build(
     causal, tokenizer = _language_model(language, dtype)
     image_token_id = _add_image_token(tokenizer)
     widths, depths = _shape_of(tower)
+    if stage5_depth and len(widths) != 4:
+        raise InputError(f"vision: the encoder has {len(widths)} stages, not four; stage5_depth=0 takes it as it is")
     if stage5_depth:
         widths, depths = [*widths, 2 * widths[-1]], [*depths, stage5_depth]
     config = ConvLlavaConfig(
@@ -143,14 +144,17 @@ def build(
     model = ConvLlavaForConditionalGeneration(config).to(dtype)  # type: ignore[arg-type]  # a decorated method loses self
     tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.items()} | _language_tensors(causal)
     loaded = _copy_into(model, tensors)
+    new = [name for name in model.state_dict() if name not in tensors]
+    lacking = [name for name in new if name.startswith("model.vision_tower.") and ".stages.4." not in name]
+    if lacking:
+        raise InputError(f"vision: the encoder lacks {lacking[0].removeprefix('model.vision_tower.')}")
     model.generation_config = causal.generation_config
     image_processor = ConvLlavaImageProcessorPil(
         **{"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}
     )
     template = V1_TEMPLATE.replace("'<s> '", "(bos_token or '') ~ ' '").replace("'</s>'", "eos_token")
     processor = ConvLlavaProcessor(image_processor, tokenizer, chat_template=template, row_separator=row_separator)
-    names = model.state_dict()
-    return Assembly(model, processor, loaded, [name for name in names if name not in set(loaded)], extra)
+    return Assembly(model, processor, loaded, new, extra)
 
 
 def rename_encoder(name: str) -> str | None:
@@ -198,11 +202,9 @@ def _tower_tensors(
     extra: list[str] = []
     if isinstance(vision, Mapping):
         pairs = list(vision.items())
-        if any(name.startswith(("stem.", "stages.")) for name in vision):  # timm; open_clip keeps CLIP's statistics
-            statistics = {"image_mean": list(IMAGENET_DEFAULT_MEAN), "image_std": list(IMAGENET_DEFAULT_STD)}
     else:
         folder = Path(vision)
-        pairs = [pair for path in tensor_files(folder) for pair in _tensors(path)]
+        pairs = [pair for path in tensor_files(folder) for pair in tensors_in(path).items()]
         preprocessor = folder / "preprocessor_config.json"
         if preprocessor.is_file():
             content = json.loads(preprocessor.read_text(encoding="utf-8"))
@@ -216,11 +218,6 @@ def _tower_tensors(
     if "embeddings.patch_embeddings.weight" not in found:
         raise InputError("vision: there is no ConvNeXt in it; give a Hugging Face, timm or open_clip one")
     return found, extra, statistics
-
-
-def _tensors(path: Path) -> list[tuple[str, Tensor]]:
-    with opened(path) as tensors:
-        return list(tensors.items())
 
 
 def _shape_of(tower: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
@@ -241,9 +238,12 @@ def _language_model(language: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
     except (OSError, ValueError, KeyError, ImportError) as error:
         cause = str(error).strip().splitlines()[0]
         raise InputError(f"language: {language} does not load as a causal language model: {cause}") from None
-    head = causal.get_output_embeddings()
-    if getattr(head, "bias", None) is not None or getattr(causal.config, "final_logit_softcapping", None):
-        raise InputError(f"language: the head of {causal.config.model_type} is more than a linear layer without bias")
+    head, config = causal.get_output_embeddings(), causal.config
+    scales = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling")]
+    if getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None) or scales != [1, 1]:
+        raise InputError(f"language: the head of {config.model_type} is more than a linear layer without bias")
+    if not hasattr(causal.base_model, "embed_tokens"):
+        raise InputError(f"language: {config.model_type} keeps its embeddings elsewhere than in embed_tokens")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return causal, tokenizer

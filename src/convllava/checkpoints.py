@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
@@ -23,8 +21,6 @@ from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 
 Parts = tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]
-OFFICIAL_OWNER = re.compile(r"ConvLLaVA/[\w.-]+$")
-"""Hub ids whose repositories are in the published layout."""
 
 
 def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
@@ -33,7 +29,7 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     Raises:
         InputError: another kind of model, a damaged file, or a tensor that is missing or of another shape.
     """
-    path = on_disk(path)
+    path = official.on_disk(path)
     if official.is_official(path):
         return official.load(path, dtype)
     try:
@@ -64,16 +60,6 @@ def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcesso
             (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def on_disk(path: str | Path) -> str | Path:
-    """The folder of a published checkpoint that goes by a hub id, fetched if need be; anything else passes through."""
-    if Path(path).exists() or not OFFICIAL_OWNER.match(str(path)):
-        return path
-    try:
-        return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*/*"])
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(f"{path} cannot be fetched: {str(error).strip().splitlines()[0]}") from None
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -100,7 +86,7 @@ def convert(
     Raises:
         InputError: the source does not load, the destination exists, or a setting is unknown.
     """
-    source, destination = on_disk(source), Path(destination)
+    source, destination = official.on_disk(source), Path(destination)
     if dtype not in DTYPES:
         raise InputError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if to not in ("convllava", "official"):
@@ -115,7 +101,7 @@ def convert(
         write(model, processor, destination)
     else:
         with whole_folder(destination) as folder:
-            official.write_official(model, processor, folder)
+            official.write_official(model, processor, folder, Path(source))
     return ""
 
 
@@ -124,7 +110,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill beside `path`; renamed to it when the block ends well, removed when it does not."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield partial
     except BaseException:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
+import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava import official
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
@@ -45,9 +46,10 @@ class ImageCost(TypedDict):
 
 
 class Report(TypedDict):
-    """What `inspect` found; memory in GB."""
+    """What `inspect` found; side: the resolution that a preset is trained at; memory in GB."""
 
     name: str
+    side: int | None
     parameters: dict[str, int]
     images: list[ImageCost]
     inference_gb: dict[str, float]
@@ -76,15 +78,18 @@ def configuration_of(name: str) -> ConvLlavaConfig:
     from convllava.inference.assistant import find_model
 
     try:
-        folder = find_model(name)
+        folder = official.on_disk(find_model(name))
     except InputError as error:
         raise InputError(f"{error}, or a preset: {', '.join(known)}") from None
     if official.is_official(folder):
         return official.configuration(official.look_through(folder))
     try:
-        return ConvLlavaConfig.from_pretrained(Path(folder))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{name} does not hold a ConvLLaVA model: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name} does not hold a ConvLLaVA model: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(config, ConvLlavaConfig):
+        raise InputError(f"{name} holds a model of type {config.model_type}, not convllava")
+    return config
 
 
 def inspect(name: str) -> Report:
@@ -101,6 +106,7 @@ def inspect(name: str) -> Report:
     sides = sorted({max(stride, round(side / stride) * stride) for side in SIDES})
     return {
         "name": name,
+        "side": presets().get(name, {}).get("pixels", {}).get("side"),
         "parameters": parameters,
         "images": [image_cost(model, Size(side, side)) for side in sides],
         "inference_gb": inference_memory(config, sum(parameters.values())),
@@ -156,12 +162,13 @@ def tables_of(report: Report) -> list[Table]:
     parts.add_column("parameters", justify="right")
     for part, count in [*report["parameters"].items(), ("all", sum(report["parameters"].values()))]:
         parts.add_row(part, f"{count:,}")
-    images = Table(title=f"one image and {TEXT_TOKENS} tokens of text", title_justify="left")
+    images = Table(title=f"one image and {TEXT_TOKENS} tokens of text (*: trained at)", title_justify="left")
     for column in ("pixels", "visual tokens", "tower GFLOP", "prefill GFLOP"):
         images.add_column(column, justify="right")
     for cost in report["images"]:
         row = (cost["visual_tokens"], cost["tower_gflop"], cost["prefill_gflop"])
-        images.add_row(f"{cost['height']}x{cost['width']}", *(f"{value:,}" for value in row))
+        mark = " *" if cost["height"] == report["side"] else ""
+        images.add_row(f"{cost['height']}x{cost['width']}{mark}", *(f"{value:,}" for value in row))
     memory = Table(title="memory in GB, before activations", title_justify="left")
     memory.add_column("for")
     memory.add_column("GB", justify="right")

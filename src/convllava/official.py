@@ -2,8 +2,8 @@
 
     convllava convert ConvLLaVA-sft-1536 my-model
 
-What the layouts are and what each tensor is called on either side: docs/checkpoints.md. Tensors pass through one source
-file at a time, and nothing but tensors is ever unpickled.
+What the layouts are and what each tensor is called on either side: docs/checkpoints.md. Into our layout
+tensors pass one source file at a time, and nothing but tensors is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import zipfile
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,17 +33,22 @@ from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 
 MODEL_TYPE = "llava_llama"
+_VOCABULARY = "tokenizer.model"
 ADAPTER_CONFIG = "adapter_config.json"
 _TOWER_PREFIX = "model.vision_tower.vision_tower."
 _OUR_TOWER = "model.vision_tower."
+_PUBLISHED = re.compile(r"ConvLLaVA/[\w.-]+")
+"""Hub ids whose repositories are in the published layout."""
 _LAYER = re.compile(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.")
 
 V1_TEMPLATE = """\
 {%- macro text_of(message) -%}
     {%- if message['content'] is string -%}{{- message['content'] -}}
     {%- else -%}
-        {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image> \\n' -}}{%- endfor -%}
-        {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] | trim -}}{%- endfor -%}
+        {%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list -%}
+        {%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+        {%- for image in images -%}{{- '<image> \\n' -}}{%- endfor -%}
+        {{- texts | trim if images else texts -}}
     {%- endif -%}
 {%- endmacro -%}
 {%- if messages[0]['role'] == 'system' -%}
@@ -108,13 +116,29 @@ class Layout:
     note: str = ""
 
 
+def on_disk(name: str | Path) -> str | Path:
+    """The folder of a published checkpoint that goes by a hub id, fetched if need be; anything else passes through.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+    if Path(name).exists() or not _PUBLISHED.fullmatch(str(name)):
+        return name
+    try:
+        return snapshot_download(
+            str(name), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "vision_tower/*"]
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"{name} cannot be fetched: {_line(error)}") from None
+
+
 def is_official(folder: str | Path) -> bool:
     """Whether a folder holds a checkpoint in a layout of the original code."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        return False
-    kind = _json(config).get("model_type")
-    return kind in (MODEL_TYPE, "llava") and "mm_vision_tower" in _json(config)
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return True
+    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return config.get("model_type") in (MODEL_TYPE, "llava") and "mm_vision_tower" in config
 
 
 def look_through(folder: str | Path, base: str | Path | None = None) -> Layout:
@@ -128,47 +152,65 @@ def look_through(folder: str | Path, base: str | Path | None = None) -> Layout:
         InputError: no tower or no base anywhere, or a file that is missing.
     """
     folder = Path(folder)
-    config = _json(folder / "config.json")
     adapter = _json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     language = folder if adapter is None else _base_of(folder, adapter, base)
-    sources = [Source(path, rename_language) for path in tensor_files(language)]
-    if adapter is not None:
-        sources.insert(0, Source(folder / "non_lora_trainables.bin", rename_trained))
-    tower, note = _tower_folder(folder, config)
-    if not any(name.startswith(_OUR_TOWER) for part in sources for name in _new_names(part)):
-        sources += [Source(path, rename_tower) for path in tensor_files(tower)]
+    config = _json((folder if (folder / "config.json").is_file() else language) / "config.json")
+    if config.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
+        raise InputError(
+            f"{folder} has a projector of the type {config['mm_projector_type']}; only mlp2x_gelu is known"
+        )
+    own, named = _towers(folder, language, config)
+    trained = folder / "non_lora_trainables.bin"
+    files = {
+        rename_trained: [trained] if adapter is not None and trained.is_file() else [],
+        rename_own_tower: tensor_files(own, required=False) if own else [],
+        rename_language: tensor_files(language),
+        rename_tower: tensor_files(named, required=False) if named else [],
+    }
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    sources = [Source(path, rename) for rename, paths in files.items() for path in paths]
     return Layout(
         folder=folder,
         config=config,
-        tower_folder=tower,
+        tower_folder=own or named or folder,
         sources=sources,
         tokenizer_folder=folder if has_tokenizer else language,
         deltas={} if adapter is None else _deltas(folder, adapter),
-        note=note,
+        note="; ".join(_notes(own, named, sources, adapter is not None and not trained.is_file())),
     )
 
 
-def _tower_folder(folder: Path, config: Mapping[str, Any]) -> tuple[Path, str]:
-    """Where the tower lies, and what to say if there are two: config.json names that of the stage before."""
-    own, named = folder / "vision_tower", _named_tower(folder, config)
-    found = [place for place in (own, named) if place is not None and (place / "config.json").is_file()]
-    if not found:
-        where = config.get("mm_vision_tower")
+def _towers(folder: Path, language: Path, config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+    """The checkpoint's own tower, and the one its config.json names: the one that its training was given."""
+    places = [place / "vision_tower" for place in dict.fromkeys((folder, language))]
+    own = next((place for place in places if (place / "config.json").is_file()), None)
+    name = config.get("mm_vision_tower") or ""
+    candidates = [Path(on_disk(name)) if own is None else Path(name), folder / name]
+    named = next((place for place in candidates if name and (place / "config.json").is_file()), None)
+    if own is None and named is None:
         raise InputError(
-            f"{folder} has no vision tower: neither {own} nor mm_vision_tower {where!r} holds a config.json; "
+            f"{folder} has no vision tower: neither {places[0]} nor mm_vision_tower {name!r} holds a config.json; "
             "put the tower's folder beside the model as vision_tower"
         )
-    two = len(found) == 2 and found[0].resolve() != found[1].resolve()
-    return found[0], f"took the tower in {found[0]}; mm_vision_tower names another, {found[1]}" if two else ""
+    return own, named if own is None or named is None or named.resolve() != own.resolve() else None
+
+
+def _notes(own: Path | None, named: Path | None, sources: list[Source], untrained: bool) -> Iterator[str]:
+    if own and named:
+        yield f"took the tower in {own}; mm_vision_tower names another, {named}"
+    places = {part.rename for part in sources if any(name.startswith(_OUR_TOWER) for name in _new_names(part))}
+    if {rename_own_tower, rename_language} <= places:
+        yield f"took the tower in {own}; there is another among the language model's tensors"
+    if untrained:
+        yield "the LoRA came without non_lora_trainables.bin: the projector is that of its base"
 
 
 def _new_names(part: Source) -> list[str]:
-    return [new for new in map(part.rename, names_of(part.path)) if new is not None]
+    return [new for new in map(part.rename, tensors_in(part.path)) if new is not None]
 
 
 def _base_of(folder: Path, adapter: Mapping[str, Any], base: str | Path | None) -> Path:
-    place = Path(base or adapter.get("base_model_name_or_path") or "")
+    place = Path(on_disk(base or adapter.get("base_model_name_or_path") or ""))
     if not (place / "config.json").is_file():
         raise InputError(f"{folder} is a LoRA on {str(place)!r}, which is not here; name the folder with --base")
     return place
@@ -176,28 +218,24 @@ def _base_of(folder: Path, adapter: Mapping[str, Any], base: str | Path | None) 
 
 def _deltas(folder: Path, adapter: Mapping[str, Any]) -> dict[str, Delta]:
     """What the adapter's file adds to which of our weights."""
+    for setting in ("use_dora", "rank_pattern", "alpha_pattern"):
+        if adapter.get(setting):
+            raise InputError(f"{folder / ADAPTER_CONFIG} sets {setting}, which the original code does not write")
+    if not {"r", "lora_alpha"} <= set(adapter):
+        raise InputError(f"{folder / ADAPTER_CONFIG} lacks r or lora_alpha; it is not a LoRA's")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
     if not files:
         raise InputError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors or adapter_model.bin")
-    rank = adapter["r"]
-    scale = adapter["lora_alpha"] / (rank**0.5 if adapter.get("use_rslora") else rank)
+    scale = adapter["lora_alpha"] / (adapter["r"] ** 0.5 if adapter.get("use_rslora") else adapter["r"])
+    tensors = tensors_in(files[0])
     deltas: dict[str, Delta] = {}
-    with opened(files[0]) as tensors:
-        for name in tensors:
-            if ".lora_A." in name:
-                new = rename_trained(re.sub(r"\.lora_A(\.default)?\.", ".", name))
-                if new is not None:
-                    up = tensors[name.replace(".lora_A.", ".lora_B.")]
-                    deltas[new] = Delta(tensors[name].clone(), up.clone(), scale)
+    for down in (name for name in tensors if ".lora_A." in name):
+        up = down.replace(".lora_A.", ".lora_B.")
+        new = rename_trained(re.sub(r"\.lora_A(\.default)?\.", ".", down))
+        if new is None or up not in tensors:
+            raise InputError(f"{files[0]} has {down} but not {up}")
+        deltas[new] = Delta(tensors[down], tensors[up], scale)
     return deltas
-
-
-def _named_tower(folder: Path, config: Mapping[str, Any]) -> Path | None:
-    """The folder that config.json names, which is a path of whoever trained it, or a hub id."""
-    name = config.get("mm_vision_tower") or config.get("vision_tower")
-    if not name:
-        return None
-    return next((place for place in (Path(name), folder / name) if place.is_dir()), None)
 
 
 def rename_language(name: str) -> str | None:
@@ -216,8 +254,7 @@ def rename_language(name: str) -> str | None:
 
 def rename_trained(name: str) -> str | None:
     """A name as PEFT wraps it, in an adapter or in non_lora_trainables.bin -> ours."""
-    name = name.removeprefix("base_model.")
-    return rename_language(name.removeprefix("model.") if name.startswith("model.model.") else name)
+    return rename_language(name.removeprefix("base_model.model."))
 
 
 def rename_tower(name: str) -> str | None:
@@ -226,6 +263,11 @@ def rename_tower(name: str) -> str | None:
     if name.startswith(("layernorm.", "classifier.")):
         return None
     return _OUR_TOWER + name
+
+
+def rename_own_tower(name: str) -> str | None:
+    """As `rename_tower`, of the tower in the checkpoint's own folder."""
+    return rename_tower(name)
 
 
 def name_for_official(name: str) -> tuple[str, bool]:
@@ -237,11 +279,11 @@ def name_for_official(name: str) -> tuple[str, bool]:
     return name.replace("model.language_model.", "model."), False
 
 
-def tensor_files(folder: Path) -> list[Path]:
+def tensor_files(folder: Path, required: bool = True) -> list[Path]:
     """The files that hold a checkpoint's tensors: an index's shards, or the single file.
 
     Raises:
-        InputError: there are none, or one that the index names is missing.
+        InputError: there are none where they are required, or one that the index names is missing.
     """
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
@@ -253,11 +295,12 @@ def tensor_files(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if (folder / stem).is_file():
             return [folder / stem]
+    if not required:
+        return []
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin nor an index of shards")
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Mapping[str, Tensor]]:
+def tensors_in(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a file by name, mapped into memory; nothing but tensors is unpickled.
 
     Raises:
@@ -265,22 +308,20 @@ def opened(path: Path) -> Iterator[Mapping[str, Tensor]]:
     """
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                yield _Lazy(file)
-        else:
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-                raise InputError(f"{path} holds more than tensors by name")
-            yield content
+            return _Lazy(safe_open(path, framework="pt"))
+        # Only the zip format of today's torch.save can be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise InputError(f"{path} is damaged, or holds code beside tensors, which is never run") from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise InputError(f"{path} is not a readable file of tensors: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} is not a readable file of tensors: {_line(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} holds more than tensors by name")
+    return content
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _Lazy(Mapping[str, Tensor]):
@@ -299,41 +340,44 @@ class _Lazy(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def names_of(path: Path) -> list[str]:
-    """The names of a file's tensors."""
-    with opened(path) as tensors:
-        return list(tensors)
-
-
 def configuration(layout: Layout) -> ConvLlavaConfig:
-    """Our configuration of an official checkpoint; the tower's depths are those that its file holds.
-
-    Where the original dropped the last block before it added stage 5 (`mm_vision_select_layer` -2), its tower's
-    config.json still counts that block.
-    """
+    """Our configuration of an official checkpoint."""
     tower, config = _json(layout.tower_folder / "config.json"), layout.config
-    depths = list(tower["depths"])
-    if config.get("mm_vision_select_layer", -1) == -2 and len(depths) == 4:
-        depths[-1] -= 1
-    known = {*LlamaConfig().to_dict(), "rope_theta"}
+    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"}
     dropped = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
-    text = {key: value for key, value in config.items() if key in known and key not in dropped}
-    text |= {"pad_token_id": config.get("pad_token_id", 0), "max_position_embeddings": _context(config)}
+    text = {key: value for key, value in config.items() if key in known and key not in dropped and value is not None}
     return ConvLlavaConfig(
         vision_config=ConvLlavaVisionConfig(
-            depths=depths,
+            depths=depths_of(layout, tower["depths"]),
             hidden_sizes=list(tower["hidden_sizes"]),
             num_channels=tower.get("num_channels", 3),
             patch_size=tower.get("patch_size", 4),
             hidden_act=tower.get("hidden_act", "gelu"),
         ),
-        text_config={"model_type": "llama", **text},
+        text_config={"model_type": "llama", "pad_token_id": 0, "max_position_embeddings": 4096, **text},
         image_token_id=config["vocab_size"],
     )
 
 
-def _context(config: Mapping[str, Any]) -> int:
-    return int(config.get("max_position_embeddings", 4096))
+def depths_of(layout: Layout, told: Sequence[int]) -> list[int]:
+    """Blocks in each stage of the tower: as many as its tensors show, for the original's config.json still counts the
+    block that `mm_vision_select_layer` -2 drops before a fifth stage is added. The file of a four-stage tower has it.
+
+    Args:
+        told: What the tower's config.json says.
+    """
+    found: dict[int, int] = {}
+    for match in filter(None, (_LAYER.search(name) for part in layout.sources for name in _new_names(part))):
+        stage, layer = int(match[1]), int(match[2])
+        found[stage] = max(found.get(stage, 0), layer + 1)
+    depths = [min(found.get(stage, depth), depth) for stage, depth in enumerate(told)]
+    if _drops_last_block(layout) and len(depths) == 4 and depths[-1] == told[-1]:
+        depths[-1] -= 1
+    return depths
+
+
+def _drops_last_block(layout: Layout) -> bool:
+    return layout.config.get("mm_vision_select_layer", -1) == -2
 
 
 def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
@@ -387,16 +431,18 @@ def convert(source: str | Path, folder: Path, dtype: torch.dtype | None, base: s
     layout = look_through(source, base)
     config = configuration(layout)
     processor(layout, config).save_pretrained(folder)
+    _copy_vocabulary(layout.tokenizer_folder, folder)
     index: dict[str, str] = {}
     for number, tensors in enumerate(native_tensors(layout, config, dtype), start=1):
         name = f"model-{number:05}-of-{len(layout.sources):05}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, name)
+        tensors.clear()  # before the next file is read
     config.architectures = ["ConvLlavaForConditionalGeneration"]
     config.dtype = dtype
     config.save_pretrained(folder)
     content = {"metadata": {}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _write_json(folder / "model.safetensors.index.json", content)
     generation_of(config).save_pretrained(folder)
     return layout.note
 
@@ -426,49 +472,60 @@ def native_tensors(layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype |
         InputError: a tensor is missing, strange or of another shape than the configuration asks.
     """
     expected, done = shapes_of(config), set[str]()
+    _check_deltas(layout, expected)
     for part in layout.sources:
-        tensors = renamed(part, expected, done, layout.deltas, dtype)
+        tensors = renamed(part, expected, done, layout, dtype)
         done |= set(tensors)
         yield tensors
     if missing := sorted(set(expected) - done):
         raise InputError(f"{layout.folder} lacks the tensor {missing[0]} (in our naming); its weights are not complete")
 
 
+def _check_deltas(layout: Layout, expected: Mapping[str, torch.Size]) -> None:
+    for name, delta in layout.deltas.items():
+        shape = (delta.up.shape[0], delta.down.shape[1])
+        if tuple(expected.get(name, ())) != shape or delta.up.shape[1] != delta.down.shape[0]:
+            raise InputError(f"{layout.folder}: the LoRA on {name} (in our naming) does not fit the model")
+
+
 def renamed(
     part: Source,
     expected: Mapping[str, torch.Size],
     done: Container[str],
-    deltas: Mapping[str, Delta],
+    layout: Layout,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """The tensors of one file under our names, merged with LoRA; what is done already is left out.
 
     Raises:
-        InputError: a tensor has another shape than the configuration asks.
+        InputError: a tensor is strange or has another shape than the configuration asks.
     """
     tensors: dict[str, Tensor] = {}
-    with opened(part.path) as found:
-        for old in found:
-            new = part.rename(old)
-            if new is None or new in done or _is_dropped_block(new, expected):
-                continue
-            if new not in expected:
-                raise InputError(f"{part.path} has a tensor {old} that a ConvLLaVA model does not")
-            tensor = found[old]
-            if tensor.shape != expected[new]:
-                raise InputError(
-                    f"{part.path}: {old} has the shape {list(tensor.shape)}, the configuration asks "
-                    f"for {list(expected[new])}"
-                )
-            merged = deltas[new].added_to(tensor) if new in deltas else tensor
-            tensors[new] = merged.to(dtype or tensor.dtype, copy=True).contiguous()
+    found = tensors_in(part.path)
+    for old in found:
+        new = part.rename(old)
+        if new is None or new in done or (new not in expected and _is_dropped_block(new, expected, layout)):
+            continue
+        if new not in expected:
+            raise InputError(f"{part.path} has a tensor {old} that a ConvLLaVA model does not")
+        tensor = found[old]
+        if tensor.shape != expected[new]:
+            raise InputError(
+                f"{part.path}: {old} has the shape {list(tensor.shape)}, the configuration asks "
+                f"for {list(expected[new])}"
+            )
+        merged = layout.deltas[new].added_to(tensor) if new in layout.deltas else tensor
+        tensors[new] = merged.to(dtype or tensor.dtype).contiguous()
     return tensors
 
 
-def _is_dropped_block(name: str, expected: Mapping[str, Any]) -> bool:
-    """Whether a block of the tower lies beyond the depth of its stage (`mm_vision_select_layer` -2)."""
+def _is_dropped_block(name: str, expected: Iterable[str], layout: Layout) -> bool:
+    """Whether a tensor is of the block that `mm_vision_select_layer` -2 drops: the first beyond its stage."""
     match = _LAYER.search(name)
-    return match is not None and not any(other.startswith(name[: match.end()]) for other in expected)
+    if match is None or not _drops_last_block(layout):
+        return False
+    stage = re.compile(re.escape(name[: match.start(2)]) + r"\d+\.dwconv\.weight")
+    return int(match[2]) == sum(stage.fullmatch(other) is not None for other in expected)
 
 
 def shapes_of(config: ConvLlavaConfig) -> dict[str, torch.Size]:
@@ -478,18 +535,34 @@ def shapes_of(config: ConvLlavaConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def write_official(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, folder: Path) -> None:
+def _copy_vocabulary(source: Path, folder: Path) -> None:
+    """Keep the tokenizer in the form that the original's slow tokenizer reads, for the way back."""
+    if (source / _VOCABULARY).is_file():
+        shutil.copyfile(source / _VOCABULARY, folder / _VOCABULARY)
+
+
+def write_official(
+    model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, folder: Path, source: Path
+) -> None:
     """Write a model of the official kind into `folder` so that the original code can load it.
 
+    Args:
+        source: Where the model was read from, for its tokenizer.model; without one the original's slow tokenizer
+            cannot be made, only the fast one.
+
     Raises:
-        InputError: the model has what the original does not know: row separators, coordinates, or another language
-            model than Llama.
+        InputError: the model has what the original does not know: row separators, coordinates, another language model
+            than Llama, or images that are neither padded to a square nor cropped.
     """
     config = model.config
     text = config.text_config
     if config.row_separator or config.coordinate_embedding or text.model_type != "llama":
         raise InputError(
             "only a Llama without row separators and coordinate embeddings can be written in the official layout"
+        )
+    if processor.image_processor.mode not in ("square", "crop"):
+        raise InputError(
+            f"the official layout knows no images of mode {processor.image_processor.mode}; use square or crop"
         )
     parts: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, tensor in model.state_dict().items():
@@ -500,7 +573,20 @@ def write_official(model: ConvLlavaForConditionalGeneration, processor: ConvLlav
     save_file(parts[False], folder / "model.safetensors", metadata={"format": "pt"})
     torch.save(parts[True], tower / "pytorch_model.bin")
     _write_configs(config, processor, folder, tower)
+    _write_tokenizer(processor, folder)
+    _copy_vocabulary(source, folder)
+
+
+def _write_tokenizer(processor: ConvLlavaProcessor, folder: Path) -> None:
+    """Without the image's placeholder, which the original does not have: it would make its vocabulary grow."""
     processor.tokenizer.save_pretrained(folder)
+    content = _json(folder / "tokenizer.json")
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != processor.image_token]
+    _write_json(folder / "tokenizer.json", content)
+    settings = _json(folder / "tokenizer_config.json")
+    for key in ("extra_special_tokens", "image_token", "processor_class"):
+        settings.pop(key, None)
+    _write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
 
 
 def _write_configs(config: ConvLlavaConfig, processor: ConvLlavaProcessor, folder: Path, tower: Path) -> None:
@@ -508,12 +594,13 @@ def _write_configs(config: ConvLlavaConfig, processor: ConvLlavaProcessor, folde
     text = {
         key: value for key, value in config.text_config.to_dict().items() if key not in ("rope_parameters", "dtype")
     }
-    rope = config.text_config.rope_parameters or {}
+    rope = dict(config.text_config.rope_parameters or {})
+    theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
     language = text | {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": MODEL_TYPE,
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": None,
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
         "image_aspect_ratio": "pad" if pixels.mode == "square" else "square",
         "mm_hidden_size": vision.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
@@ -547,7 +634,7 @@ def _write_configs(config: ConvLlavaConfig, processor: ConvLlavaProcessor, folde
         (tower / "config.json", convnext),
         (tower / "preprocessor_config.json", preprocessor),
     ):
-        place.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_json(place, content)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -555,3 +642,7 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -56,15 +56,18 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """Nesterov momentum, made orthogonal."""
         state, momentum = self.state[parameter], group["betas"][0]
-        mean = state.setdefault("mean", torch.zeros_like(parameter)).lerp_(gradient, 1 - momentum)
+        if not state:
+            state["mean"] = torch.zeros_like(parameter)
+        mean = state["mean"].lerp_(gradient, 1 - momentum)
         direction = orthogonalise(torch.lerp(gradient, mean, momentum).flatten(1))
         return (direction * max(direction.shape) ** 0.5).view_as(parameter)
 
     def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
-        state["step"] = step = state.get("step", 0) + 1
-        mean = state.setdefault("mean", torch.zeros_like(parameter)).lerp_(gradient, 1 - beta1)
-        square = state.setdefault("square", torch.zeros_like(parameter))
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+        state["step"] = step = state["step"] + 1
+        mean, square = state["mean"].lerp_(gradient, 1 - beta1), state["square"]
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return mean / (1 - beta1**step) / scale

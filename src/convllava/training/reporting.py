@@ -77,11 +77,7 @@ class StepLog(TrainerCallback):
             "index": self.index,
             "step": state.global_step,
             "loss": logs["loss"],
-            **{
-                name: round(logs[name], 4)
-                for name in (*ACCURACIES, "mention_guidance", "answer_guidance")
-                if name in logs
-            },
+            **{name: round(logs[name], 4) for name in NOTES if name in logs},
             "learning_rates": {group["part"]: group["lr"] for group in groups},
             "images": self.before["images"] + self.counts["images"],
             "tokens": self.before["tokens"] + self.counts["tokens"],
