@@ -11,8 +11,9 @@ from transformers import LlamaConfig
 from convllava.building import build_fresh
 from convllava.data.conversation import collate
 from convllava.data.synthetic import ChatDataset
+from convllava.errors import InputError
 from convllava.synthetic import World, closed_vocabulary
-from convllava.training.attention import Guidance, guide_attention, guided_layers
+from convllava.training.attention import Guidance, check_guidable, guide_attention, guided_layers
 from convllava.training.losses import answer_weights
 
 
@@ -40,7 +41,8 @@ def test_recorded_shares_and_logits_are_those_of_eager_attention():
     guide_attention(model)
     guidance = Guidance({0: mentions, 1: answers})
     outputs = model(**batch, guidance=guidance)
-    torch.testing.assert_close(outputs.logits[:, :20], expected.logits[:, :20], atol=1e-4, rtol=1e-4)
+    seen = batch["attention_mask"].bool()
+    torch.testing.assert_close(outputs.logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
     for layer, guides in guidance.guides.items():
         sequence, position, place = guides.T
         shares = expected.attentions[layer].mean(1)[sequence, position, place]
@@ -62,6 +64,13 @@ def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
         assert isinstance(model.config.text_config, LlamaConfig)
         found.append(guided_layers(model))
     assert found == [{"answer": 0}, {"mention": 0, "answer": 1}, {"mention": 1, "answer": 3}]
+
+
+def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):
+    model, _ = parts()
+    monkeypatch.setattr(type(model.model.language_model), "_supports_attention_backend", False)
+    with pytest.raises(InputError, match="the attention of a llama cannot be told where to look"):
+        check_guidable(model)
 
 
 def test_pointing_teaches_attention_to_look_there():

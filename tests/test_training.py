@@ -289,7 +289,7 @@ def test_balance_weighs_answers_by_their_length():
     torch.testing.assert_close(answer_loss(logits, labels, answer_weights(labels, 0.0)), each.sum() / 7)
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_have_the_loss_of_one_and_go_through_every_stage(tmp_path):
     plan = tmp_path / "recipe.yaml"
     plan.write_text(dump_recipe(recipe(dataclasses.replace(CHAT, steps=3), GUIDED)))
     command = ["-m", "convllava", "train", str(plan), "--output"]

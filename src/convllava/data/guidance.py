@@ -27,6 +27,7 @@ Cells = frozenset[tuple[int, int]]
 _MOST_OCCURRENCES = 4
 """What is printed more often than this ("1") says nothing about where to look."""
 _MOST_NAMESAKES = 2
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Page:
@@ -140,9 +141,10 @@ def token_cells(pieces: Sequence[str], cells: Sequence[Cells]) -> list[Cells]:
     """The cells of each token of an answer, which the pieces spell after one leading space."""
     place, found = -1, []
     for piece in pieces:
-        own = cells[max(place, 0) : max(place + len(piece), 0)]
+        length = 1 if _BYTE.fullmatch(piece) else len(piece)
+        own = cells[max(place, 0) : max(place + length, 0)]
         found.append(frozenset().union(*own))
-        place += len(piece)
+        place += length
     return found
 
 

@@ -19,6 +19,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from convllava.errors import InputError
+
 IMPLEMENTATION = "convllava_guided"
 _FLOOR = 1e-6
 """Keeps the logarithm of attention that is nowhere near finite."""
@@ -58,6 +60,17 @@ def guided_layers(model: Any) -> dict[str, int]:
     """Which layer of the model's language model looks where: at what the question mentions, and at the answer."""
     last = model.config.text_config.num_hidden_layers - 1
     return {"answer": last} if last == 0 else {"mention": (last - 1) // 2, "answer": last}
+
+
+def check_guidable(model: Any) -> None:
+    """Refuse a language model whose attention does not go through transformers' attention interface.
+
+    Raises:
+        InputError: names its family.
+    """
+    if not getattr(model.model.language_model, "_supports_attention_backend", False):
+        family = model.config.text_config.model_type
+        raise InputError(f"guidance: the attention of a {family} cannot be told where to look; set guidance to 0")
 
 
 def guide_attention(model: Any) -> None:

@@ -41,7 +41,7 @@ from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import World, closed_vocabulary
 from convllava.training.alignment import Alignment, vocabulary_of
-from convllava.training.attention import Guidance, guide_attention, guided_layers
+from convllava.training.attention import Guidance, check_guidable, guide_attention, guided_layers
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
 from convllava.training.losses import answer_loss, answer_weights
@@ -97,6 +97,8 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
     for stage in recipe.stages:
         freeze_all_but(trained_module(stage, model, processor), stage.trains)
         make_world(stage.data, seed=0)
+        if stage.guidance:
+            check_guidable(model)
 
 
 def process_count() -> int:
@@ -348,7 +350,11 @@ class StageTrainer(Trainer):
         return inputs["guidance"]
 
     def _chat_loss(self, logits: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:
-        """The loss of balanced answers, and attention guidance."""
+        """The loss of balanced answers, and attention guidance.
+
+        Both are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
+        over the whole batch, however it is shared.
+        """
         weights = answer_weights(labels, self.stage.balance)
         loss = answer_loss(logits, labels, weights)
         if guidance is not None:
