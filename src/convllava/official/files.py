@@ -1,0 +1,90 @@
+"""The files of a published checkpoint: tensors that are mapped and never unpickled into anything else, and JSON."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from convllava.errors import InputError
+
+VOCABULARY = "tokenizer.model"
+
+
+def tensor_files(folder: Path, required: bool = True) -> list[Path]:
+    """The files that hold a checkpoint's tensors: an index's shards, or the single file.
+
+    Raises:
+        InputError: there are none where they are required, or one that the index names is missing.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            for name in names:
+                if not (folder / name).is_file():
+                    raise InputError(f"{folder / name} is missing; {index.name} names it")
+            return [folder / name for name in names]
+        if (folder / stem).is_file():
+            return [folder / stem]
+    if not required:
+        return []
+    raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin nor an index of shards")
+
+
+def tensors_in(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file by name, mapped into memory; nothing but tensors is unpickled.
+
+    Raises:
+        InputError: the file is damaged, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _Lazy(safe_open(path, framework="pt"))
+        # Only the zip format of today's torch.save can be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is damaged, or holds code beside tensors, which is never run") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise InputError(f"{path} is not a readable file of tensors: {one_line(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} holds more than tensors by name")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """A safetensors file as a mapping that reads a tensor when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,225 @@
+"""A published checkpoint as a model of ours: in memory, or written one source file at a time."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+
+from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.errors import InputError
+from convllava.image_processing import ConvLlavaImageProcessorPil
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.official.files import VOCABULARY, read_json, tensors_in, write_json
+from convllava.official.layout import Layout, Source, look_through, new_names
+from convllava.official.names import LAYER
+from convllava.official.prompt import V1_TEMPLATE
+from convllava.processing import ConvLlavaProcessor
+
+
+def configuration(layout: Layout) -> ConvLlavaConfig:
+    """Our configuration of an official checkpoint."""
+    tower, config = read_json(layout.tower_folder / "config.json"), layout.config
+    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"}
+    dropped = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
+    text = {key: value for key, value in config.items() if key in known and key not in dropped and value is not None}
+    return ConvLlavaConfig(
+        vision_config=ConvLlavaVisionConfig(
+            depths=depths_of(layout, tower["depths"]),
+            hidden_sizes=list(tower["hidden_sizes"]),
+            num_channels=tower.get("num_channels", 3),
+            patch_size=tower.get("patch_size", 4),
+            hidden_act=tower.get("hidden_act", "gelu"),
+        ),
+        text_config={"model_type": "llama", "pad_token_id": 0, "max_position_embeddings": 4096, **text},
+        image_token_id=config["vocab_size"],
+    )
+
+
+def depths_of(layout: Layout, told: Sequence[int]) -> list[int]:
+    """Blocks in each stage of the tower: as many as its tensors show, for the original's config.json still counts the
+    block that `mm_vision_select_layer` -2 drops before a fifth stage is added. The file of a four-stage tower has it.
+
+    Args:
+        told: What the tower's config.json says.
+    """
+    found: dict[int, int] = {}
+    for match in filter(None, (LAYER.search(name) for part in layout.sources for name in new_names(part))):
+        stage, layer = int(match[1]), int(match[2])
+        found[stage] = max(found.get(stage, 0), layer + 1)
+    depths = [min(found.get(stage, depth), depth) for stage, depth in enumerate(told)]
+    if _drops_last_block(layout) and len(depths) == 4 and depths[-1] == told[-1]:
+        depths[-1] -= 1
+    return depths
+
+
+def _drops_last_block(layout: Layout) -> bool:
+    return layout.config.get("mm_vision_select_layer", -1) == -2
+
+
+def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
+    """Pixels, tokenizer and prompt of an official checkpoint.
+
+    Raises:
+        InputError: the tokenizer does not load, or does not have as many tokens as the model.
+    """
+    pixels = read_json(layout.tower_folder / "preprocessor_config.json")
+    side = pixels.get("crop_size", pixels.get("size"))
+    side = side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            layout.tokenizer_folder, config=config.text_config, extra_special_tokens=["<image>"], padding_side="left"
+        )
+    except (OSError, ValueError, ImportError) as error:
+        hint = "; pip install sentencepiece protobuf" if "sentencepiece" in str(error).lower() else ""
+        raise InputError(
+            f"the tokenizer in {layout.tokenizer_folder} does not load{hint}: {str(error).splitlines()[0]}"
+        ) from None
+    if (image := tokenizer.convert_tokens_to_ids("<image>")) != config.image_token_id:
+        raise InputError(
+            f"the tokenizer in {layout.tokenizer_folder} has {image} tokens, "
+            f"but config.json says vocab_size {config.image_token_id}"
+        )
+    image_processor = ConvLlavaImageProcessorPil(
+        mode="square" if layout.config.get("image_aspect_ratio") == "pad" else "crop",
+        side=side,
+        stride=config.vision_config.stride,
+        image_mean=pixels["image_mean"],
+        image_std=pixels["image_std"],
+    )
+    return ConvLlavaProcessor(image_processor, tokenizer, chat_template=V1_TEMPLATE)
+
+
+def convert(source: str | Path, folder: Path, dtype: torch.dtype | None, base: str | Path | None = None) -> str:
+    """Write an official checkpoint into `folder` in our layout, one source file after the other.
+
+    Args:
+        source: The checkpoint's folder.
+        folder: An empty folder; the caller renames it when it is whole.
+        dtype: Of the weights; None keeps each tensor's own.
+        base: See `look_through`.
+
+    Returns:
+        What a user should know of the checkpoint; empty if nothing.
+
+    Raises:
+        InputError: a part is missing or damaged, or a tensor has another shape than the configuration asks.
+    """
+    layout = look_through(source, base)
+    config = configuration(layout)
+    processor(layout, config).save_pretrained(folder)
+    copy_vocabulary(layout.tokenizer_folder, folder)
+    index: dict[str, str] = {}
+    for number, tensors in enumerate(native_tensors(layout, config, dtype), start=1):
+        name = f"model-{number:05}-of-{len(layout.sources):05}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+        tensors.clear()  # before the next file is read
+    config.architectures = ["ConvLlavaForConditionalGeneration"]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    content = {"metadata": {}, "weight_map": index}
+    write_json(folder / "model.safetensors.index.json", content)
+    generation_of(config).save_pretrained(folder)
+    return layout.note
+
+
+def load(source: str | Path, dtype: torch.dtype) -> tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]:
+    """An official checkpoint converted in memory."""
+    layout = look_through(source)
+    config = configuration(layout)
+    tensors = {name: tensor for part in native_tensors(layout, config, dtype) for name, tensor in part.items()}
+    model: Any = ConvLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    model.generation_config = generation_of(config)
+    return model.eval(), processor(layout, config)
+
+
+def generation_of(config: ConvLlavaConfig) -> GenerationConfig:
+    """How the original ends and pads an answer."""
+    text = config.text_config
+    return GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+
+
+def native_tensors(layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
+    """The tensors of one source file after the other under our names, each tensor once.
+
+    Raises:
+        InputError: a tensor is missing, strange or of another shape than the configuration asks.
+    """
+    expected, done = shapes_of(config), set[str]()
+    _check_deltas(layout, expected)
+    for part in layout.sources:
+        tensors = renamed(part, expected, done, layout, dtype)
+        done |= set(tensors)
+        yield tensors
+    if missing := sorted(set(expected) - done):
+        raise InputError(f"{layout.folder} lacks the tensor {missing[0]} (in our naming); its weights are not complete")
+
+
+def _check_deltas(layout: Layout, expected: Mapping[str, torch.Size]) -> None:
+    for name, delta in layout.deltas.items():
+        shape = (delta.up.shape[0], delta.down.shape[1])
+        if tuple(expected.get(name, ())) != shape or delta.up.shape[1] != delta.down.shape[0]:
+            raise InputError(f"{layout.folder}: the LoRA on {name} (in our naming) does not fit the model")
+
+
+def renamed(
+    part: Source,
+    expected: Mapping[str, torch.Size],
+    done: Container[str],
+    layout: Layout,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The tensors of one file under our names, merged with LoRA; what is done already is left out.
+
+    Raises:
+        InputError: a tensor is strange or has another shape than the configuration asks.
+    """
+    tensors: dict[str, Tensor] = {}
+    found = tensors_in(part.path)
+    for old in found:
+        new = part.rename(old)
+        if new is None or new in done or (new not in expected and _is_dropped_block(new, expected, layout)):
+            continue
+        if new not in expected:
+            raise InputError(f"{part.path} has a tensor {old} that a ConvLLaVA model does not")
+        tensor = found[old]
+        if tensor.shape != expected[new]:
+            raise InputError(
+                f"{part.path}: {old} has the shape {list(tensor.shape)}, the configuration asks "
+                f"for {list(expected[new])}"
+            )
+        merged = layout.deltas[new].added_to(tensor) if new in layout.deltas else tensor
+        tensors[new] = merged.to(dtype or tensor.dtype).contiguous()
+    return tensors
+
+
+def _is_dropped_block(name: str, expected: Iterable[str], layout: Layout) -> bool:
+    """Whether a tensor is of the block that `mm_vision_select_layer` -2 drops: the first beyond its stage."""
+    match = LAYER.search(name)
+    if match is None or not _drops_last_block(layout):
+        return False
+    stage = re.compile(re.escape(name[: match.start(2)]) + r"\d+\.dwconv\.weight")
+    return int(match[2]) == sum(stage.fullmatch(other) is not None for other in expected)
+
+
+def shapes_of(config: ConvLlavaConfig) -> dict[str, torch.Size]:
+    """Every tensor of a model and its shape, without allocating it."""
+    with torch.device("meta"):
+        model = ConvLlavaForConditionalGeneration(config)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def copy_vocabulary(source: Path, folder: Path) -> None:
+    """Keep the tokenizer in the form that the original's slow tokenizer reads, for the way back."""
+    if (source / VOCABULARY).is_file():
+        shutil.copyfile(source / VOCABULARY, folder / VOCABULARY)

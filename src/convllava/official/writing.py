@@ -1,0 +1,114 @@
+"""A model of ours in the layout of the published checkpoints, for the original code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from convllava.configuration import ConvLlavaConfig
+from convllava.errors import InputError
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.official.files import read_json, write_json
+from convllava.official.layout import MODEL_TYPE
+from convllava.official.names import name_for_official
+from convllava.official.reading import copy_vocabulary
+from convllava.processing import ConvLlavaProcessor
+
+
+def write_official(
+    model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, folder: Path, source: Path
+) -> None:
+    """Write a model of the official kind into `folder` so that the original code can load it.
+
+    Args:
+        source: Where the model was read from, for its tokenizer.model; without one the original's slow tokenizer
+            cannot be made, only the fast one.
+
+    Raises:
+        InputError: the model has what the original does not know: row separators, coordinates, another language model
+            than Llama, or images that are neither padded to a square nor cropped.
+    """
+    config = model.config
+    text = config.text_config
+    if config.row_separator or config.coordinate_embedding or text.model_type != "llama":
+        raise InputError(
+            "only a Llama without row separators and coordinate embeddings can be written in the official layout"
+        )
+    if processor.image_processor.mode not in ("square", "crop"):
+        raise InputError(
+            f"the official layout knows no images of mode {processor.image_processor.mode}; use square or crop"
+        )
+    parts: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+    for name, tensor in model.state_dict().items():
+        official, in_tower = name_for_official(name)
+        parts[in_tower][official] = tensor.contiguous().clone()
+    tower = folder / "vision_tower"
+    tower.mkdir()
+    save_file(parts[False], folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(parts[True], tower / "pytorch_model.bin")
+    _write_configs(config, processor, folder, tower)
+    _write_tokenizer(processor, folder)
+    copy_vocabulary(source, folder)
+
+
+def _write_tokenizer(processor: ConvLlavaProcessor, folder: Path) -> None:
+    """Without the image's placeholder, which the original does not have: it would make its vocabulary grow."""
+    processor.tokenizer.save_pretrained(folder)
+    content = read_json(folder / "tokenizer.json")
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != processor.image_token]
+    write_json(folder / "tokenizer.json", content)
+    settings = read_json(folder / "tokenizer_config.json")
+    for key in ("extra_special_tokens", "image_token", "processor_class"):
+        settings.pop(key, None)
+    write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+
+
+def _write_configs(config: ConvLlavaConfig, processor: ConvLlavaProcessor, folder: Path, tower: Path) -> None:
+    vision, pixels = config.vision_config, processor.image_processor
+    text = {
+        key: value for key, value in config.text_config.to_dict().items() if key not in ("rope_parameters", "dtype")
+    }
+    rope = dict(config.text_config.rope_parameters or {})
+    theta, kind = rope.pop("rope_theta", 10000.0), rope.pop("rope_type", "default")
+    language = text | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        "image_aspect_ratio": "pad" if pixels.mode == "square" else "square",
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -1,
+        "mm_vision_tower": "./vision_tower",
+    }
+    convnext = {
+        "architectures": ["ConvNextModel"],
+        "model_type": "convnext",
+        "depths": list(vision.depths),
+        "hidden_sizes": list(vision.hidden_sizes),
+        "num_stages": vision.num_stages,
+        "num_channels": vision.num_channels,
+        "patch_size": vision.patch_size,
+        "hidden_act": vision.hidden_act,
+    }
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        **{f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize", "convert_rgb")},
+        "size": {"shortest_edge": pixels.side},
+        "crop_size": {"height": pixels.side, "width": pixels.side},
+        "resample": 3,
+        "image_mean": list(pixels.image_mean),
+        "image_std": list(pixels.image_std),
+    }
+    for place, content in (
+        (folder / "config.json", language),
+        (tower / "config.json", convnext),
+        (tower / "preprocessor_config.json", preprocessor),
+    ):
+        write_json(place, content)
