@@ -354,6 +354,10 @@ def damage_projector(folder: Path) -> None:
     change(folder / "config.json", mm_projector_type="linear")
 
 
+def damage_pixels(folder: Path) -> None:
+    (folder / "vision_tower" / "preprocessor_config.json").write_text("{}")
+
+
 def damage_completeness(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -370,6 +374,7 @@ def damage_completeness(folder: Path) -> None:
         (damage_vocabulary, "has 1000 tokens, but config.json says vocab_size 999"),
         (damage_shape, r"^[^:]*model\.safetensors: model\.mm_projector\.0\.weight has the shape \[64, 128\]"),
         (damage_emptied, r"pytorch_model\.bin is not a readable file of tensors"),
+        (damage_pixels, r"preprocessor_config\.json lacks 'size'"),
         (damage_projector, "a projector of the type linear; only mlp2x_gelu is known"),
         (damage_completeness, r"lacks the tensor model\.multi_modal_projector\.linear_2\.bias"),
     ],

@@ -15,12 +15,11 @@ from transformers import AutoConfig
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava import official
+from convllava.building import Parts
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
-
-Parts = tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]
 
 
 def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:

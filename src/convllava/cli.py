@@ -115,7 +115,9 @@ def convert(
 ) -> None:
     """Write a published checkpoint as ours, ours as a published one, or either in another precision."""
     from convllava.checkpoints import convert as run
+    from convllava.inference.assistant import find_model
 
+    source = source if Path(source).is_dir() else find_model(source)
     if note := run(source, destination, dtype, to=to, base=base):
         print(note, file=sys.stderr)
 

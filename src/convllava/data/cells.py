@@ -94,6 +94,11 @@ def words(sample: Sample) -> list[Word]:
     return found
 
 
+def text_of(word: Word) -> str:
+    """What a word says, without the punctuation around it."""
+    return "".join(glyph.char for glyph in word).strip(".,:;()")
+
+
 def _is_next(a: Glyph, b: Glyph) -> bool:
     """Whether b stands on the line of a, right of it and with less than a space between."""
     height = max(a.box[3] - a.box[1], b.box[3] - b.box[1])
@@ -122,7 +127,7 @@ def word_tokens(printed: Sequence[Word], placement: Placement, stride: int, toke
     cells = grid(placement.canvas, stride)
     rows = set()
     for word in printed:
-        text = "".join(glyph.char for glyph in word).strip(".,:()")
+        text = text_of(word)
         for form in {text, text.lower()} if len(text) > 1 else ():
             ids = tokenizer(f" {form}").input_ids
             if len(ids) == 1:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from convllava.data.cells import Word, words
+from convllava.data.cells import Word, text_of, words
 from convllava.data.conversation import IGNORE
 from convllava.geometry import Box, Placement, Size, cells_under, grid, parse_box
 from convllava.processing import ConvLlavaProcessor
@@ -103,7 +103,7 @@ def mentioned_cells(page: Page, question: str) -> Cells:
     asked = {word.lower() for word in re.findall(r"[\w']+", question)}
     named: dict[str, list[Word]] = {}
     for word in words(page.sample):
-        text = "".join(glyph.char for glyph in word).strip(".,:;()").lower()
+        text = text_of(word).lower()
         if text in asked:
             named.setdefault(text, []).append(word)
     glyphs = [glyph for found in named.values() if len(found) <= _MOST_NAMESAKES for word in found for glyph in word]

@@ -88,3 +88,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require(content: Mapping[str, Any], path: Path, *keys: str) -> None:
+    """Raise `InputError` for the first key that a JSON file lacks."""
+    for key in keys:
+        if key not in content:
+            raise InputError(f"{path} lacks {key!r}; it is not that of a published checkpoint")

@@ -17,7 +17,7 @@ from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.official.files import VOCABULARY, read_json, tensors_in, write_json
+from convllava.official.files import VOCABULARY, one_line, read_json, require, tensors_in, write_json
 from convllava.official.layout import Layout, Source, look_through, new_names
 from convllava.official.names import LAYER
 from convllava.official.prompt import V1_TEMPLATE
@@ -27,6 +27,8 @@ from convllava.processing import ConvLlavaProcessor
 def configuration(layout: Layout) -> ConvLlavaConfig:
     """Our configuration of an official checkpoint."""
     tower, config = read_json(layout.tower_folder / "config.json"), layout.config
+    require(config, layout.folder / "config.json", "vocab_size")
+    require(tower, layout.tower_folder / "config.json", "depths", "hidden_sizes")
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"}
     dropped = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
     text = {key: value for key, value in config.items() if key in known and key not in dropped and value is not None}
@@ -71,6 +73,7 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
         InputError: the tokenizer does not load, or does not have as many tokens as the model.
     """
     pixels = read_json(layout.tower_folder / "preprocessor_config.json")
+    require(pixels, layout.tower_folder / "preprocessor_config.json", "size", "image_mean", "image_std")
     side = pixels.get("crop_size", pixels.get("size"))
     side = side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
     try:
@@ -79,9 +82,7 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
         )
     except (OSError, ValueError, ImportError) as error:
         hint = "; pip install sentencepiece protobuf" if "sentencepiece" in str(error).lower() else ""
-        raise InputError(
-            f"the tokenizer in {layout.tokenizer_folder} does not load{hint}: {str(error).splitlines()[0]}"
-        ) from None
+        raise InputError(f"the tokenizer in {layout.tokenizer_folder} does not load{hint}: {one_line(error)}") from None
     if (image := tokenizer.convert_tokens_to_ids("<image>")) != config.image_token_id:
         raise InputError(
             f"the tokenizer in {layout.tokenizer_folder} has {image} tokens, "
