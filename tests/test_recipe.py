@@ -56,7 +56,7 @@ def test_overrides_reach_stages_by_name_and_by_number(tmp_path):
         (MINIMAL.replace("steps", "stepps"), r"stages\[0\]: unknown key 'stepps'; did you mean steps\?"),
         (MINIMAL + "sed: 3\n", "unknown key 'sed'; did you mean seed"),
         (MINIMAL + "frobnicate: 3\n", "known keys: name"),
-        (MINIMAL.replace("steps: 3, ", ""), "missing key 'steps'"),
+        (MINIMAL.replace("steps: 3, ", ""), "give either steps or epochs"),
         (MINIMAL.replace("steps: 3", "steps: many"), "steps must be a int; got 'many'"),
         (MINIMAL.replace("1e-3", "fast"), r"trains.projector must be a float; got 'fast'"),
         (MINIMAL.replace("steps: 3", "steps: 3, schedule: sine"), "schedule must be one of cosine, linear, constant"),

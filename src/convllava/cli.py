@@ -90,19 +90,42 @@ def demo(
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, see recipes/.")],
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and logs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cap every stage at so many steps.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. stages.dense.steps=100.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would train, and which files are missing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Train the stages of a recipe."""
     from convllava.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings or ())
+    if dry_run:
+        _show_plan(loaded, as_json)
+        return
+    if output is None:
+        raise InputError("--output is missing: name the folder for checkpoints and logs, or try --dry-run")
     run = _import_training()
     print(run(loaded, output, resume=resume, max_steps=max_steps))
+
+
+def _show_plan(recipe: Any, as_json: bool) -> None:
+    from convllava.training.plan import explain_missing, plan, tables_of
+
+    report = plan(recipe)
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    for table in tables_of(report):
+        Console().print(table)
+    print(explain_missing(report) or "no file is missing")
 
 
 @app.command()

@@ -167,6 +167,17 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             )
         return mask.unsqueeze(-1)
 
+    def _with_image_side(self, inputs_embeds: Tensor) -> Tensor:
+        """The same values, which depend on something of the image side that trains.
+
+        Where only that side trains, a batch of text alone would have no gradient at all; and of several processes, the
+        one with such a batch would not take part when the others add up their gradients.
+        """
+        parts = (self.multi_modal_projector, self.vision_tower)
+        training = (weight for part in parts for weight in part.parameters() if weight.requires_grad)
+        weight = next(training, None)
+        return inputs_embeds if weight is None else inputs_embeds + 0.0 * weight.flatten()[0]
+
     @can_return_tuple
     def forward(
         self,
@@ -201,6 +212,8 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, tokens)
         elif input_ids is not None and is_prefill:
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
+        if features is None and self.training:
+            inputs_embeds = self._with_image_side(inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -16,6 +16,8 @@ from convllava.processing import ConvLlavaProcessor
 IGNORE = -100
 GUIDES = ("answer", "mention")
 """What a position can be told to look at (see `guidance.guides`)."""
+SKIPPED = "skipped"
+"""The key under which an item tells of the samples in whose place it was taken: (data file, what was wrong) each."""
 CAPTION_REQUESTS = ("Describe the image.", "What does the page show?", "Read the page.")
 
 
@@ -46,7 +48,7 @@ def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dic
     return item | images
 
 
-def collate(items: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Any]:
+def collate(items: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing.
 
     Guides (see `guidance.guides`) become (pairs, 3): sequence of the batch, position, position to look at.
@@ -68,4 +70,6 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Any]
     for name in (f"{kind}_guides" for kind in GUIDES):
         if name in items[0]:
             batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])
+    if skipped := [found for item in items for found in item.get(SKIPPED, ())]:
+        batch[SKIPPED] = skipped
     return batch

@@ -23,7 +23,13 @@ class ModelSpec:
     """What the first stage starts from: a saved model, or a fresh one built from configurations."""
 
     checkpoint: str | None = None
-    """Folder or hub id of a model to start from; `vision` and `language` must then be absent."""
+    """Folder or hub id of a model to start from, alone."""
+    vision_from: str | None = None
+    """Folder of a pretrained four-stage ConvNeXt, to which a fifth stage is added; with `language_from`."""
+    language_from: str | None = None
+    """Folder or hub id of a pretrained causal language model with its tokenizer; with `vision_from`."""
+    preset: str | None = None
+    """A published architecture (see `convllava info`) that the two must fit, and its pixels."""
     vision: dict[str, Any] = field(default_factory=dict)
     """Settings of a fresh `ConvLlavaVisionConfig`."""
     language: dict[str, Any] = field(default_factory=dict)
@@ -36,14 +42,50 @@ class ModelSpec:
     """Whether visual tokens are told where they stand."""
 
     def __post_init__(self) -> None:
-        if self.checkpoint is not None and (self.vision or self.language or self.pixels):
-            raise InputError("model: checkpoint stands alone; leave out vision, language and pixels")
+        settings = self.vision or self.language
+        if self.checkpoint is not None and (settings or self.pixels or self.vision_from or self.language_from):
+            raise InputError(
+                "model: checkpoint stands alone; leave out vision, language, pixels and where they are from"
+            )
+        if (self.vision_from is None) != (self.language_from is None):
+            raise InputError("model: vision_from and language_from come together")
+        if self.vision_from is not None and settings:
+            raise InputError("model: vision and language describe fresh parts; leave them out beside vision_from")
+        if self.preset is not None and (self.vision_from is None or self.pixels):
+            raise InputError("model: preset needs vision_from and language_from, and has pixels of its own")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of conversations in LLaVA's layout."""
+
+    path: str
+    """JSON (a list) or JSONL; relative to the recipe's `data_root`."""
+    images: str = ""
+    """Folder that the images' paths are relative to; relative to `data_root` itself."""
+    limit: int | None = None
+    """Take so many samples from the beginning."""
+    repeat: float = 1.0
+    """How often each sample comes in an epoch; 1.5 repeats the first half."""
+
+    def __post_init__(self) -> None:
+        if self.repeat <= 0 or (self.limit is not None and self.limit < 1):
+            raise InputError(f"source {self.path}: repeat must be above 0 and limit 1 or more")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Samples of the generated world. One image gives one sequence: its question-answer turns and its caption."""
+    """Samples of files, where sources are named, else of the generated world, where one page gives one sequence: its
+    question-answer turns and its caption."""
 
+    sources: list[Source] = field(default_factory=list)
+    """Files of conversations; the settings of the generated world then have no meaning."""
+    max_tokens: int | None = None
+    """Longest sequence of a file's sample, visual tokens included; None: the language model's context."""
+    overlong: Literal["truncate", "skip"] = "truncate"
+    """What happens to a longer one; a cut through an image is never made, the sample is skipped."""
+    max_skipped: float = 0.05
+    """Bad samples of files are skipped and written to `skipped.jsonl`; more than this share of all stops the run."""
     size: int = 384
     """Square root of the pages' area in pixels."""
     kinds: dict[str, float] | None = None
@@ -66,15 +108,19 @@ class Stage:
 
     name: str
     """Names the folder of the stage's checkpoint."""
-    steps: int
+    steps: int | None = None
     """Optimiser steps."""
-    trains: dict[str, float]
+    trains: dict[str, float] = field(default_factory=dict)
     """Part -> peak learning rate. Parts: stem, stage1, stage2 ..., projector, language_model. Others are frozen."""
     data: Data = field(default_factory=Data)
     """What the stage sees."""
     objective: Objective = "chat"
     """`chat` supervises the assistant's text; `dense` trains the first four stages on what stands where; `align`
     trains visual tokens to name what they show."""
+    epochs: float | None = None
+    """In place of steps, where the data are files: how often every sample comes."""
+    pixels: dict[str, Any] = field(default_factory=dict)
+    """Settings of the image processor that change with this stage and stay changed: min_pixels, side ..."""
     batch_size: int = 8
     """Samples per optimiser step."""
     accumulate: int = 1
@@ -106,8 +152,7 @@ class Stage:
         where = f"stage {self.name}"
         if not re.fullmatch(r"[\w-]+", self.name):
             raise InputError(f"{where}: a name has letters, digits, - and _ only, since it names a folder")
-        if min(self.steps, self.batch_size, self.accumulate) < 1:
-            raise InputError(f"{where}: steps, batch_size and accumulate must be 1 or more")
+        self._check_length(where)
         if self.batch_size % self.accumulate:
             raise InputError(f"{where}: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
         if not self.trains or min(self.trains.values()) < 0:
@@ -126,6 +171,18 @@ class Stage:
             raise InputError(f"{where}: guidance is a weight of 0 or more, for the objective chat with images")
         if self.calibrate and not self.data.images:
             raise InputError(f"{where}: calibrate needs images, but data.images is false")
+        if self.data.sources and (self.objective != "chat" or self.guidance or self.calibrate):
+            raise InputError(
+                f"{where}: files have conversations only, which suit no dense, align, guidance or calibrate"
+            )
+
+    def _check_length(self, where: str) -> None:
+        if min(1 if self.steps is None else self.steps, self.batch_size, self.accumulate) < 1:
+            raise InputError(f"{where}: steps, batch_size and accumulate must be 1 or more")
+        if (self.steps is None) == (self.epochs is None):
+            raise InputError(f"{where}: give either steps or epochs")
+        if self.epochs is not None and (self.epochs <= 0 or not self.data.sources):
+            raise InputError(f"{where}: epochs is a number above 0, of data that come from files (data.sources)")
 
 
 @dataclass(frozen=True)
@@ -135,6 +192,8 @@ class Recipe:
     name: str
     stages: list[Stage]
     model: ModelSpec = field(default_factory=ModelSpec)
+    data_root: str = "."
+    """Folder that paths of data are relative to."""
     seed: int = 0
     """Of weights, data and everything else that draws numbers."""
     workers: int = 1

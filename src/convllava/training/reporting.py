@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from convllava.data.cells import ACCURACIES
+from convllava.errors import InputError
 from convllava.training.parts import parts_of
 from convllava.training.recipe import Stage
 
@@ -139,3 +140,41 @@ class ProgressBar(TrainerCallback):
     def stop(self) -> None:
         """Give the terminal back, also where training failed."""
         self.bar.stop()
+
+
+class Skips:
+    """Samples that could not be used: one line each in `skipped.jsonl`, and an end to a run that has too many.
+
+    Args:
+        path: Of `skipped.jsonl`; every process appends to it.
+        stage: Whose samples they are.
+        samples: How many different ones this process will see.
+    """
+
+    def __init__(self, path: Path, stage: Stage, samples: float) -> None:
+        self.path, self.stage, self.limit = path, stage, stage.data.max_skipped * samples
+        self.known: set[tuple[str, str]] = set()
+
+    def note(self, found: Iterable[tuple[str, str]], step: int) -> None:
+        """Write down what is new.
+
+        Args:
+            found: (data file, what was wrong with one of its samples).
+            step: At which optimiser step.
+
+        Raises:
+            InputError: too many; the last ones are told.
+        """
+        new = [skipped for skipped in found if skipped not in self.known]
+        if not new:
+            return
+        self.known |= set(new)
+        with self.path.open("a", encoding="utf-8") as file:
+            for name, reason in new:
+                line = {"stage": self.stage.name, "step": step, "file": name, "reason": reason}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if len(self.known) > self.limit:
+            raise InputError(
+                f"stage {self.stage.name}: {len(self.known)} bad samples are more than data.max_skipped "
+                f"{self.stage.data.max_skipped:g} allows; {self.path} lists them, the last: {': '.join(new[-1])}"
+            )

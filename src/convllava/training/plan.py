@@ -1,0 +1,130 @@
+"""A recipe resolved without running it: what every stage trains, on what, for how long, and which files are missing.
+
+convllava train recipes/paper/1536.yaml --dry-run
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypedDict
+
+from rich.table import Table
+
+from convllava.geometry import Size, visual_tokens
+from convllava.image_processing import ConvLlavaImageProcessorPil
+from convllava.inspection import presets, training_memory
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.training.beginning import check_known, outline
+from convllava.training.inputs import missing_files, with_steps
+from convllava.training.parts import freeze_all_but, parts_of
+from convllava.training.recipe import Recipe, Stage
+
+
+class StagePlan(TypedDict):
+    """One stage: parameters of every part of the model, learning rates of those that train, memory in GB of weights,
+    gradients and optimiser in mixed precision; steps where they are known."""
+
+    name: str
+    objective: str
+    parameters: dict[str, int]
+    learning_rates: dict[str, float]
+    trained: int
+    batch_size: int
+    steps: int | None
+    epochs: float | None
+    memory_gb: float
+    data: list[str]
+
+
+class Plan(TypedDict):
+    """`image`: side of the square and visual tokens it becomes, where images are squares."""
+
+    name: str
+    image: dict[str, int]
+    stages: list[StagePlan]
+    missing: list[str]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Resolve a recipe.
+
+    Raises:
+        InputError: what would stop the run, but for files that are missing.
+    """
+    model = outline(recipe)
+    missing = [*_missing_parts(recipe), *map(str, missing_files(recipe))]
+    if not any(missing_files(recipe)):
+        recipe = with_steps(recipe)
+    return {
+        "name": recipe.name,
+        "image": _image_of(recipe, model),
+        "stages": [_stage_plan(recipe, stage, model) for stage in recipe.stages],
+        "missing": missing,
+    }
+
+
+def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGeneration) -> StagePlan:
+    check_known(f"stage {stage.name}: pixels", stage.pixels, ConvLlavaImageProcessorPil)
+    trains = {part: rate for part, rate in stage.trains.items() if part != "head"}
+    freeze_all_but(model, trains)
+    parameters = {part: sum(parameter.numel() for _, parameter in named) for part, named in parts_of(model).items()}
+    return {
+        "name": stage.name,
+        "objective": stage.objective,
+        "parameters": parameters,
+        "learning_rates": stage.trains,
+        "trained": sum(parameters[part] for part in trains),
+        "batch_size": stage.batch_size,
+        "steps": stage.steps,
+        "epochs": stage.epochs,
+        "memory_gb": training_memory(parameters, tuple(trains)),
+        "data": [str(Path(recipe.data_root) / source.path) for source in stage.data.sources] or ["generated pages"],
+    }
+
+
+def _missing_parts(recipe: Recipe) -> list[str]:
+    """Folders of pretrained parts that are not there; what has the form of a hub id would be fetched."""
+    named = [name for name in (recipe.model.vision_from, recipe.model.language_from) if name is not None]
+    return [
+        name for name in named if not Path(name).exists() and (name == recipe.model.vision_from or not _is_hub_id(name))
+    ]
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _image_of(recipe: Recipe, model: ConvLlavaForConditionalGeneration) -> dict[str, int]:
+    pixels = presets().get(recipe.model.preset or "", {}).get("pixels") or recipe.model.pixels
+    if "side" not in pixels:
+        return {}
+    canvas = Size(pixels["side"], pixels["side"])
+    tokens = visual_tokens(canvas, model.config.vision_config.stride, model.config.row_separator)
+    return {"side": pixels["side"], "visual_tokens": tokens}
+
+
+def tables_of(report: Plan) -> list[Table]:
+    """One table a stage for the terminal."""
+    return [_table_of(stage, number, report["image"]) for number, stage in enumerate(report["stages"])]
+
+
+def _table_of(stage: StagePlan, number: int, image: dict[str, int]) -> Table:
+    length = f"{stage['steps']:,} steps" if stage["steps"] is not None else f"{stage['epochs']:g} epochs"
+    size = f", {image['side']} px and {image['visual_tokens']} visual tokens an image" if image else ""
+    title = f"stage {number}: {stage['name']}, {length} of {stage['batch_size']}{size}"
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", caption="data: " + "\n".join(stage["data"])
+    )
+    for column in ("part", "parameters", "learning rate"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part, count in stage["parameters"].items():
+        rate = stage["learning_rates"].get(part)
+        table.add_row(part, f"{count:,}", "frozen" if rate is None else f"{rate:g}")
+    table.add_section()
+    table.add_row("trains", f"{stage['trained']:,}", f"{stage['memory_gb']:,} GB before activations")
+    return table
+
+
+def explain_missing(report: Plan) -> str:
+    """One line a missing file; empty if nothing is missing."""
+    return "\n".join(f"missing: {path}" for path in report["missing"])

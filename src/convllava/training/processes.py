@@ -1,0 +1,32 @@
+"""How many processes train together, and which of them speaks."""
+
+from __future__ import annotations
+
+import os
+
+from convllava.errors import InputError
+from convllava.training.recipe import Recipe
+
+
+def process_count() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """Refuse a batch that the processes cannot share.
+
+    Raises:
+        InputError: names the stage.
+    """
+    for stage in recipe.stages:
+        if stage.batch_size % (stage.accumulate * processes):
+            raise InputError(
+                f"stage {stage.name}: batch_size {stage.batch_size} does not divide among {processes} processes "
+                f"with accumulate {stage.accumulate}; make it a multiple of {stage.accumulate * processes}"
+            )

@@ -1,0 +1,156 @@
+"""The Hugging Face Trainer for one stage of a recipe."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from convllava.data.cells import ACCURACIES
+from convllava.data.conversation import GUIDES, SKIPPED
+from convllava.training.attention import Guidance, guided_layers
+from convllava.training.losses import answer_loss, answer_weights
+from convllava.training.muon import Muon
+from convllava.training.parts import parameter_groups
+from convllava.training.processes import is_first_process, process_count
+from convllava.training.recipe import Recipe, Stage
+from convllava.training.reporting import Skips
+
+
+def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> TrainingArguments:
+    """The Trainer's settings for one stage, whose steps are known."""
+    assert stage.steps is not None
+    on_cpu = not torch.accelerator.is_available()
+    return TrainingArguments(
+        output_dir=str(progress),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size // stage.accumulate // process_count(),
+        gradient_accumulation_steps=stage.accumulate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
+        warmup_steps=round(stage.warmup * stage.steps),
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.precision == "bfloat16",
+        gradient_checkpointing=stage.gradient_checkpointing,
+        logging_steps=1,
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        seed=recipe.seed,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=recipe.workers,
+        dataloader_persistent_workers=recipe.workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
+        ddp_find_unused_parameters=True,  # an objective may leave parts of what trains alone for a step
+    )
+
+
+class StageTrainer(Trainer):
+    """The Hugging Face Trainer with a learning rate per part, samples in order, and checkpoints that are whole.
+
+    Args:
+        stage: What trains, at which rates.
+        skips: Takes note of samples that were passed over.
+        keywords: As of `Trainer`.
+    """
+
+    def __init__(self, stage: Stage, skips: Skips, *, model: nn.Module, **keywords: Any) -> None:
+        self.stage, self.skips, self.trained = stage, skips, model
+        self.staging: str | None = None
+        self.counts = {"images": 0, "tokens": 0}
+        self.notes: dict[str, float] = {}
+        self.guided_layers = guided_layers(model) if stage.guidance else {}
+        super().__init__(model=model, **keywords)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            is_muon = self.stage.optimizer == "muon"
+            groups = parameter_groups(self.trained, self.stage.trains, self.stage.weight_decay, is_muon)
+            betas = (0.95 if is_muon else 0.9, self.stage.adam_beta2)
+            self.optimizer = Muon(groups, betas=betas) if is_muon else torch.optim.AdamW(groups, betas=betas)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """The world is drawn at random already; its order is then part of the recipe."""
+        samples: Any = train_dataset or self.train_dataset
+        return SequentialSampler(samples)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.skips.note(inputs.pop(SKIPPED, ()), self.state.global_step + 1)
+        self._count(inputs)
+        # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
+        inputs.pop("attention_mask", None)
+        guidance = self._guidance(inputs)
+        if self.stage.balance or guidance is not None:
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = self._chat_loss(outputs["logits"], labels, guidance)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
+            notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
+            self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
+
+    def _count(self, inputs: Mapping[str, Any]) -> None:
+        """Images and tokens of all processes, which have as many each, more or less."""
+        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+        self.counts["images"] += len(inputs.get("pixel_values", ())) * self.args.world_size
+        self.counts["tokens"] += tokens * self.args.world_size
+
+    def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
+        """Take the guides out of the batch and put into it what records where attention looks."""
+        found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}
+        if not self.stage.guidance:
+            return None
+        inputs["guidance"] = Guidance({layer: found[kind] for kind, layer in self.guided_layers.items()})
+        return inputs["guidance"]
+
+    def _chat_loss(self, logits: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:
+        """The loss of balanced answers, and attention guidance.
+
+        Both are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
+        over the whole batch, however it is shared.
+        """
+        weights = answer_weights(labels, self.stage.balance)
+        loss = answer_loss(logits, labels, weights)
+        if guidance is not None:
+            looks = {kind: guidance.loss(layer, weights) for kind, layer in self.guided_layers.items()}
+            self.notes = {f"{kind}_guidance": value.item() for kind, value in looks.items()}
+            loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
+        return loss / self.args.gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, **self.notes}, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let the Trainer write beside, then rename: a killed run never leaves half a checkpoint that looks whole."""
+        name = f"checkpoint-{self.state.global_step}"
+        home = Path(super()._get_output_dir(trial))
+        self.staging = str(home / "partial")
+        if is_first_process():
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staged, self.staging = Path(self.staging), None
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if is_first_process():
+            older = list(home.glob("checkpoint-*"))
+            (staged / name).rename(home / name)
+            for folder in older:
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,224 @@
+"""Files of conversations: what they hold, in which order it comes, and what happens to samples that are no good."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fresh, picture
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convllava.data.conversation import IGNORE, SKIPPED
+from convllava.data.sources import FileDataset, Mixture, Records, conversation_of, steps_of
+from convllava.errors import InputError
+from convllava.training import engine
+from convllava.training.plan import plan
+from convllava.training.recipe import Data, ModelSpec, Recipe, Source, Stage, dump_recipe
+
+
+def record(number: int, image: object = "a.png", human: str = "<image>\nwhat is it?", gpt: str = "red") -> dict:
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    return {"id": f"s{number}", "conversations": turns} | ({} if image is None else {"image": image})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for name, size in (("a.png", (70, 130)), ("b.png", (64, 64))):
+        picture(*size).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def write(folder: Path, records: list, name: str = "data.json") -> Path:
+    path = folder / name
+    lines = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
+    path.write_text(lines, encoding="utf-8")
+    return path
+
+
+def dataset(folder: Path, records: list, length: int = 8, **settings: object) -> FileDataset:
+    files = [(Records(write(folder, records)), folder / "images", 1.0)]
+    return FileDataset(files, fresh()[1], length, **settings)  # type: ignore[arg-type]
+
+
+def test_json_and_jsonl_hold_the_same_records(folder):
+    records = [record(0), record(1, ["a.png", "b.png"], "<image> and <image>: Größe?"), record(2, None, "hello")]
+    for name in ("data.json", "data.jsonl"):
+        found = Records(write(folder, records, name))
+        assert [found[index] for index in range(len(found))] == records
+        assert len(Records(folder / name, limit=2)) == 2
+
+
+def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
+    images = Path("images")
+    marked = conversation_of(record(0, ["a.png", "b.png"], "this <image> or that <image>?"), 0, images)
+    assert marked.messages[0]["content"] == [
+        {"type": "text", "text": "this"},
+        {"type": "image", "image": "images/a.png"},
+        {"type": "text", "text": "or that"},
+        {"type": "image", "image": "images/b.png"},
+        {"type": "text", "text": "?"},
+    ]
+    bare = conversation_of(record(0, "a.png", "what?"), 0, images)
+    assert [part["type"] for part in bare.messages[0]["content"]] == ["image", "text"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"id": "x"}, "sample x: no conversations"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "sample 7: turns must alternate"),
+        (record(1, gpt=" "), "sample s1: an empty answer"),
+        (record(1, ["a.png", "b.png"]), "sample s1: 1 <image> marks for 2 images"),
+        (record(1, None), "sample s1: 1 <image> marks for 0 images"),
+        ({"conversations": [{"from": "bot", "value": "hi"}]}, "a turn has from, one of human"),
+    ],
+)
+def test_a_bad_record_is_named(bad, message):
+    with pytest.raises(InputError, match=message):
+        conversation_of(bad, 7, Path())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl", '{"id": 1}\n{"id": \n', "line 2 of .*data.jsonl is not JSON"),
+        ("data.json", "{}", "must hold a list of records"),
+        ("data.json", "[]", "must hold a list of records"),
+        ("data.json", "[1]", "must hold a list of records"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        Records(tmp_path / name)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.2, 3)), min_size=1, max_size=4))
+def test_a_mixture_repeats_each_source_as_often_as_it_says(sources):
+    lengths, repeats = zip(*sources, strict=True)
+    expected = [round(length * repeat) for length, repeat in sources]
+    if not sum(expected):
+        return
+    mixture = Mixture(lengths, repeats)
+    drawn = [mixture[index] for index in range(len(mixture))]
+    assert Counter(source for source, _ in drawn) == {i: n for i, n in enumerate(expected) if n}
+    for source, length in enumerate(lengths):
+        counts = Counter(number for own, number in drawn if own == source)
+        assert max(counts.values(), default=0) - min((counts[n] for n in range(length)), default=0) <= 1
+
+
+def test_every_epoch_has_every_sample_in_another_order(folder):
+    records = [record(number, None, f"question {number}", f"answer {number}") for number in range(6)]
+    items = dataset(folder, records, length=12)
+    ids = [tuple(items[index]["input_ids"].tolist()) for index in range(12)]
+    assert sorted(ids[:6]) == sorted(ids[6:])
+    assert len(set(ids)) == 6
+    assert ids[:6] != ids[6:]
+    assert ids == [tuple(items[index]["input_ids"].tolist()) for index in range(12)]
+    assert steps_of(6, 2, 4) == 3
+    assert steps_of(6, 1, 4) == 2
+
+
+def test_a_bad_sample_is_replaced_and_told_of(folder):
+    (folder / "images" / "broken.png").write_bytes((folder / "images" / "a.png").read_bytes()[:200])
+    items = dataset(folder, [record(0), record(1, "broken.png"), record(2, "b.png")], length=3)
+    found = [items[index] for index in range(3)]
+    told = [skipped for item in found for skipped in item.get(SKIPPED, ())]
+    assert {name for name, _ in told} == {"data.json"}
+    (reason,) = {reason for _, reason in told}
+    assert "sample s1" in reason
+    assert "broken.png" in reason
+    with pytest.raises(InputError, match=r"in a row cannot be used; the last: data\.json: sample s1"):
+        dataset(folder, [record(1, "broken.png")])[0]
+
+
+def test_what_is_too_long_is_cut_in_its_text_only(folder):
+    long = record(0, None, "what?", "red " * 50)
+    whole = dataset(folder, [long])[0]
+    cut = dataset(folder, [long], max_tokens=20)[0]
+    assert cut["input_ids"].tolist() == whole["input_ids"][:20].tolist()
+    assert (cut["labels"] != IGNORE).any()
+    for records, settings, reason in (
+        ([long], {"truncate": False}, "more than 20"),
+        ([record(0, "a.png", "hello " * 20 + "<image>", "red")], {}, "would go through an image"),
+        ([record(0, None, "hello " * 50)], {}, "the answer begins after 20"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            dataset(folder, records, max_tokens=20, **settings)[0]
+
+
+def recipe(folder: Path, **data: object) -> Recipe:
+    stage = Stage(
+        "files",
+        None,
+        {"projector": 1e-3},
+        Data(sources=[Source("data.json", "images")], **data),
+        epochs=2,
+        batch_size=2,
+    )  # type: ignore[arg-type]
+    model = ModelSpec(
+        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+        language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
+    )
+    return Recipe("files", [stage], model, data_root=str(folder), workers=0)
+
+
+def test_training_on_files_with_and_without_images_counts_what_it_skips(folder):
+    records = [
+        record(0),
+        record(1, None, "hi"),
+        record(2, "gone.png"),
+        record(3, ["a.png", "b.png"], "<image><image>?"),
+    ]
+    write(folder, records)
+    output = folder / "run"
+    engine.train(recipe(folder, max_skipped=0.5), output)
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["file"]) for line in skipped] == [("files", "data.json")]
+    assert "sample s2" in skipped[0]["reason"]
+    with pytest.raises(InputError, match=r"1 bad samples are more than data\.max_skipped 0\.05 allows"):
+        engine.train(recipe(folder), folder / "strict")
+
+
+def test_a_process_with_text_alone_neither_stops_nor_stalls_the_others(folder):
+    """The order is drawn, so of 4 samples with one image the two processes meet batches with and without one."""
+    write(folder, [record(0), *(record(number, None, f"question {number}") for number in (1, 2, 3))])
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe(folder)))
+    command = ["-m", "convllava", "train", str(folder / "recipe.yaml"), "--output"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("one", []), ("two", launcher)):
+        subprocess.run([sys.executable, *start, *command, str(folder / name)], check=True, env=settings, timeout=300)
+    one, two = (losses(folder / name) for name in ("one", "two"))
+    assert len(one) == 4
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_plan_counts_steps_or_names_what_is_missing(folder):
+    assert plan(recipe(folder))["missing"] == [str(folder / "data.json")]
+    write(folder, [record(0)] * 5)
+    found = plan(recipe(folder))
+    assert found["missing"] == []
+    assert found["stages"][0]["steps"] == 5
+    assert found["stages"][0]["trained"] == found["stages"][0]["parameters"]["projector"]
+
+
+def test_text_alone_costs_no_image(folder):
+    item = dataset(folder, [record(0, None, "hi")])[0]
+    assert "pixel_values" not in item
+    assert isinstance(item["input_ids"], torch.Tensor)
