@@ -97,3 +97,33 @@ def test_eval_prints_a_table_or_the_same_report_as_json(model):
     printed = run(*arguments).stdout
     assert all(task in printed for task in report["tasks"])
     assert f"{report['overall']['accuracy']:.1%}" in printed
+
+
+def test_any_aspect_is_asked_for_by_the_short_side(model, tmp_path):
+    picture(64, 190).save(tmp_path / "a.png")
+    options = ("--model", model, "--max-new-tokens", 2, "--json", "--image-mode", "short_side", "--short-side", 128)
+    report = json.loads(run("ask", tmp_path / "a.png", "what?", *options).stdout)
+    assert report["resized_to"] == [384, 128]
+    refusal(run("ask", tmp_path / "a.png", "what?", "--short-side", "128"), "--image-mode short_side")
+
+
+@pytest.mark.parametrize("side", [768, 1024, 1536])
+def test_a_dry_run_of_the_papers_recipes_counts_what_trains(side):
+    recipe = Path(__file__).parent.parent / "recipes" / "paper" / f"{side}.yaml"
+    finished = run("train", recipe, "--dry-run", "--json")
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert report["image"] == {"side": side, "visual_tokens": (side // 64) ** 2}
+    stage5 = 6 * 3072 * (49 + 1 + 2 + 4 * 3072 * 2 + 4 + 1 + 1) + 2 * 1536 + (4 * 1536 + 1) * 3072
+    projector = (3072 + 1) * 4096 + (4096 + 1) * 4096
+    language = 6_738_415_616  # of Llama 7B
+    stages = report["stages"]
+    assert [stage["trained"] for stage in stages][::2] == [stage5 + projector, projector + language]
+    assert set(stages[1]["learning_rates"]) == {"stage3", "stage4", "stage5", "projector", "language_model"}
+    assert [(stage["batch_size"], stage["epochs"]) for stage in stages] == [(256, 1), (256, 1), (128, 1)]
+    assert "data/llava/llava_v1_5_mix665k.json" in report["missing"]
+    assert "missing: data/vflan/annotation_191-task_1k.json" in run("train", recipe, "--dry-run").stdout
+
+
+def test_train_without_an_output_says_so():
+    refusal(run("train", Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"), "--output is missing")

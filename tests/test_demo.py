@@ -12,10 +12,9 @@ from conftest import fresh
 from PIL import Image
 
 import convllava
-from convllava.checkpoints import write
+from convllava.checkpoints import SHIPPED, write
 from convllava.demo import PAGES, run_demo
 from convllava.evaluation.synthetic import evaluate
-from convllava.inference.assistant import SHIPPED
 from convllava.synthetic import World
 
 ROOT = Path(__file__).parent.parent

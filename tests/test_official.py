@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +20,7 @@ from convllava import InputError, official
 from convllava.checkpoints import convert, read
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.conversation import IGNORE, encode
+from convllava.files import in_pieces, tensors_in
 from convllava.vision import ConvLlavaVisionModel
 
 DATA = Path(__file__).parent / "data" / "official"
@@ -231,7 +234,7 @@ def test_a_four_stage_tower_gives_the_originals_features():
     settings = json.loads((folder / "config.json").read_text())
     config = ConvLlavaVisionConfig(depths=settings["depths"], hidden_sizes=settings["hidden_sizes"])
     tower = ConvLlavaVisionModel(config).eval()
-    tensors = official.tensors_in(folder / "pytorch_model.bin")
+    tensors = tensors_in(folder / "pytorch_model.bin")
     named = {official.rename_tower(name): tensor for name, tensor in tensors.items()}
     prefix = "model.vision_tower."
     tower.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in named.items() if name is not None})
@@ -386,3 +389,60 @@ def test_damage_is_one_line_and_nothing_is_written(source, tmp_path, capsys, dam
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["official"]
     assert "ran" not in capsys.readouterr().out
+
+
+def conversation(*images: int) -> list[dict[str, object]]:
+    first = [{"type": "image"} for _ in images] + [text("What is it?")]
+    return [{"role": "user", "content": first}, {"role": "assistant", "content": [text("A cat.")]}]
+
+
+@pytest.mark.parametrize(
+    ("config", "rendered"),
+    [
+        ({}, "<s> {v1} USER: <image> \nWhat is it? ASSISTANT: A cat.</s>"),
+        ({"version": "llama_v2"}, "<s> [INST] <<SYS>>\n{llama}\n<</SYS>>\n\n<image> \nWhat is it? [/INST] A cat. </s>"),
+        ({"conv_mode": "plain"}, "<s> <image> A cat.\n"),
+    ],
+)
+def test_the_prompt_format_is_the_one_that_the_configuration_names(source, config, rendered):
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | config))
+    (source.parent / "vicuna").mkdir()
+    moved = source.rename(source.parent / "vicuna" / "llava-llama-2-plain")  # a name that must not count
+    _, processor = read(moved)
+    found = processor.apply_chat_template(conversation(1), tokenize=False)
+    for name, opening in (("v1", "A chat between a curious user"), ("llama", "You are a helpful language and vision")):
+        if "{" + name + "}" in rendered:
+            before, after = rendered.split("{" + name + "}")
+            assert found.startswith(before + opening)
+            assert found.endswith(after)
+            return
+    assert found == rendered
+
+
+def test_an_unknown_prompt_format_is_named(source):
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"version": "v7"}))
+    with pytest.raises(InputError, match="names the prompt format 'v7'; known are v1"):
+        read(source)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 60))
+def test_pieces_hold_every_tensor_once_and_no_more_bytes_than_asked(sizes, limit):
+    tensors = {f"t{number}": torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
+    pieces = list(in_pieces(tensors.items(), limit))
+    assert [name for piece in pieces for name in piece] == list(tensors)
+    for piece in pieces:
+        assert len(piece) == 1 or sum(tensor.nbytes for tensor in piece.values()) <= limit
+
+
+def test_a_model_of_several_pieces_is_sharded_and_reads_back_the_same(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(in_pieces, "__defaults__", (100_000,))
+    convert(source, tmp_path / "ours", "float32")
+    convert(tmp_path / "ours", tmp_path / "theirs", "float32", to="official")
+    monkeypatch.undo()
+    for folder in ("ours", "theirs"):
+        index = json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
+        assert len(set(index["weight_map"].values())) > 3
+        again, first = tensors_of(tmp_path / folder), tensors_of(source)
+        assert all(again[name].equal(tensor) for name, tensor in first.items())

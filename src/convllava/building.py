@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
+from convllava.files import tensor_files, tensors_in
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.official import V1_TEMPLATE, tensor_files, tensors_in
+from convllava.official import TEMPLATES
 from convllava.processing import ConvLlavaProcessor
 from convllava.tokenization import END, PAD, build_tokenizer
 
@@ -152,7 +153,7 @@ def build(
     image_processor = ConvLlavaImageProcessorPil(
         **{"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}
     )
-    template = V1_TEMPLATE.replace("'<s> '", "(bos_token or '') ~ ' '").replace("'</s>'", "eos_token")
+    template = TEMPLATES["v1"].replace("'<s> '", "(bos_token or '') ~ ' '").replace("'</s>'", "eos_token")
     processor = ConvLlavaProcessor(image_processor, tokenizer, chat_template=template, row_separator=row_separator)
     return Assembly(model, processor, loaded, new, extra)
 

@@ -9,17 +9,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava import official
 from convllava.building import Parts
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
+from convllava.files import one_line, tensor_files, tensors_in
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
+from convllava.stored import StoredModel, shapes_of
+
+SHIPPED = Path(__file__).parent / "weights"
+"""Models that come with the package, a folder each."""
+
+
+def find(name: str) -> str:
+    """A shipped name -> its folder; folders and hub ids pass through.
+
+    Raises:
+        InputError: neither a shipped model, nor a folder with a config.json, nor of a hub id's form.
+    """
+    shipped = sorted(folder.name for folder in SHIPPED.iterdir()) if SHIPPED.exists() else []
+    if name in shipped:
+        return str(SHIPPED / name)
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise InputError(f"{name} has no config.json; name the folder of one checkpoint")
+        return name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = ", ".join([*shipped, "a folder", "a hub id owner/name"])
+        raise InputError(f"there is no model {name!r}; give one of {known}")
+    return name
 
 
 def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
@@ -31,23 +57,43 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     path = official.on_disk(path)
     if official.is_official(path):
         return official.load(path, dtype)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if not isinstance(config, ConvLlavaConfig):
-            raise InputError(f"{path} holds a model of type {config.model_type}, not convllava")
+    with _loading(path):
+        config = configuration(path)
         loaded: Any = ConvLlavaForConditionalGeneration.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True
         )
         model, report = loaded
         processor = ConvLlavaProcessor.from_pretrained(path)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path} does not load as a ConvLLaVA model: {lines[0]}") from error
     if report["missing_keys"]:
         raise InputError(f"{path} lacks the tensor {min(report['missing_keys'])}; its weights are not complete")
     return model, processor
+
+
+def configuration(path: str | Path) -> ConvLlavaConfig:
+    """Of a checkpoint in either layout.
+
+    Raises:
+        InputError: it holds another kind of model, or none.
+    """
+    path = official.on_disk(path)
+    if official.is_official(path):
+        return official.configuration(official.look_through(path))
+    with _loading(path):
+        config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, ConvLlavaConfig):
+        raise InputError(f"{path} holds a model of type {config.model_type}, not convllava")
+    return config
+
+
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    """What transformers raises over a folder that is none of ours, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise InputError(f"{path} does not load as a ConvLLaVA model: {one_line(error)}") from error
 
 
 def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, path: Path, **texts: str) -> None:
@@ -92,16 +138,51 @@ def convert(
         raise InputError(f"there is no layout {to!r}; choose convllava or official")
     if destination.exists():
         raise InputError(f"{destination} exists already; choose another folder or remove it")
-    if to == "convllava" and official.is_official(source):
-        with whole_folder(destination) as folder:
-            return official.convert(source, folder, DTYPES[dtype], base)
-    model, processor = read(source, DTYPES[dtype])
-    if to == "convllava":
-        write(model, processor, destination)
-    else:
-        with whole_folder(destination) as folder:
-            official.write_official(model, processor, folder, Path(source))
-    return ""
+    found = (
+        official.look_up(source, DTYPES[dtype], base)
+        if official.is_official(source)
+        else look_up(source, DTYPES[dtype])
+    )
+    with whole_folder(destination) as folder:
+        if to == "convllava":
+            found.save(folder, DTYPES[dtype])
+        else:
+            official.write_official(found, folder)
+    return found.note
+
+
+def look_up(source: str | Path, dtype: torch.dtype) -> StoredModel:
+    """A checkpoint in our layout whose tensors are read as they are asked for.
+
+    Raises:
+        InputError: as `read`; of tensors when they are asked for.
+    """
+    try:
+        folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(f"{source} does not load: {one_line(error)}") from None
+    with _loading(folder):
+        config = configuration(folder)
+        processor = ConvLlavaProcessor.from_pretrained(folder)
+        has_generation = (folder / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(folder) if has_generation else GenerationConfig()
+    return StoredModel(config, processor, generation, _tensors(folder, config, dtype), folder)
+
+
+def _tensors(folder: Path, config: ConvLlavaConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of our layout, one file after the other."""
+    expected = shapes_of(config)
+    for path in tensor_files(folder):
+        found = tensors_in(path)
+        for name in found:
+            tensor = found[name]
+            if expected.pop(name, None) != tensor.shape:
+                raise InputError(f"{path}: {name} has the shape {list(tensor.shape)}, which the model does not have")
+            yield name, tensor.to(dtype)
+    if config.text_config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    if expected:
+        raise InputError(f"{folder} lacks the tensor {min(expected)}; its weights are not complete")
 
 
 @contextmanager

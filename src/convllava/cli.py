@@ -13,6 +13,9 @@ import typer
 from convllava import __version__
 from convllava.errors import InputError
 
+LONGEST = 8
+"""How many times its short side an image may be long before --short-side gives way to the number of pixels."""
+
 app = typer.Typer(
     name="convllava",
     help="Ask pictures, and train the models that answer.",
@@ -22,6 +25,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="tiny (in the package), a folder, or a hub id.")]
+ImageMode = Annotated[
+    str | None,
+    typer.Option(help="native, square, short_side or crop, in place of what the model was trained with."),
+]
+ShortSide = Annotated[int | None, typer.Option(min=1, help="Pixels of the short side, for --image-mode short_side.")]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Most pixels of an image, where its aspect ratio is kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")]
 
 
@@ -61,12 +70,15 @@ def ask(
     question: Annotated[str, typer.Argument(help="In plain words.")],
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    image_mode: ImageMode = None,
+    short_side: ShortSide = None,
+    max_pixels: MaxPixels = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about an image; the answer streams."""
     from convllava.inference import load
 
-    assistant = load(model)
+    assistant = load(model, pixels=_pixels(image_mode, short_side, max_pixels))
     if as_json:
         _print_json(assistant.report(image, question, max_new_tokens=max_new_tokens))
         return
@@ -137,11 +149,10 @@ def convert(
     base: Annotated[str | None, typer.Option(help="What a LoRA of the original code was trained on.")] = None,
 ) -> None:
     """Write a published checkpoint as ours, ours as a published one, or either in another precision."""
-    from convllava.checkpoints import convert as run
-    from convllava.inference.assistant import find_model
+    from convllava import checkpoints
 
-    source = source if Path(source).is_dir() else find_model(source)
-    if note := run(source, destination, dtype, to=to, base=base):
+    source = source if Path(source).is_dir() else checkpoints.find(source)
+    if note := checkpoints.convert(source, destination, dtype, to=to, base=base):
         print(note, file=sys.stderr)
 
 
@@ -170,6 +181,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the pages.")] = 1,
     size: Annotated[int, typer.Option(help="Square root of the pages' area in pixels.")] = 448,
     simple: Annotated[bool, typer.Option("--simple", help="The simpler world of recipes/tiny-quick.yaml.")] = False,
+    image_mode: ImageMode = None,
+    short_side: ShortSide = None,
+    max_pixels: MaxPixels = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on held-out pages of the generated world, beside the same model with the wrong image."""
@@ -177,13 +191,24 @@ def evaluate(
     from convllava.inference import load
     from convllava.synthetic import World
 
-    report = measure(load(model), World("heldout", seed=seed, size=size, simple=simple), samples)
+    assistant = load(model, pixels=_pixels(image_mode, short_side, max_pixels))
+    report = measure(assistant, World("heldout", seed=seed, size=size, simple=simple), samples)
     if as_json:
         _print_json(report)
     else:
         from rich.console import Console
 
         Console().print(table_of(report, f"{model} on {samples} held-out pages"))
+
+
+def _pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:
+    """The options as settings of the image processor."""
+    if short_side is not None and image_mode != "short_side":
+        raise InputError("--short-side has a meaning with --image-mode short_side only")
+    if short_side is not None and max_pixels is None:
+        max_pixels = LONGEST * short_side**2
+    settings = {"mode": image_mode, "side": short_side, "max_pixels": max_pixels}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _import_training() -> Any:

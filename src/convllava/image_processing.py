@@ -90,6 +90,19 @@ class ConvLlavaImageProcessorPil(PilBackend):
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
 
+    def change(self, **settings: Any) -> None:
+        """Set some of the constructor's settings anew.
+
+        Raises:
+            InputError: there is no such setting, or it cannot work with the others.
+        """
+        for name in settings:
+            if name not in self.valid_kwargs.__annotations__:
+                raise InputError(f"the image processor has no setting {name!r}; it has {', '.join(_PLACING)}")
+        _check_settings({name: getattr(self, name, None) for name in ("do_resize", *_PLACING)} | settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
     def placement(self, size: Size, /, **kwargs: Any) -> Placement:
         """Where an image of this original size would lie in its canvas.
 

@@ -14,10 +14,8 @@ from typing import Any, TypedDict
 import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
-import convllava.auto  # noqa: F401  the Auto classes must know the model
-from convllava import official
+from convllava import checkpoints
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.geometry import Size, visual_tokens
@@ -75,21 +73,10 @@ def configuration_of(name: str) -> ConvLlavaConfig:
             text_config=language,
             image_token_id=language["vocab_size"],
         )
-    from convllava.inference.assistant import find_model
-
     try:
-        folder = official.on_disk(find_model(name))
+        return checkpoints.configuration(checkpoints.find(name))
     except InputError as error:
         raise InputError(f"{error}, or a preset: {', '.join(known)}") from None
-    if official.is_official(folder):
-        return official.configuration(official.look_through(folder))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name} does not hold a ConvLLaVA model: {str(error).strip().splitlines()[0]}") from None
-    if not isinstance(config, ConvLlavaConfig):
-        raise InputError(f"{name} holds a model of type {config.model_type}, not convllava")
-    return config
 
 
 def inspect(name: str) -> Report:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any, TypedDict
 
@@ -20,9 +19,6 @@ from convllava.geometry import Box, Size, parse_box
 from convllava.images import ImageSource, load_image
 from convllava.modeling import ConvLlavaForConditionalGeneration, ConvLlavaImageFeatures
 from convllava.processing import ConvLlavaProcessor
-
-SHIPPED = Path(__file__).parent.parent / "weights"
-"""Models that come with the package, a folder each."""
 
 
 class Message(TypedDict):
@@ -60,42 +56,32 @@ class EncodedImage:
     size: tuple[int, int]
 
 
-def load(name_or_path: str | os.PathLike[str] = "tiny", *, device: str | None = None, dtype: Any = None) -> Assistant:
+def load(
+    name_or_path: str | os.PathLike[str] = "tiny",
+    *,
+    device: str | None = None,
+    dtype: Any = None,
+    pixels: Mapping[str, Any] | None = None,
+) -> Assistant:
     """A model ready to answer.
 
     Args:
         name_or_path: `tiny` (ships with the package), a folder, or a hub id.
         device: Where to run; None takes cuda, then mps, then cpu.
         dtype: Of the weights; None takes float32 on the CPU and bfloat16 elsewhere.
+        pixels: Settings of the image processor in place of the checkpoint's, such as `{"mode": "short_side", "side":
+            1536}`, which is how the paper tests any aspect ratio.
 
     Raises:
-        InputError: nothing loadable goes by that name.
+        InputError: nothing loadable goes by that name, or a setting is bad.
     """
-    path = find_model(str(name_or_path))
+    path = checkpoints.find(str(name_or_path))
     device = device or _best_device()
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     model, processor = checkpoints.read(path, dtype)
+    processor.image_processor.change(**(pixels or {}))
     model.to(torch.device(device))  # type: ignore[arg-type]  # a decorated method loses its self
     return Assistant(model.eval(), processor)
-
-
-def find_model(name: str) -> str:
-    """A shipped name -> its folder; folders and hub ids pass through.
-
-    Raises:
-        InputError: neither a shipped model, nor a folder with a config.json, nor of a hub id's form.
-    """
-    shipped = sorted(folder.name for folder in SHIPPED.iterdir()) if SHIPPED.exists() else []
-    if name in shipped:
-        return str(SHIPPED / name)
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
-            raise InputError(f"{name} has no config.json; name the folder of one checkpoint")
-        return name
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = ", ".join([*shipped, "a folder", "a hub id owner/name"])
-        raise InputError(f"there is no model {name!r}; give one of {known}")
-    return name
 
 
 def _best_device() -> str:

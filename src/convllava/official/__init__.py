@@ -5,23 +5,20 @@
 What the layouts are and what each tensor is called on either side: docs/checkpoints.md.
 """
 
-from convllava.official.files import tensor_files, tensors_in
 from convllava.official.layout import is_official, look_through, on_disk
 from convllava.official.names import rename_tower
-from convllava.official.prompt import V1_TEMPLATE
-from convllava.official.reading import configuration, convert, load
+from convllava.official.prompt import TEMPLATES
+from convllava.official.reading import configuration, load, look_up
 from convllava.official.writing import write_official
 
 __all__ = [
-    "V1_TEMPLATE",
+    "TEMPLATES",
     "configuration",
-    "convert",
     "is_official",
     "load",
     "look_through",
+    "look_up",
     "on_disk",
     "rename_tower",
-    "tensor_files",
-    "tensors_in",
     "write_official",
 ]

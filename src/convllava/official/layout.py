@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from convllava.errors import InputError
-from convllava.official.files import VOCABULARY, one_line, read_json, tensor_files, tensors_in
+from convllava.files import VOCABULARY, one_line, read_json, tensor_files, tensors_in
 from convllava.official.names import OUR_TOWER, rename_language, rename_own_tower, rename_tower, rename_trained
 
 MODEL_TYPE = "llava_llama"

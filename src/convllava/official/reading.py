@@ -1,27 +1,26 @@
-"""A published checkpoint as a model of ours: in memory, or written one source file at a time."""
+"""A published checkpoint as one of ours."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
+from convllava.files import one_line, read_json, require, tensors_in
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.official.files import VOCABULARY, one_line, read_json, require, tensors_in, write_json
 from convllava.official.layout import Layout, Source, look_through, new_names
 from convllava.official.names import LAYER
-from convllava.official.prompt import V1_TEMPLATE
+from convllava.official.prompt import template_of
 from convllava.processing import ConvLlavaProcessor
+from convllava.stored import StoredModel, shapes_of
 
 
 def configuration(layout: Layout) -> ConvLlavaConfig:
@@ -95,51 +94,41 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
         image_mean=pixels["image_mean"],
         image_std=pixels["image_std"],
     )
-    return ConvLlavaProcessor(image_processor, tokenizer, chat_template=V1_TEMPLATE)
+    return ConvLlavaProcessor(image_processor, tokenizer, chat_template=template_of(layout.config))
 
 
-def convert(source: str | Path, folder: Path, dtype: torch.dtype | None, base: str | Path | None = None) -> str:
-    """Write an official checkpoint into `folder` in our layout, one source file after the other.
+def look_up(source: str | Path, dtype: torch.dtype | None, base: str | Path | None = None) -> StoredModel:
+    """An official checkpoint as one of ours whose tensors are read as they are asked for.
 
     Args:
         source: The checkpoint's folder.
-        folder: An empty folder; the caller renames it when it is whole.
         dtype: Of the weights; None keeps each tensor's own.
         base: See `look_through`.
 
-    Returns:
-        What a user should know of the checkpoint; empty if nothing.
-
     Raises:
-        InputError: a part is missing or damaged, or a tensor has another shape than the configuration asks.
+        InputError: a part is missing or damaged; when tensors are asked for, one has another shape than the
+            configuration asks.
     """
     layout = look_through(source, base)
     config = configuration(layout)
-    processor(layout, config).save_pretrained(folder)
-    copy_vocabulary(layout.tokenizer_folder, folder)
-    index: dict[str, str] = {}
-    for number, tensors in enumerate(native_tensors(layout, config, dtype), start=1):
-        name = f"model-{number:05}-of-{len(layout.sources):05}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, name)
-        tensors.clear()  # before the next file is read
-    config.architectures = ["ConvLlavaForConditionalGeneration"]
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    content = {"metadata": {}, "weight_map": index}
-    write_json(folder / "model.safetensors.index.json", content)
-    generation_of(config).save_pretrained(folder)
-    return layout.note
+    return StoredModel(
+        config=config,
+        processor=processor(layout, config),
+        generation=generation_of(config),
+        tensors=native_tensors(layout, config, dtype),
+        tokenizer_folder=layout.tokenizer_folder,
+        note=layout.note,
+    )
 
 
 def load(source: str | Path, dtype: torch.dtype) -> tuple[ConvLlavaForConditionalGeneration, ConvLlavaProcessor]:
     """An official checkpoint converted in memory."""
-    layout = look_through(source)
-    config = configuration(layout)
-    tensors = {name: tensor for part in native_tensors(layout, config, dtype) for name, tensor in part.items()}
-    model: Any = ConvLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    model.generation_config = generation_of(config)
-    return model.eval(), processor(layout, config)
+    found = look_up(source, dtype)
+    model: Any = ConvLlavaForConditionalGeneration.from_pretrained(
+        None, config=found.config, state_dict=dict(found.tensors), dtype=dtype
+    )
+    model.generation_config = found.generation
+    return model.eval(), found.processor
 
 
 def generation_of(config: ConvLlavaConfig) -> GenerationConfig:
@@ -150,8 +139,8 @@ def generation_of(config: ConvLlavaConfig) -> GenerationConfig:
     )
 
 
-def native_tensors(layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
-    """The tensors of one source file after the other under our names, each tensor once.
+def native_tensors(layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one source file after the other under our names, each once.
 
     Raises:
         InputError: a tensor is missing, strange or of another shape than the configuration asks.
@@ -159,9 +148,9 @@ def native_tensors(layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype |
     expected, done = shapes_of(config), set[str]()
     _check_deltas(layout, expected)
     for part in layout.sources:
-        tensors = renamed(part, expected, done, layout, dtype)
-        done |= set(tensors)
-        yield tensors
+        for name, tensor in renamed(part, expected, done, layout, dtype):
+            done.add(name)
+            yield name, tensor
     if missing := sorted(set(expected) - done):
         raise InputError(f"{layout.folder} lacks the tensor {missing[0]} (in our naming); its weights are not complete")
 
@@ -179,13 +168,12 @@ def renamed(
     done: Container[str],
     layout: Layout,
     dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file under our names, merged with LoRA; what is done already is left out.
 
     Raises:
         InputError: a tensor is strange or has another shape than the configuration asks.
     """
-    tensors: dict[str, Tensor] = {}
     found = tensors_in(part.path)
     for old in found:
         new = part.rename(old)
@@ -200,8 +188,7 @@ def renamed(
                 f"for {list(expected[new])}"
             )
         merged = layout.deltas[new].added_to(tensor) if new in layout.deltas else tensor
-        tensors[new] = merged.to(dtype or tensor.dtype).contiguous()
-    return tensors
+        yield new, merged.to(dtype or tensor.dtype).contiguous()
 
 
 def _is_dropped_block(name: str, expected: Iterable[str], layout: Layout) -> bool:
@@ -211,16 +198,3 @@ def _is_dropped_block(name: str, expected: Iterable[str], layout: Layout) -> boo
         return False
     stage = re.compile(re.escape(name[: match.start(2)]) + r"\d+\.dwconv\.weight")
     return int(match[2]) == sum(stage.fullmatch(other) is not None for other in expected)
-
-
-def shapes_of(config: ConvLlavaConfig) -> dict[str, torch.Size]:
-    """Every tensor of a model and its shape, without allocating it."""
-    with torch.device("meta"):
-        model = ConvLlavaForConditionalGeneration(config)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def copy_vocabulary(source: Path, folder: Path) -> None:
-    """Keep the tokenizer in the form that the original's slow tokenizer reads, for the way back."""
-    if (source / VOCABULARY).is_file():
-        shutil.copyfile(source / VOCABULARY, folder / VOCABULARY)

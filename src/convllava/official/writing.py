@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
-from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.official.files import read_json, write_json
+from convllava.files import read_json, write_json, write_tensors
 from convllava.official.layout import MODEL_TYPE
 from convllava.official.names import name_for_official
-from convllava.official.reading import copy_vocabulary
 from convllava.processing import ConvLlavaProcessor
+from convllava.stored import StoredModel
 
 
-def write_official(
-    model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, folder: Path, source: Path
-) -> None:
-    """Write a model of the official kind into `folder` so that the original code can load it.
+def write_official(source: StoredModel, folder: Path) -> None:
+    """Write a model of the official kind into an empty folder so that the original code can load it.
 
-    Args:
-        source: Where the model was read from, for its tokenizer.model; without one the original's slow tokenizer
-            cannot be made, only the fast one.
+    Without a tokenizer.model in the source, the original's slow tokenizer cannot be made, only the fast one.
 
     Raises:
         InputError: the model has what the original does not know: row separators, coordinates, another language model
             than Llama, or images that are neither padded to a square nor cropped.
     """
-    config = model.config
-    text = config.text_config
-    if config.row_separator or config.coordinate_embedding or text.model_type != "llama":
+    check_official(source)
+    tower = folder / "vision_tower"
+    tower.mkdir()
+    found: dict[str, Tensor] = {}  # in one file, as the original has it: a few percent of the whole
+    write_tensors(_without_tower(source, found), folder)
+    torch.save(found, tower / "pytorch_model.bin")
+    _write_configs(source.config, source.processor, folder, tower)
+    _write_tokenizer(source.processor, folder)
+    source.copy_vocabulary(folder)
+
+
+def check_official(source: StoredModel) -> None:
+    """Refuse a model that the original does not know how to build.
+
+    Raises:
+        InputError: says what it does not know.
+    """
+    config, mode = source.config, source.processor.image_processor.mode
+    if config.row_separator or config.coordinate_embedding or config.text_config.model_type != "llama":
         raise InputError(
             "only a Llama without row separators and coordinate embeddings can be written in the official layout"
         )
-    if processor.image_processor.mode not in ("square", "crop"):
-        raise InputError(
-            f"the official layout knows no images of mode {processor.image_processor.mode}; use square or crop"
-        )
-    parts: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
-    for name, tensor in model.state_dict().items():
+    if mode not in ("square", "crop"):
+        raise InputError(f"the official layout knows no images of mode {mode}; use square or crop")
+
+
+def _without_tower(source: StoredModel, tower: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The other tensors by the original's names; those of the tower are put aside."""
+    for name, tensor in source.tensors:
         official, in_tower = name_for_official(name)
-        parts[in_tower][official] = tensor.contiguous().clone()
-    tower = folder / "vision_tower"
-    tower.mkdir()
-    save_file(parts[False], folder / "model.safetensors", metadata={"format": "pt"})
-    torch.save(parts[True], tower / "pytorch_model.bin")
-    _write_configs(config, processor, folder, tower)
-    _write_tokenizer(processor, folder)
-    copy_vocabulary(source, folder)
+        if in_tower:
+            tower[official] = tensor.clone()  # saved alone, not with the file that it was mapped from
+        else:
+            yield official, tensor
 
 
 def _write_tokenizer(processor: ConvLlavaProcessor, folder: Path) -> None:

@@ -130,8 +130,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     stage = recipe.stages[index]
     progress = folder.with_name(f".{folder.name}.progress")
     set_seed(recipe.seed + index)
-    for key, value in stage.pixels.items():
-        setattr(processor.image_processor, key, value)
+    processor.image_processor.change(**stage.pixels)
     trained = trained_module(stage, model, processor)
     freeze_all_but(trained, stage.trains)
     if is_first_process():

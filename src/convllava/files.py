@@ -1,21 +1,24 @@
-"""The files of a published checkpoint: tensors that are mapped and never unpickled into anything else, and JSON."""
+"""The files of checkpoints: tensors that are mapped and never unpickled into anything else, and JSON."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from convllava.errors import InputError
 
 VOCABULARY = "tokenizer.model"
+PIECE = 512 * 2**20
+"""Bytes of tensors that are held before they are written."""
 
 
 def tensor_files(folder: Path, required: bool = True) -> list[Path]:
@@ -57,6 +60,39 @@ def tensors_in(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path} holds more than tensors by name")
     return content
+
+
+def in_pieces(tensors: Iterable[tuple[str, Tensor]], size: int = PIECE) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name, as many at a time as fit into so many bytes, at least one."""
+    piece: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if piece and held + tensor.nbytes > size:
+            yield piece
+            piece, held = {}, 0
+        piece[name] = tensor
+        held += tensor.nbytes
+    if piece:
+        yield piece
+
+
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write tensors as they come: `model.safetensors`, or shards with an index where they are more than a piece."""
+    shards: list[tuple[Path, list[str]]] = []
+    for number, piece in enumerate(in_pieces(tensors)):
+        path = folder / f"shard-{number}"
+        save_file(piece, path, metadata={"format": "pt"})
+        shards.append((path, list(piece)))
+        piece.clear()  # before the next is read
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    index: dict[str, str] = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        final = path.with_name(f"model-{number:05}-of-{len(shards):05}.safetensors")
+        path.rename(final)
+        index |= dict.fromkeys(names, final.name)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
 
 
 def one_line(error: Exception) -> str:

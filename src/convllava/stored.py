@@ -1,0 +1,58 @@
+"""A checkpoint on disk, of which tensors are read only as they are asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from convllava.configuration import ConvLlavaConfig
+from convllava.files import VOCABULARY, write_tensors
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.processing import ConvLlavaProcessor
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One checkpoint, in whichever layout it lies.
+
+    Attributes:
+        config, processor, generation: As we write them.
+        tensors: By our names, each once; reading one may raise `InputError`.
+        tokenizer_folder: Where its tokenizer lies.
+        note: What a user should know of it; empty if nothing.
+    """
+
+    config: ConvLlavaConfig
+    processor: ConvLlavaProcessor
+    generation: GenerationConfig
+    tensors: Iterator[tuple[str, Tensor]]
+    tokenizer_folder: Path
+    note: str = ""
+
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write it in our layout into an empty folder."""
+        self.processor.save_pretrained(folder)
+        self.copy_vocabulary(folder)
+        write_tensors(self.tensors, folder)
+        self.config.architectures = [ConvLlavaForConditionalGeneration.__name__]
+        self.config.dtype = dtype
+        self.config.save_pretrained(folder)
+        self.generation.save_pretrained(folder)
+
+    def copy_vocabulary(self, folder: Path) -> None:
+        """Keep the tokenizer in the form that the original's slow tokenizer reads."""
+        if (self.tokenizer_folder / VOCABULARY).is_file():
+            shutil.copyfile(self.tokenizer_folder / VOCABULARY, folder / VOCABULARY)
+
+
+def shapes_of(config: ConvLlavaConfig) -> dict[str, torch.Size]:
+    """Every tensor of a model and its shape, without allocating it."""
+    with torch.device("meta"):
+        model = ConvLlavaForConditionalGeneration(config)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
