@@ -10,11 +10,10 @@ ConvNeXt: arXiv 2201.03545. Five stages: ConvLLaVA, arXiv 2405.15738.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -25,8 +24,8 @@ from transformers.utils.generic import ModelOutput
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.geometry import Size
-
-Grids = tuple[Size, ...]
+from convllava.vision import inference, streaming
+from convllava.vision.pixels import Grids, as_linear, halve, join, patches, rectangles
 
 
 @dataclass
@@ -48,34 +47,6 @@ class ConvLlavaVisionOutput(ModelOutput):
         return [part.unflatten(0, grid) for part, grid in zip(parts, self.grids, strict=True)]
 
 
-def _rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:
-    """(pixels, channels) -> one (images, height, width, channels) view per run of equal shapes."""
-    runs = [(grid, len(list(run))) for grid, run in groupby(grids)]
-    parts = pixels.split([count * grid.height * grid.width for grid, count in runs])
-    return [part.view(count, *grid, -1) for part, (grid, count) in zip(parts, runs, strict=True)]
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _patches(maps: Tensor, side: int) -> Tensor:
-    """(images, height, width, channels) -> (patches, channels * side * side), channels first as in a Conv2d weight."""
-    images, height, width, channels = maps.shape
-    tiles = maps.view(images, height // side, side, width // side, side, channels)
-    return tiles.permute(0, 1, 3, 5, 2, 4).reshape(-1, channels * side * side)
-
-
-def _as_linear(convolution: nn.Module, patches: Tensor) -> Tensor:
-    """A convolution whose stride is its kernel is a linear layer over patches."""
-    assert isinstance(convolution, nn.Conv2d)
-    return F.linear(patches, convolution.weight.flatten(1), convolution.bias)
-
-
-def _halve(grids: Grids) -> Grids:
-    return tuple(Size(height // 2, width // 2) for height, width in grids)
-
-
 class ConvLlavaVisionEmbeddings(nn.Module):
     """The stem: non-overlapping patches, a linear layer, LayerNorm."""
 
@@ -90,9 +61,9 @@ class ConvLlavaVisionEmbeddings(nn.Module):
     def forward(self, images: list[Tensor]) -> tuple[Tensor, Grids]:
         """Images of (channels, height, width) -> (pixels, channels) at 1/patch_size and the grids."""
         side = self.patch_size
-        patches = _join([_patches(image.permute(1, 2, 0).unsqueeze(0), side) for image in images])
+        matrix = join([patches(image.permute(1, 2, 0).unsqueeze(0), side) for image in images])
         grids = tuple(Size(image.shape[1] // side, image.shape[2] // side) for image in images)
-        return self.layernorm(_as_linear(self.patch_embeddings, patches)), grids
+        return self.layernorm(as_linear(self.patch_embeddings, matrix)), grids
 
 
 class ConvLlavaVisionLayer(GradientCheckpointingLayer):
@@ -109,8 +80,8 @@ class ConvLlavaVisionLayer(GradientCheckpointingLayer):
 
     def depthwise(self, pixels: Tensor, grids: Grids) -> Tensor:
         """The only step that sees neighbours: run on each image's own rectangle, in channels-last memory."""
-        maps = [self.dwconv(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for part in _rectangles(pixels, grids)]
-        return _join([part.reshape(-1, part.shape[-1]) for part in maps])
+        maps = [self.dwconv(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for part in rectangles(pixels, grids)]
+        return join([part.reshape(-1, part.shape[-1]) for part in maps])
 
     def forward(self, pixels: Tensor, grids: Grids) -> Tensor:
         hidden = self.layernorm(self.depthwise(pixels, grids))
@@ -135,8 +106,8 @@ class ConvLlavaVisionStage(nn.Module):
         if not self.downsampling_layer:
             return pixels, grids
         norm, convolution = self.downsampling_layer
-        patches = _join([_patches(part, 2) for part in _rectangles(norm(pixels), grids)])
-        return _as_linear(convolution, patches), _halve(grids)
+        matrix = join([patches(part, 2) for part in rectangles(norm(pixels), grids)])
+        return as_linear(convolution, matrix), halve(grids)
 
     def forward(self, pixels: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
         pixels, grids = self.downsample(pixels, grids)
@@ -184,22 +155,49 @@ class ConvLlavaVisionModel(PreTrainedModel):
         if isinstance(module, ConvLlavaVisionLayer):
             init.constant_(module.layer_scale_parameter, self.config.layer_scale_init_value)
 
-    def forward(self, pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None = None) -> ConvLlavaVisionOutput:
+    def forward(
+        self, pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None = None, band_rows: int | None = None
+    ) -> ConvLlavaVisionOutput:
         """Encode images of any shapes.
+
+        Without gradients the tower works in place, a part of the pixels at a time (`vision.inference`), and images of
+        more than 4 million pixels go through it in bands of rows (`vision.streaming`): the same numbers, in a fraction
+        of the memory.
 
         Args:
             pixel_values: (images, channels, height, width), or a list of (channels, height, width).
             image_sizes: (images, 2), height and width of each image inside a padded `pixel_values`; what lies beyond
                 is never looked at.
+            band_rows: Rows of pixels in a band, for images of every size; without gradients only.
 
         Raises:
-            InputError: a side is no multiple of the stride.
+            InputError: a side is no multiple of the stride, or a band is too small.
         """
         images = _unpad(pixel_values, image_sizes)
-        _check_multiples(images, self.config.stride)
-        pixels, grids = self.embeddings([image.to(self.dtype) for image in images])
+        check_multiples([Size(*image.shape[1:]) for image in images], self.config.stride)
+        images = [image.to(self.dtype) for image in images]
+        if inference.is_possible(self.dtype):
+            return ConvLlavaVisionOutput(*streaming.encode(self, images, band_rows))
+        if band_rows is not None:
+            raise InputError("band_rows is for inference: wrap the call in torch.no_grad(), without autocast")
+        pixels, grids = self.embeddings(images)
         pixels, grids = self.encoder(pixels, grids)
         return ConvLlavaVisionOutput(last_hidden_state=pixels, grids=grids)
+
+    def stream(self, bands: Iterable[Tensor], height: int | None = None) -> Iterator[Tensor]:
+        """Encode one image that is never held as a whole.
+
+        Args:
+            bands: Its rows from the top: (channels, rows, width) each, rows a multiple of the patch size.
+            height: Of all bands, if known: stages that are cheaper to hold than to stream are then held.
+
+        Yields:
+            The last feature map from the top: (rows, columns, channels) each.
+
+        Raises:
+            InputError: the width or the sum of all rows is no multiple of the stride.
+        """
+        return streaming.stream(self, bands, height)
 
 
 def _unpad(pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
@@ -209,9 +207,13 @@ def _unpad(pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None) -> l
     return [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes, strict=True)]
 
 
-def _check_multiples(images: list[Tensor], stride: int) -> None:
-    for image in images:
-        height, width = image.shape[1:]
+def check_multiples(sizes: Iterable[Size], stride: int) -> None:
+    """Refuse what the tower cannot halve often enough.
+
+    Raises:
+        InputError: names the nearest size.
+    """
+    for height, width in sizes:
         if height % stride or width % stride or not height or not width:
             nearest = [max(stride, round(side / stride) * stride) for side in (height, width)]
             raise InputError(

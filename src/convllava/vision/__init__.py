@@ -1,0 +1,6 @@
+"""The vision tower: `model` has its modules and the path that trains, `inference` and `streaming` the same numbers
+without gradients, in place and band by band."""
+
+from convllava.vision.model import ConvLlavaVisionModel, ConvLlavaVisionOutput
+
+__all__ = ["ConvLlavaVisionModel", "ConvLlavaVisionOutput"]

@@ -1,0 +1,44 @@
+"""The pixels of all images of a batch as one matrix, and back to rectangles."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convllava.geometry import Size
+
+Grids = tuple[Size, ...]
+"""Rows and columns of each image's map."""
+
+
+def rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:
+    """(pixels, channels) -> one (images, height, width, channels) view per run of equal shapes."""
+    runs = [(grid, len(list(run))) for grid, run in groupby(grids)]
+    parts = pixels.split([count * grid.height * grid.width for grid, count in runs])
+    return [part.view(count, *grid, -1) for part, (grid, count) in zip(parts, runs, strict=True)]
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """One matrix of several, without a copy where there is one only."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def patches(maps: Tensor, side: int) -> Tensor:
+    """(images, height, width, channels) -> (patches, channels * side * side), channels first as in a Conv2d weight."""
+    images, height, width, channels = maps.shape
+    tiles = maps.view(images, height // side, side, width // side, side, channels)
+    return tiles.permute(0, 1, 3, 5, 2, 4).reshape(-1, channels * side * side)
+
+
+def as_linear(convolution: nn.Module, matrix: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel is a linear layer over patches."""
+    assert isinstance(convolution, nn.Conv2d)
+    return F.linear(matrix, convolution.weight.flatten(1), convolution.bias)
+
+
+def halve(grids: Grids) -> Grids:
+    """Of the maps after a downsampling layer."""
+    return tuple(Size(height // 2, width // 2) for height, width in grids)
