@@ -20,7 +20,9 @@ from convllava import InputError, official
 from convllava.checkpoints import convert, read
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.conversation import IGNORE, encode
+from convllava.data.sources import conversation_of
 from convllava.files import in_pieces, tensors_in
+from convllava.official.prompt import FORMATS
 from convllava.vision import ConvLlavaVisionModel
 
 DATA = Path(__file__).parent / "data" / "official"
@@ -168,6 +170,8 @@ def test_every_layout_gives_the_same_model(source, tmp_path):
 
 def test_of_two_towers_the_checkpoints_own_counts_and_that_is_said(source, tmp_path):
     shutil.copytree(source / "vision_tower", tmp_path / "older")
+    tower = torch.load(source / "vision_tower" / "pytorch_model.bin", weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in tower.items()}, tmp_path / "older" / "pytorch_model.bin")
     settings = json.loads((source / "config.json").read_text()) | {"mm_vision_tower": str(tmp_path / "older")}
     (source / "config.json").write_text(json.dumps(settings))
     note = convert(source, tmp_path / "model", "float32")
@@ -194,7 +198,7 @@ def test_lora_is_merged_and_its_projector_kept(source, tmp_path):
     adapter = {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "/no/where"}
     (lora / "adapter_config.json").write_text(json.dumps(adapter))
 
-    with pytest.raises(InputError, match="a LoRA on '/no/where', which is not here; name the folder with --base"):
+    with pytest.raises(InputError, match="a LoRA on '/no/where', which is not here; convert it with --base FOLDER"):
         convert(lora, tmp_path / "model", "float32")
     convert(lora, tmp_path / "model", "float32", base=base)
     merged, plain = tensors_of(tmp_path / "model"), tensors_of(source)
@@ -378,7 +382,7 @@ def damage_completeness(folder: Path) -> None:
         (damage_shape, r"^[^:]*model\.safetensors: model\.mm_projector\.0\.weight has the shape \[64, 128\]"),
         (damage_emptied, r"pytorch_model\.bin is not a readable file of tensors"),
         (damage_pixels, r"preprocessor_config\.json lacks 'size'"),
-        (damage_projector, "a projector of the type linear; only mlp2x_gelu is known"),
+        (damage_projector, "sets mm_projector_type to .linear.; only mlp2x_gelu is known"),
         (damage_completeness, r"lacks the tensor model\.multi_modal_projector\.linear_2\.bias"),
     ],
 )
@@ -391,33 +395,85 @@ def test_damage_is_one_line_and_nothing_is_written(source, tmp_path, capsys, dam
     assert "ran" not in capsys.readouterr().out
 
 
-def conversation(*images: int) -> list[dict[str, object]]:
-    first = [{"type": "image"} for _ in images] + [text("What is it?")]
-    return [{"role": "user", "content": first}, {"role": "assistant", "content": [text("A cat.")]}]
+CHAT = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+]
 
 
 @pytest.mark.parametrize(
-    ("config", "rendered"),
+    ("config", "opening", "end"),
     [
-        ({}, "<s> {v1} USER: <image> \nWhat is it? ASSISTANT: A cat.</s>"),
-        ({"version": "llama_v2"}, "<s> [INST] <<SYS>>\n{llama}\n<</SYS>>\n\n<image> \nWhat is it? [/INST] A cat. </s>"),
-        ({"conv_mode": "plain"}, "<s> <image> A cat.\n"),
+        ({}, "<s> A chat between a curious user and", "questions. USER: <image> \nWhat is it? ASSISTANT: A cat.</s>"),
+        ({"conv_mode": "llava_v1"}, "<s> A chat between a curious human and", " ASSISTANT: A cat.</s>"),
+        (
+            {"version": "llava_llama_2"},
+            "<s> [INST] <<SYS>>\nYou are a helpful language and vision assistant.",
+            "language.\n<</SYS>>\n\n<image> \nWhat is it? [/INST] A cat. </s>",
+        ),
+        ({"conv_version": "plain"}, "<s><image> A cat.\n", ""),
     ],
 )
-def test_the_prompt_format_is_the_one_that_the_configuration_names(source, config, rendered):
+def test_the_prompt_format_is_the_one_that_the_configuration_names(source, config, opening, end):
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(settings | config))
     (source.parent / "vicuna").mkdir()
     moved = source.rename(source.parent / "vicuna" / "llava-llama-2-plain")  # a name that must not count
     _, processor = read(moved)
-    found = processor.apply_chat_template(conversation(1), tokenize=False)
-    for name, opening in (("v1", "A chat between a curious user"), ("llama", "You are a helpful language and vision")):
-        if "{" + name + "}" in rendered:
-            before, after = rendered.split("{" + name + "}")
-            assert found.startswith(before + opening)
-            assert found.endswith(after)
-            return
-    assert found == rendered
+    found = processor.apply_chat_template(CHAT, tokenize=False)
+    assert found.startswith(opening)
+    assert found.endswith(end)
+    twice = processor.apply_chat_template([*CHAT, *CHAT], tokenize=False)
+    if "INST" in opening:
+        assert "A cat. </s><s>[INST] <image> \nWhat is it? [/INST]" in twice
+
+
+@pytest.mark.parametrize("human", ["<image>\nhi", "hi <image>", "hi <image> there\n", " <image>", "no mark \n", "\nno"])
+@pytest.mark.parametrize("answer", ["A cat.", " A cat.\n"])
+def test_files_become_the_originals_sequences(parts, human, answer):
+    """Of one turn, by the steps of the original's preprocessing: the mark goes to the front of the trimmed message, and
+    what stands before and after it is tokenised alone."""
+    _, processor = parts
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
+    images = {"image": "wide.png"} if "<image>" in human else {}
+    sample = conversation_of({"conversations": turns, **images}, 0, DATA / "images")
+    item = encode(processor, sample.messages)
+    message = ("<image>\n" + human.replace("<image>", "").strip()).strip() if images else human
+    system = FORMATS["v1"][1]
+    pieces = f"{system} USER: {message} ASSISTANT: {answer}</s>".split("<image>")
+    plain = AutoTokenizer.from_pretrained(DATA / "checkpoint", config=LlamaConfig())
+    encoded = [plain(piece).input_ids for piece in pieces]
+    expected = encoded[0] + [token for ids in encoded[1:] for token in [-200, *ids[1:]]]
+    assert as_original(item["input_ids"]) == expected
+    supervised = item["input_ids"][item["labels"] != IGNORE]
+    assert supervised.tolist() == plain(f"ASSISTANT: {answer}</s>").input_ids[-len(supervised) :]
+
+
+def test_a_checkpoint_that_lost_its_towers_file_does_not_take_another(source, tmp_path):
+    shutil.copytree(source / "vision_tower", tmp_path / "earlier")
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"mm_vision_tower": str(tmp_path / "earlier")}))
+    assert convert(source, tmp_path / "whole", "float32") == ""  # the same tower twice is nothing to tell
+    (source / "vision_tower" / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match=r"vision_tower has a config\.json but neither model\.safetensors nor"):
+        read(source)
+
+
+def test_a_runs_checkpoint_beside_the_tower_that_it_began_with(source, tmp_path):
+    """Stage 5 is in the shards, and in no config.json: `mm_vision_tower` names the four stages given to stage 1."""
+    whole = tensors_of(source)
+    tower = torch.load(source / "vision_tower" / "pytorch_model.bin", weights_only=True)
+    shutil.rmtree(source / "vision_tower")
+    shutil.copytree(DATA / "inputs" / "original_convnext", tmp_path / "four")
+    shutil.copy(DATA / "checkpoint" / "vision_tower" / "preprocessor_config.json", tmp_path / "four")
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
+    save_file(tensors, source / "model.safetensors")
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"mm_vision_tower": str(tmp_path / "four")}))
+    found = tensors_of(source)
+    assert found.keys() == whole.keys()
+    assert all(found[name].equal(tensor) for name, tensor in whole.items())
 
 
 def test_an_unknown_prompt_format_is_named(source):

@@ -60,9 +60,9 @@ def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
     images = Path("images")
     marked = conversation_of(record(0, ["a.png", "b.png"], "this <image> or that <image>?"), 0, images)
     assert marked.messages[0]["content"] == [
-        {"type": "text", "text": "this"},
+        {"type": "text", "text": "this "},
         {"type": "image", "image": "images/a.png"},
-        {"type": "text", "text": "or that"},
+        {"type": "text", "text": " or that "},
         {"type": "image", "image": "images/b.png"},
         {"type": "text", "text": "?"},
     ]
@@ -74,11 +74,15 @@ def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
     ("bad", "message"),
     [
         ({"id": "x"}, "sample x: no conversations"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "sample 7: turns must alternate"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "sample 7: turns alternate"),
         (record(1, gpt=" "), "sample s1: an empty answer"),
         (record(1, ["a.png", "b.png"]), "sample s1: 1 <image> marks for 2 images"),
         (record(1, None), "sample s1: 1 <image> marks for 0 images"),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, "a turn has from, one of human"),
+        ({"conversations": [{"from": ["human"], "value": "hi"}]}, "a turn has from, one of human"),
+        (record(1, 5), "image is a path or a list"),
+        (record(1, [None]), "image is a path or a list"),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "system", "value": "hi"}]}, "turns alternate"),
     ],
 )
 def test_a_bad_record_is_named(bad, message):

@@ -20,7 +20,7 @@ from convllava.errors import InputError
 from convllava.files import tensor_files, tensors_in
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.official import TEMPLATES
+from convllava.official import template
 from convllava.processing import ConvLlavaProcessor
 from convllava.tokenization import END, PAD, build_tokenizer
 
@@ -85,7 +85,7 @@ class Assembly:
     left_over: list[str]
 
     def table(self) -> Table:
-        """Tensors and parameters by part: loaded, new, left over."""
+        """Numbers of tensors by part: loaded, new, left over."""
         table = Table(title="what the model is made of", title_justify="left")
         for title in ("tensors of", "loaded", "new", "left over"):
             table.add_column(title, justify="left" if title == "tensors of" else "right")
@@ -153,8 +153,8 @@ def build(
     image_processor = ConvLlavaImageProcessorPil(
         **{"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}
     )
-    template = TEMPLATES["v1"].replace("'<s> '", "(bos_token or '') ~ ' '").replace("'</s>'", "eos_token")
-    processor = ConvLlavaProcessor(image_processor, tokenizer, chat_template=template, row_separator=row_separator)
+    prompt = template("v1", bos="(bos_token or '')", eos="eos_token")
+    processor = ConvLlavaProcessor(image_processor, tokenizer, chat_template=prompt, row_separator=row_separator)
     return Assembly(model, processor, loaded, new, extra)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,13 @@ def look_up(source: str | Path, dtype: torch.dtype) -> StoredModel:
         processor = ConvLlavaProcessor.from_pretrained(folder)
         has_generation = (folder / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(folder) if has_generation else GenerationConfig()
-    return StoredModel(config, processor, generation, _tensors(folder, config, dtype), folder)
+    return StoredModel(config, processor, generation, partial(_tensors, folder, config, dtype), folder)
 
 
-def _tensors(folder: Path, config: ConvLlavaConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of our layout, one file after the other."""
+def _tensors(
+    folder: Path, config: ConvLlavaConfig, dtype: torch.dtype, prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of our layout, one file after the other, those that begin with a prefix."""
     expected = shapes_of(config)
     for path in tensor_files(folder):
         found = tensors_in(path)
@@ -178,7 +181,8 @@ def _tensors(folder: Path, config: ConvLlavaConfig, dtype: torch.dtype) -> Itera
             tensor = found[name]
             if expected.pop(name, None) != tensor.shape:
                 raise InputError(f"{path}: {name} has the shape {list(tensor.shape)}, which the model does not have")
-            yield name, tensor.to(dtype)
+            if name.startswith(prefix):
+                yield name, tensor.to(dtype)
     if config.text_config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     if expected:
@@ -188,19 +192,21 @@ def _tensors(folder: Path, config: ConvLlavaConfig, dtype: torch.dtype) -> Itera
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill beside `path`; renamed to it when the block ends well, removed when it does not."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        yield unfinished
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise InputError(f"{path} cannot be written: {one_line(error)}") from None
         raise
     older = path.with_name(f".{path.name}.older")
     if path.exists():
         path.rename(older)
-    partial.rename(path)
+    unfinished.rename(path)
     shutil.rmtree(older, ignore_errors=True)

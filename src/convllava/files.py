@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def tensor_files(folder: Path, required: bool = True) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = sorted(set(_weight_map(index).values()))
             for name in names:
                 if not (folder / name).is_file():
                     raise InputError(f"{folder / name} is missing; {index.name} names it")
@@ -40,6 +40,13 @@ def tensor_files(folder: Path, required: bool = True) -> list[Path]:
     if not required:
         return []
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin nor an index of shards")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files")
+    return places
 
 
 def tensors_in(path: Path) -> Mapping[str, Tensor]:
@@ -55,9 +62,10 @@ def tensors_in(path: Path) -> Mapping[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise InputError(f"{path} is damaged, or holds code beside tensors, which is never run") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged file makes torch raise nearly anything
         raise InputError(f"{path} is not a readable file of tensors: {one_line(error)}") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    pairs = content.items() if isinstance(content, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs):
         raise InputError(f"{path} holds more than tensors by name")
     return content
 
@@ -78,21 +86,45 @@ def in_pieces(tensors: Iterable[tuple[str, Tensor]], size: int = PIECE) -> Itera
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Write tensors as they come: `model.safetensors`, or shards with an index where they are more than a piece."""
+    _write(tensors, folder, "model", "safetensors", _save_safe)
+
+
+def write_pickled(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """As `write_tensors`, as `pytorch_model.bin`."""
+    _write(tensors, folder, "pytorch_model", "bin", _save_pickled)
+
+
+def _save_pickled(piece: dict[str, Tensor], path: Path) -> None:
+    # Cloned, so that each is saved alone and not with the file that it was mapped from.
+    torch.save({name: tensor.clone() for name, tensor in piece.items()}, path)
+
+
+def _save_safe(piece: dict[str, Tensor], path: Path) -> None:
+    save_file(piece, path, metadata={"format": "pt"})
+
+
+def _write(
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    stem: str,
+    suffix: str,
+    save: Callable[[dict[str, Tensor], Path], None],
+) -> None:
     shards: list[tuple[Path, list[str]]] = []
     for number, piece in enumerate(in_pieces(tensors)):
         path = folder / f"shard-{number}"
-        save_file(piece, path, metadata={"format": "pt"})
+        save(piece, path)
         shards.append((path, list(piece)))
         piece.clear()  # before the next is read
     if len(shards) == 1:
-        shards[0][0].rename(folder / "model.safetensors")
+        shards[0][0].rename(folder / f"{stem}.{suffix}")
         return
     index: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, start=1):
-        final = path.with_name(f"model-{number:05}-of-{len(shards):05}.safetensors")
+        final = path.with_name(f"{stem}-{number:05}-of-{len(shards):05}.{suffix}")
         path.rename(final)
         index |= dict.fromkeys(names, final.name)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    write_json(folder / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": index})
 
 
 def one_line(error: Exception) -> str:
@@ -117,9 +149,12 @@ class _Lazy(Mapping[str, Tensor]):
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object; got {str(content)[:40]}")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

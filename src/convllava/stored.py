@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +18,20 @@ from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 
 
+class Tensors(Protocol):
+    """Tensors by name."""
+
+    def __call__(self, prefix: str = "", /) -> Iterator[tuple[str, Tensor]]: ...
+
+
 @dataclass(frozen=True)
 class StoredModel:
     """One checkpoint, in whichever layout it lies.
 
     Attributes:
         config, processor, generation: As we write them.
-        tensors: By our names, each once; reading one may raise `InputError`.
+        tensors: Called with a prefix of our names (none: all), gives those tensors by name, each once; reading may
+            raise `InputError`.
         tokenizer_folder: Where its tokenizer lies.
         note: What a user should know of it; empty if nothing.
     """
@@ -31,7 +39,7 @@ class StoredModel:
     config: ConvLlavaConfig
     processor: ConvLlavaProcessor
     generation: GenerationConfig
-    tensors: Iterator[tuple[str, Tensor]]
+    tensors: Tensors
     tokenizer_folder: Path
     note: str = ""
 
@@ -39,7 +47,7 @@ class StoredModel:
         """Write it in our layout into an empty folder."""
         self.processor.save_pretrained(folder)
         self.copy_vocabulary(folder)
-        write_tensors(self.tensors, folder)
+        write_tensors(self.tensors(), folder)
         self.config.architectures = [ConvLlavaForConditionalGeneration.__name__]
         self.config.dtype = dtype
         self.config.save_pretrained(folder)

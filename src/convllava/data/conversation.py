@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -32,9 +33,12 @@ def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dic
         InputError: nothing is supervised, as when the chat template marks no assistant text.
     """
     # Lists, not tensors: transformers walks over every token for every answer, which costs tensors 80 ms a sample.
-    encoded = processor.apply_chat_template(
-        [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    try:
+        encoded = processor.apply_chat_template(
+            [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+    except (TemplateError, UnicodeError, TypeError) as error:
+        raise InputError(f"the conversation cannot be written as a prompt: {error}") from None
     input_ids = torch.tensor(encoded["input_ids"][0])
     supervised = torch.tensor(encoded["assistant_masks"][0]).bool()
     if not supervised.any():

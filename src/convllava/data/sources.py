@@ -103,8 +103,11 @@ def conversation_of(record: dict[str, Any], number: int, images: Path) -> Conver
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise InputError(f"sample {name}: no conversations")
-    paths = record.get("image") or []
-    paths = [str(images / path) for path in ([paths] if isinstance(paths, str) else paths)]
+    named = record.get("image") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(path, str) for path in named):
+        raise InputError(f"sample {name}: image is a path or a list of paths; got {named!r}"[:200])
+    paths = [str(images / path) for path in named]
     messages = [_message(turn, name) for turn in turns]
     _check_order(messages, name)
     marks = [part for message in messages for part in message["content"] if part["type"] == "image"]
@@ -120,24 +123,41 @@ def conversation_of(record: dict[str, Any], number: int, images: Path) -> Conver
 
 
 def _message(turn: Any, name: str) -> dict[str, Any]:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in _ROLES:
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(turn.get("value"), str):
         raise InputError(f"sample {name}: a turn has from, one of {', '.join(_ROLES)}, and value; got {turn!r}"[:200])
-    role, text = _ROLES[turn["from"]], turn["value"]
+    role, text = _ROLES[speaker], turn["value"]
     if role == "assistant":
         if not text.strip():
             raise InputError(f"sample {name}: an empty answer")
-        return {"role": role, "content": [{"type": "text", "text": text.strip()}]}
-    content: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.split(IMAGE_MARK)):
-        content += [{"type": "image"}] if number else []
-        content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
-    return {"role": role, "content": content}
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+    return {"role": role, "content": _parts(text)}
+
+
+def _parts(text: str) -> list[dict[str, Any]]:
+    """Text around marks as it stands, but without the blanks at its ends where there are marks, as in LLaVA."""
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) == 1:
+        return [{"type": "text", "text": text}]
+    filled = [number for number, piece in enumerate(pieces) if piece.strip()]
+    if filled:
+        pieces[filled[0]] = pieces[filled[0]].lstrip()
+        pieces[filled[-1]] = pieces[filled[-1]].rstrip()
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece.strip() else []
+    return parts
 
 
 def _check_order(messages: list[dict[str, Any]], name: str) -> None:
-    roles = [message["role"] for message in messages if message["role"] != "system"]
+    roles = [message["role"] for message in messages]
+    roles = roles[1:] if roles[0] == "system" else roles
     if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise InputError(f"sample {name}: turns must alternate, human first and gpt last; got {', '.join(roles)}")
+        raise InputError(
+            f"sample {name}: turns alternate, human first and gpt last, a system turn before or nowhere; "
+            f"got {', '.join(roles)}"
+        )
 
 
 class Mixture:

@@ -7,12 +7,11 @@ What the layouts are and what each tensor is called on either side: docs/checkpo
 
 from convllava.official.layout import is_official, look_through, on_disk
 from convllava.official.names import rename_tower
-from convllava.official.prompt import TEMPLATES
+from convllava.official.prompt import template
 from convllava.official.reading import configuration, load, look_up
 from convllava.official.writing import write_official
 
 __all__ = [
-    "TEMPLATES",
     "configuration",
     "is_official",
     "load",
@@ -20,5 +19,6 @@ __all__ = [
     "look_up",
     "on_disk",
     "rename_tower",
+    "template",
     "write_official",
 ]

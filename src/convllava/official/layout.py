@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from convllava.errors import InputError
 from convllava.files import VOCABULARY, one_line, read_json, tensor_files, tensors_in
-from convllava.official.names import OUR_TOWER, rename_language, rename_own_tower, rename_tower, rename_trained
+from convllava.official.names import OUR_TOWER, rename_language, rename_tower, rename_trained
 
 MODEL_TYPE = "llava_llama"
+MODEL_TYPES = (MODEL_TYPE, "llava")
 ADAPTER_CONFIG = "adapter_config.json"
-_PUBLISHED = re.compile(r"ConvLLaVA/[\w.-]+")
-"""Hub ids whose repositories are in the published layout."""
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_use_im_start_end": (False, None),
+    "mm_use_im_patch_token": (False, None),
+    "image_aspect_ratio": ("pad", "square", None),
+    "mm_vision_select_layer": (-1, -2),
+}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""What may name a repository: owner/name."""
+_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "vision_tower/*"]
+
+
+Origin = Literal["trained", "tower", "language", "named tower"]
+"""Where a file belongs: beside a LoRA, to the checkpoint's own tower, to its shards, to the tower its training began
+with."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of tensors: how they are named in it, and how in our model (None: not wanted)."""
+    """One file of tensors: where it belongs, and how they are named in our model (None: not wanted)."""
 
     path: Path
+    origin: Origin
     rename: Callable[[str], str | None]
+
+    def new_names(self) -> list[str]:
+        """Of the tensors that are wanted."""
+        return [new for new in map(self.rename, tensors_in(self.path)) if new is not None]
 
 
 @dataclass(frozen=True)
@@ -67,17 +87,30 @@ class Layout:
 
 
 def on_disk(name: str | Path) -> str | Path:
-    """The folder of a published checkpoint that goes by a hub id, fetched if need be; anything else passes through.
+    """The folder of a checkpoint in the published layout that goes by a hub id, fetched if need be; anything else
+    passes through, for transformers to load or refuse.
 
     Raises:
-        InputError: it cannot be fetched.
+        InputError: it is one by its name or its config.json, and cannot be fetched.
     """
-    if Path(name).exists() or not _PUBLISHED.fullmatch(str(name)):
+    if Path(name).exists() or not HUB_ID.fullmatch(str(name)):
         return name
+    if not str(name).startswith("ConvLLaVA/"):
+        try:
+            config = read_json(Path(hf_hub_download(str(name), "config.json")))
+        except (OSError, ValueError, HfHubHTTPError, InputError):
+            return name
+        if config.get("model_type") not in MODEL_TYPES:
+            return name
+    return _fetched(str(name))
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a hub id, fetched if need be; a path that exists, and what is no hub id, as it is."""
+    if Path(name).exists() or not HUB_ID.fullmatch(name):
+        return Path(name)
     try:
-        return snapshot_download(
-            str(name), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "vision_tower/*"]
-        )
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(f"{name} cannot be fetched: {one_line(error)}") from None
 
@@ -88,7 +121,7 @@ def is_official(folder: str | Path) -> bool:
     if (folder / ADAPTER_CONFIG).is_file():
         return True
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return config.get("model_type") in (MODEL_TYPE, "llava") and "mm_vision_tower" in config
+    return config.get("model_type") in MODEL_TYPES and "mm_vision_tower" in config
 
 
 def look_through(folder: str | Path, base: str | Path | None = None) -> Layout:
@@ -105,29 +138,49 @@ def look_through(folder: str | Path, base: str | Path | None = None) -> Layout:
     adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     language = folder if adapter is None else _base_of(folder, adapter, base)
     config = read_json((folder if (folder / "config.json").is_file() else language) / "config.json")
-    if config.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
-        raise InputError(
-            f"{folder} has a projector of the type {config['mm_projector_type']}; only mlp2x_gelu is known"
-        )
+    _check_known(folder, config)
     own, named = _towers(folder, language, config)
     trained = folder / "non_lora_trainables.bin"
-    files = {
-        rename_trained: [trained] if adapter is not None and trained.is_file() else [],
-        rename_own_tower: tensor_files(own, required=False) if own else [],
-        rename_language: tensor_files(language),
-        rename_tower: tensor_files(named, required=False) if named else [],
-    }
+    sources = [
+        *(Source(path, "trained", rename_trained) for path in [trained] if adapter is not None and path.is_file()),
+        *(Source(path, "tower", rename_tower) for path in (tensor_files(own, required=False) if own else [])),
+        *(Source(path, "language", rename_language) for path in tensor_files(language)),
+        *(Source(path, "named tower", rename_tower) for path in (tensor_files(named, required=False) if named else [])),
+    ]
+    _check_own_tower(own, sources)
+    has_tower = own is not None or _in_shards(sources)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", VOCABULARY))
-    sources = [Source(path, rename) for rename, paths in files.items() for path in paths]
     return Layout(
         folder=folder,
         config=config,
         tower_folder=own or named or folder,
-        sources=sources,
+        sources=[source for source in sources if not (has_tower and source.origin == "named tower")],
         tokenizer_folder=folder if has_tokenizer else language,
         deltas={} if adapter is None else _deltas(folder, adapter),
         note="; ".join(_notes(own, named, sources, adapter is not None and not trained.is_file())),
     )
+
+
+def _in_shards(sources: Iterable[Source]) -> bool:
+    """Whether the tower is among the language model's tensors."""
+    shards = (source for source in sources if source.origin == "language")
+    return any(name.startswith(OUR_TOWER) for source in shards for name in source.new_names())
+
+
+def _check_known(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse settings of LLaVA that ConvLLaVA's code knows and its published models do not use."""
+    for key, known in _KNOWN.items():
+        if config.get(key, known[0]) not in known:
+            allowed = " or ".join(str(value) for value in known)
+            raise InputError(f"{folder / 'config.json'} sets {key} to {config[key]!r}; only {allowed} is known")
+
+
+def _check_own_tower(own: Path | None, sources: list[Source]) -> None:
+    """Refuse a checkpoint whose own tower has lost its file: another one would pass for it."""
+    if own is None or any(source.origin == "tower" for source in sources):
+        return
+    if not _in_shards(sources):
+        raise InputError(f"{own} has a config.json but neither model.safetensors nor pytorch_model.bin; fetch it again")
 
 
 def _towers(folder: Path, language: Path, config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
@@ -135,7 +188,9 @@ def _towers(folder: Path, language: Path, config: Mapping[str, Any]) -> tuple[Pa
     places = [place / "vision_tower" for place in dict.fromkeys((folder, language))]
     own = next((place for place in places if (place / "config.json").is_file()), None)
     name = config.get("mm_vision_tower") or ""
-    candidates = [Path(on_disk(name)) if own is None else Path(name), folder / name]
+    if not isinstance(name, str):
+        raise InputError(f"{folder / 'config.json'}: mm_vision_tower must be a path; got {name!r}")
+    candidates = [Path(name) if own else _fetched(name), folder / name]
     named = next((place for place in candidates if name and (place / "config.json").is_file()), None)
     if own is None and named is None:
         raise InputError(
@@ -146,23 +201,25 @@ def _towers(folder: Path, language: Path, config: Mapping[str, Any]) -> tuple[Pa
 
 
 def _notes(own: Path | None, named: Path | None, sources: list[Source], untrained: bool) -> Iterator[str]:
-    if own and named:
+    files = {origin: [part for part in sources if part.origin == origin] for origin in ("tower", "named tower")}
+    if files["tower"] and files["named tower"] and not _same(files["tower"], files["named tower"]):
         yield f"took the tower in {own}; mm_vision_tower names another, {named}"
-    places = {part.rename for part in sources if any(name.startswith(OUR_TOWER) for name in new_names(part))}
-    if {rename_own_tower, rename_language} <= places:
+    if files["tower"] and _in_shards(sources):
         yield f"took the tower in {own}; there is another among the language model's tensors"
     if untrained:
         yield "the LoRA came without non_lora_trainables.bin: the projector is that of its base"
 
 
-def new_names(part: Source) -> list[str]:
-    return [new for new in map(part.rename, tensors_in(part.path)) if new is not None]
+def _same(one: list[Source], other: list[Source]) -> bool:
+    """Whether two towers are the same files."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(filecmp.cmp(a.path, b.path, shallow=False) for a, b in pairs)
 
 
 def _base_of(folder: Path, adapter: Mapping[str, Any], base: str | Path | None) -> Path:
-    place = Path(on_disk(base or adapter.get("base_model_name_or_path") or ""))
+    place = _fetched(str(base or adapter.get("base_model_name_or_path") or ""))
     if not (place / "config.json").is_file():
-        raise InputError(f"{folder} is a LoRA on {str(place)!r}, which is not here; name the folder with --base")
+        raise InputError(f"{folder} is a LoRA on {str(place)!r}, which is not here; convert it with --base FOLDER")
     return place
 
 
@@ -171,13 +228,15 @@ def _deltas(folder: Path, adapter: Mapping[str, Any]) -> dict[str, Delta]:
     for setting in ("use_dora", "rank_pattern", "alpha_pattern"):
         if adapter.get(setting):
             raise InputError(f"{folder / ADAPTER_CONFIG} sets {setting}, which the original code does not write")
-    if not {"r", "lora_alpha"} <= set(adapter):
-        raise InputError(f"{folder / ADAPTER_CONFIG} lacks r or lora_alpha; it is not a LoRA's")
+    if not all(isinstance(adapter.get(key), int | float) and adapter[key] > 0 for key in ("r", "lora_alpha")):
+        raise InputError(f"{folder / ADAPTER_CONFIG} lacks r or lora_alpha, numbers above 0; it is not a LoRA's")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
     if not files:
         raise InputError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors or adapter_model.bin")
     scale = adapter["lora_alpha"] / (adapter["r"] ** 0.5 if adapter.get("use_rslora") else adapter["r"])
     tensors = tensors_in(files[0])
+    if not any(".lora_A." in name for name in tensors):
+        raise InputError(f"{files[0]} holds no LoRA: none of its tensors is a lora_A")
     deltas: dict[str, Delta] = {}
     for down in (name for name in tensors if ".lora_A." in name):
         up = down.replace(".lora_A.", ".lora_B.")

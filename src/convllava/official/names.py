@@ -14,9 +14,8 @@ def rename_language(name: str) -> str | None:
     """A name in the language model's files -> ours."""
     if name.startswith(FROM_SHARDS):
         return rename_tower(name.removeprefix(FROM_SHARDS))
-    if name.startswith("model.mm_projector."):
-        layer, _, kind = name.removeprefix("model.mm_projector.").partition(".")
-        return f"model.multi_modal_projector.linear_{int(layer) // 2 + 1}.{kind}"
+    if match := re.fullmatch(r"model\.mm_projector\.([02])\.(\w+)", name):
+        return f"model.multi_modal_projector.linear_{int(match[1]) // 2 + 1}.{match[2]}"
     if name.endswith("rotary_emb.inv_freq"):
         return None
     if name.startswith("model."):
@@ -35,11 +34,6 @@ def rename_tower(name: str) -> str | None:
     if name.startswith(("layernorm.", "classifier.")):
         return None
     return OUR_TOWER + name
-
-
-def rename_own_tower(name: str) -> str | None:
-    """As `rename_tower`, of the tower in the checkpoint's own folder."""
-    return rename_tower(name)
 
 
 def name_for_official(name: str) -> tuple[str, bool]:

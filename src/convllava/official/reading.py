@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
-from convllava.files import one_line, read_json, require, tensors_in
+from convllava.files import VOCABULARY, one_line, read_json, require, tensors_in
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.official.layout import Layout, Source, look_through, new_names
+from convllava.official.layout import Layout, Source, look_through
 from convllava.official.names import LAYER
 from convllava.official.prompt import template_of
 from convllava.processing import ConvLlavaProcessor
@@ -24,41 +26,62 @@ from convllava.stored import StoredModel, shapes_of
 
 
 def configuration(layout: Layout) -> ConvLlavaConfig:
-    """Our configuration of an official checkpoint."""
+    """Our configuration of an official checkpoint.
+
+    Raises:
+        InputError: a setting is missing, or makes no model.
+    """
     tower, config = read_json(layout.tower_folder / "config.json"), layout.config
     require(config, layout.folder / "config.json", "vocab_size")
     require(tower, layout.tower_folder / "config.json", "depths", "hidden_sizes")
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"}
     dropped = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
     text = {key: value for key, value in config.items() if key in known and key not in dropped and value is not None}
-    return ConvLlavaConfig(
-        vision_config=ConvLlavaVisionConfig(
-            depths=depths_of(layout, tower["depths"]),
-            hidden_sizes=list(tower["hidden_sizes"]),
-            num_channels=tower.get("num_channels", 3),
-            patch_size=tower.get("patch_size", 4),
-            hidden_act=tower.get("hidden_act", "gelu"),
-        ),
-        text_config={"model_type": "llama", "pad_token_id": 0, "max_position_embeddings": 4096, **text},
-        image_token_id=config["vocab_size"],
-    )
+    depths, widths = shape_of(layout, tower["depths"])
+    try:
+        return ConvLlavaConfig(
+            vision_config=ConvLlavaVisionConfig(
+                depths=depths,
+                hidden_sizes=widths,
+                num_channels=tower.get("num_channels", 3),
+                patch_size=tower.get("patch_size", 4),
+                hidden_act=tower.get("hidden_act", "gelu"),
+            ),
+            text_config={"model_type": "llama", "pad_token_id": 0, "max_position_embeddings": 4096, **text},
+            image_token_id=config["vocab_size"],
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"the settings in {layout.folder} make no model: {one_line(error)}") from None
 
 
-def depths_of(layout: Layout, told: Sequence[int]) -> list[int]:
-    """Blocks in each stage of the tower: as many as its tensors show, for the original's config.json still counts the
-    block that `mm_vision_select_layer` -2 drops before a fifth stage is added. The file of a four-stage tower has it.
+def shape_of(layout: Layout, told: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Blocks and channels of each stage of the tower, read off its tensors.
+
+    The original's config.json counts a block too many where `mm_vision_select_layer` -2 drops one before a fifth stage
+    is added, and none of the fifth stage where a run's checkpoint still names the four-stage tower. The file of a
+    four-stage tower has the block that is dropped.
 
     Args:
-        told: What the tower's config.json says.
+        told: Blocks, as the tower's config.json says.
     """
-    found: dict[int, int] = {}
-    for match in filter(None, (LAYER.search(name) for part in layout.sources for name in new_names(part))):
-        stage, layer = int(match[1]), int(match[2])
-        found[stage] = max(found.get(stage, 0), layer + 1)
-    depths = [min(found.get(stage, depth), depth) for stage, depth in enumerate(told)]
-    if _drops_last_block(layout) and len(depths) == 4 and depths[-1] == told[-1]:
-        depths[-1] -= 1
-    return depths
+    depths: dict[int, int] = {}
+    widths: dict[int, int] = {}
+    for part in layout.sources:
+        found = tensors_in(part.path)
+        for old in found:
+            match = LAYER.search(part.rename(old) or "")
+            if match is None:
+                continue
+            stage, layer = int(match[1]), int(match[2])
+            depths[stage] = max(depths.get(stage, 0), layer + 1)
+            if stage not in widths and old.endswith("dwconv.bias"):
+                widths[stage] = len(found[old])
+    if sorted(depths) != list(range(len(depths))) or depths.keys() != widths.keys():
+        raise InputError(f"{layout.folder} has no whole vision tower: blocks of the stages {sorted(depths)} only")
+    blocks = [depths[stage] for stage in sorted(depths)]
+    if _drops_last_block(layout) and len(blocks) == 4 and told and blocks[-1] == told[-1]:
+        blocks[-1] -= 1
+    return blocks, [widths[stage] for stage in sorted(widths)]
 
 
 def _drops_last_block(layout: Layout) -> bool:
@@ -73,8 +96,8 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
     """
     pixels = read_json(layout.tower_folder / "preprocessor_config.json")
     require(pixels, layout.tower_folder / "preprocessor_config.json", "size", "image_mean", "image_std")
-    side = pixels.get("crop_size", pixels.get("size"))
-    side = side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
+    if not any((layout.tokenizer_folder / name).is_file() for name in ("tokenizer.json", VOCABULARY)):
+        raise InputError(f"{layout.tokenizer_folder} has neither tokenizer.json nor {VOCABULARY}; fetch one of them")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             layout.tokenizer_folder, config=config.text_config, extra_special_tokens=["<image>"], padding_side="left"
@@ -89,12 +112,21 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
         )
     image_processor = ConvLlavaImageProcessorPil(
         mode="square" if layout.config.get("image_aspect_ratio") == "pad" else "crop",
-        side=side,
+        side=_side_of(pixels, layout.tower_folder / "preprocessor_config.json"),
         stride=config.vision_config.stride,
         image_mean=pixels["image_mean"],
         image_std=pixels["image_std"],
     )
     return ConvLlavaProcessor(image_processor, tokenizer, chat_template=template_of(layout.config))
+
+
+def _side_of(pixels: Mapping[str, Any], path: Path) -> int:
+    """Pixels of the square's side: `crop_size`, else `size`, each a number or an object."""
+    side = pixels.get("crop_size", pixels["size"])
+    side = side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
+    if not isinstance(side, int) or side < 1:
+        raise InputError(f"{path}: crop_size must be a number of pixels; got {pixels.get('crop_size')!r}")
+    return side
 
 
 def look_up(source: str | Path, dtype: torch.dtype | None, base: str | Path | None = None) -> StoredModel:
@@ -115,7 +147,7 @@ def look_up(source: str | Path, dtype: torch.dtype | None, base: str | Path | No
         config=config,
         processor=processor(layout, config),
         generation=generation_of(config),
-        tensors=native_tensors(layout, config, dtype),
+        tensors=partial(native_tensors, layout, config, dtype),
         tokenizer_folder=layout.tokenizer_folder,
         note=layout.note,
     )
@@ -125,7 +157,7 @@ def load(source: str | Path, dtype: torch.dtype) -> tuple[ConvLlavaForConditiona
     """An official checkpoint converted in memory."""
     found = look_up(source, dtype)
     model: Any = ConvLlavaForConditionalGeneration.from_pretrained(
-        None, config=found.config, state_dict=dict(found.tensors), dtype=dtype
+        None, config=found.config, state_dict=dict(found.tensors()), dtype=dtype
     )
     model.generation_config = found.generation
     return model.eval(), found.processor
@@ -139,8 +171,10 @@ def generation_of(config: ConvLlavaConfig) -> GenerationConfig:
     )
 
 
-def native_tensors(layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one source file after the other under our names, each once.
+def native_tensors(
+    layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype | None, prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one source file after the other under our names, each once, those that begin with a prefix.
 
     Raises:
         InputError: a tensor is missing, strange or of another shape than the configuration asks.
@@ -148,9 +182,10 @@ def native_tensors(layout: Layout, config: ConvLlavaConfig, dtype: torch.dtype |
     expected, done = shapes_of(config), set[str]()
     _check_deltas(layout, expected)
     for part in layout.sources:
-        for name, tensor in renamed(part, expected, done, layout, dtype):
+        for name, tensor in renamed(part, expected, done, layout):
             done.add(name)
-            yield name, tensor
+            if name.startswith(prefix):
+                yield name, tensor.to(dtype or tensor.dtype).contiguous()
     if missing := sorted(set(expected) - done):
         raise InputError(f"{layout.folder} lacks the tensor {missing[0]} (in our naming); its weights are not complete")
 
@@ -167,7 +202,6 @@ def renamed(
     expected: Mapping[str, torch.Size],
     done: Container[str],
     layout: Layout,
-    dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file under our names, merged with LoRA; what is done already is left out.
 
@@ -187,8 +221,7 @@ def renamed(
                 f"{part.path}: {old} has the shape {list(tensor.shape)}, the configuration asks "
                 f"for {list(expected[new])}"
             )
-        merged = layout.deltas[new].added_to(tensor) if new in layout.deltas else tensor
-        yield new, merged.to(dtype or tensor.dtype).contiguous()
+        yield new, layout.deltas[new].added_to(tensor) if new in layout.deltas else tensor
 
 
 def _is_dropped_block(name: str, expected: Iterable[str], layout: Layout) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
-from convllava.files import read_json, write_json, write_tensors
+from convllava.files import read_json, write_json, write_pickled, write_tensors
 from convllava.official.layout import MODEL_TYPE
-from convllava.official.names import name_for_official
+from convllava.official.names import OUR_TOWER, name_for_official
 from convllava.processing import ConvLlavaProcessor
 from convllava.stored import StoredModel
 
@@ -29,9 +28,8 @@ def write_official(source: StoredModel, folder: Path) -> None:
     check_official(source)
     tower = folder / "vision_tower"
     tower.mkdir()
-    found: dict[str, Tensor] = {}  # in one file, as the original has it: a few percent of the whole
-    write_tensors(_without_tower(source, found), folder)
-    torch.save(found, tower / "pytorch_model.bin")
+    write_tensors(_renamed(source, in_tower=False), folder)
+    write_pickled(_renamed(source, in_tower=True), tower)
     _write_configs(source.config, source.processor, folder, tower)
     _write_tokenizer(source.processor, folder)
     source.copy_vocabulary(folder)
@@ -52,13 +50,11 @@ def check_official(source: StoredModel) -> None:
         raise InputError(f"the official layout knows no images of mode {mode}; use square or crop")
 
 
-def _without_tower(source: StoredModel, tower: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The other tensors by the original's names; those of the tower are put aside."""
-    for name, tensor in source.tensors:
-        official, in_tower = name_for_official(name)
-        if in_tower:
-            tower[official] = tensor.clone()  # saved alone, not with the file that it was mapped from
-        else:
+def _renamed(source: StoredModel, in_tower: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tower's tensors, or the others, by the original's names."""
+    for name, tensor in source.tensors(OUR_TOWER if in_tower else ""):
+        official, is_towers = name_for_official(name)
+        if is_towers == in_tower:
             yield official, tensor
 
 
