@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -226,3 +227,25 @@ def test_text_alone_costs_no_image(folder):
     item = dataset(folder, [record(0, None, "hi")])[0]
     assert "pixel_values" not in item
     assert isinstance(item["input_ids"], torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": Data(sources=[Source("gone.json")])}, "gone.json is not there"),
+        ({"pixels": {"mode": "square", "side": 100}}, "stage later: pixels: "),
+        ({"pixels": {"rescale": 3}}, "stage later: pixels: the image processor has no setting 'rescale'"),
+    ],
+)
+def test_what_would_stop_a_later_stage_is_refused_before_the_first(folder, change, message):
+    write(folder, [record(0)])
+    first = recipe(folder).stages[0]
+    later = dataclasses.replace(first, name="later", steps=1, epochs=None, **change)
+    with pytest.raises(InputError, match=message):
+        engine.train(dataclasses.replace(recipe(folder), stages=[first, later]), folder / "run")
+    assert not (folder / "run").exists()
+
+
+def test_a_plan_names_folders_of_images_that_are_missing(folder):
+    write(folder, [record(0), record(1, "coco/train2017/1.jpg")])
+    assert plan(recipe(folder))["missing"] == [str(folder / "images" / "coco" / "train2017")]

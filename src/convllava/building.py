@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
-from convllava.files import tensor_files, tensors_in
+from convllava.files import one_line, read_json, tensor_files, tensors_in
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.official import template
@@ -208,7 +208,7 @@ def _tower_tensors(
         pairs = [pair for path in tensor_files(folder) for pair in tensors_in(path).items()]
         preprocessor = folder / "preprocessor_config.json"
         if preprocessor.is_file():
-            content = json.loads(preprocessor.read_text(encoding="utf-8"))
+            content = read_json(preprocessor)
             statistics = {key: content[key] for key in ("image_mean", "image_std") if key in content}
     for name, tensor in pairs:
         new = rename_encoder(name)
@@ -236,15 +236,19 @@ def _language_model(language: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
     try:
         causal = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(language, padding_side="left")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise InputError(f"language: {language} does not load as a causal language model: {cause}") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"language: {language} does not load as a causal language model: {one_line(error)}") from None
     head, config = causal.get_output_embeddings(), causal.config
     scales = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling")]
     if getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None) or scales != [1, 1]:
         raise InputError(f"language: the head of {config.model_type} is more than a linear layer without bias")
     if not hasattr(causal.base_model, "embed_tokens"):
         raise InputError(f"language: {config.model_type} keeps its embeddings elsewhere than in embed_tokens")
+    if len(tokenizer) < 0.5 * config.vocab_size:
+        raise InputError(
+            f"language: the tokenizer in {language} has {len(tokenizer)} tokens where the model knows "
+            f"{config.vocab_size}; a file of it is missing"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return causal, tokenizer

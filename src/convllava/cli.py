@@ -13,9 +13,6 @@ import typer
 from convllava import __version__
 from convllava.errors import InputError
 
-LONGEST = 8
-"""How many times its short side an image may be long before --short-side gives way to the number of pixels."""
-
 app = typer.Typer(
     name="convllava",
     help="Ask pictures, and train the models that answer.",
@@ -205,8 +202,6 @@ def _pixels(image_mode: str | None, short_side: int | None, max_pixels: int | No
     """The options as settings of the image processor."""
     if short_side is not None and image_mode != "short_side":
         raise InputError("--short-side has a meaning with --image-mode short_side only")
-    if short_side is not None and max_pixels is None:
-        max_pixels = LONGEST * short_side**2
     settings = {"mode": image_mode, "side": short_side, "max_pixels": max_pixels}
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -35,6 +35,8 @@ from convllava.images import load_image
 _PLACING = ("mode", "stride", "min_pixels", "max_pixels", "side")
 _CHANNELS = (1, 3, 4)
 _STRIP_ROWS = 256
+LONGEST = 8
+"""How many times its short side an image may be long before its number of pixels decides."""
 
 
 class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -91,7 +93,8 @@ class ConvLlavaImageProcessorPil(PilBackend):
     image_std = OPENAI_CLIP_STD
 
     def change(self, **settings: Any) -> None:
-        """Set some of the constructor's settings anew.
+        """Set some of the constructor's settings anew; `short_side` without `max_pixels` leaves room for an image eight
+        times as long as wide.
 
         Raises:
             InputError: there is no such setting, or it cannot work with the others.
@@ -99,6 +102,8 @@ class ConvLlavaImageProcessorPil(PilBackend):
         for name in settings:
             if name not in self.valid_kwargs.__annotations__:
                 raise InputError(f"the image processor has no setting {name!r}; it has {', '.join(_PLACING)}")
+        if settings.get("mode") == "short_side" and "max_pixels" not in settings:
+            settings["max_pixels"] = LONGEST * settings.get("side", self.side) ** 2
         _check_settings({name: getattr(self, name, None) for name in ("do_resize", *_PLACING)} | settings)
         for name, value in settings.items():
             setattr(self, name, value)

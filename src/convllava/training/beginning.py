@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoImageProcessor
 
 from convllava import checkpoints
 from convllava.building import STAGE5_DEPTH, Parts, build, build_fresh
@@ -47,7 +48,8 @@ def outline(recipe: Recipe) -> ConvLlavaForConditionalGeneration:
     with torch.device("meta"):
         if name := spec.preset or spec.checkpoint:
             config = configuration_of(name)
-            config.row_separator, config.coordinate_embedding = spec.row_separator, spec.coordinate_embedding
+            if spec.preset is not None:
+                config.row_separator, config.coordinate_embedding = spec.knows_places
             return ConvLlavaForConditionalGeneration(config)
         if spec.vision_from is None:
             return _fresh(spec, recipe.seed)[0]
@@ -60,13 +62,14 @@ def _assemble(spec: ModelSpec, seed: int) -> Parts:
     assert spec.language_from is not None
     preset = presets().get(spec.preset or "", {})
     depths = preset.get("vision", {}).get("depths", [])
+    row_separator, coordinate_embedding = spec.knows_places
     assembly = build(
         vision=spec.vision_from,
         language=spec.language_from,
         stage5_depth=depths[4] if len(depths) > 4 else STAGE5_DEPTH,
         pixels=preset.get("pixels") or spec.pixels,
-        row_separator=spec.row_separator,
-        coordinate_embedding=spec.coordinate_embedding,
+        row_separator=row_separator,
+        coordinate_embedding=coordinate_embedding,
         seed=seed,
     )
     if spec.preset is not None:
@@ -95,13 +98,14 @@ def check_preset(name: str, config: ConvLlavaConfig) -> None:
 
 def _fresh(spec: ModelSpec, seed: int) -> Parts:
     check_settings(spec)
+    row_separator, coordinate_embedding = spec.knows_places
     return build_fresh(
         vision=spec.vision,
         language=spec.language,
         pixels=spec.pixels,
         words=closed_vocabulary(),
-        row_separator=spec.row_separator,
-        coordinate_embedding=spec.coordinate_embedding,
+        row_separator=row_separator,
+        coordinate_embedding=coordinate_embedding,
         seed=seed,
     )
 
@@ -122,6 +126,29 @@ def check_settings(spec: ModelSpec) -> None:
     }
     for section, (settings, kind) in sections.items():
         check_known(f"model.{section}", settings, kind)
+
+
+def pixels_of(recipe: Recipe) -> ConvLlavaImageProcessorPil:
+    """The image processor that the first stage receives, as far as it is known without the model."""
+    spec = recipe.model
+    if spec.checkpoint is not None:
+        return AutoImageProcessor.from_pretrained(checkpoints.find(spec.checkpoint))
+    settings = presets().get(spec.preset or "", {}).get("pixels") or spec.pixels
+    return ConvLlavaImageProcessorPil(**settings)
+
+
+def check_pixels(recipe: Recipe, pixels: ConvLlavaImageProcessorPil) -> None:
+    """Refuse settings of pixels, which add up from stage to stage, that cannot be.
+
+    Raises:
+        InputError: names the stage.
+    """
+    pixels = copy.deepcopy(pixels)
+    for stage in recipe.stages:
+        try:
+            pixels.change(**stage.pixels)
+        except (InputError, TypeError) as error:
+            raise InputError(f"stage {stage.name}: pixels: {error}") from None
 
 
 def check_known(where: str, settings: Mapping[str, Any], kind: type) -> None:

@@ -24,15 +24,22 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from convllava import checkpoints
 from convllava.errors import InputError
-from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.attention import check_guidable, guide_attention
-from convllava.training.beginning import check_known, start
+from convllava.training.beginning import check_pixels, start
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
-from convllava.training.inputs import distinct_samples, image_of, make_collator, make_dataset, make_world, with_steps
+from convllava.training.inputs import (
+    distinct_samples,
+    image_of,
+    make_collator,
+    make_dataset,
+    make_world,
+    missing_files,
+    with_steps,
+)
 from convllava.training.parts import freeze_all_but
 from convllava.training.processes import check_processes, is_first_process, process_count
 from convllava.training.recipe import Recipe, Stage, dump_recipe, load_recipe
@@ -87,10 +94,13 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
     """Refuse, before anything is written, what would stop a later stage.
 
     Raises:
-        InputError: a part that the model does not have, or a world that cannot be drawn.
+        InputError: a file that is missing, pixels that cannot be, a part that the model does not have, or a world that
+            cannot be drawn.
     """
+    for path in missing_files(recipe):
+        raise InputError(f"{path} is not there, and a stage needs it; --dry-run lists all that is missing")
+    check_pixels(recipe, processor.image_processor)
     for stage in recipe.stages:
-        check_known(f"stage {stage.name}: pixels", stage.pixels, ConvLlavaImageProcessorPil)
         freeze_all_but(trained_module(stage, model, processor), stage.trains)
         if not stage.data.sources:
             make_world(stage.data, seed=0)

@@ -96,3 +96,21 @@ def missing_files(recipe: Recipe) -> Iterator[Path]:
     sources = [source for stage in recipe.stages for source in stage.data.sources]
     paths = [path for source in sources for path in (Path(recipe.data_root) / source.path, images_of(recipe, source))]
     return (path for path in dict.fromkeys(paths) if not path.exists())
+
+
+def missing_images(recipe: Recipe, samples: int = 1000) -> Iterator[Path]:
+    """Folders that are not there among those of images of so many samples spread over each file that is."""
+    found: dict[Path, None] = {}
+    for source in {source.path: source for stage in recipe.stages for source in stage.data.sources}.values():
+        if not (Path(recipe.data_root) / source.path).exists():
+            continue
+        records = records_of(recipe, source)
+        for number in range(0, len(records), max(1, len(records) // samples)):
+            found |= dict.fromkeys(path.parent for path in _images_in(records[number], images_of(recipe, source)))
+    return (folder for folder in found if not folder.exists())
+
+
+def _images_in(record: dict[str, Any], folder: Path) -> Iterator[Path]:
+    named = record.get("image") or []
+    for path in [named] if isinstance(named, str) else named:
+        yield folder / str(path)

@@ -11,11 +11,10 @@ from typing import TypedDict
 from rich.table import Table
 
 from convllava.geometry import Size, visual_tokens
-from convllava.image_processing import ConvLlavaImageProcessorPil
-from convllava.inspection import presets, training_memory
+from convllava.inspection import training_memory
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.training.beginning import check_known, outline
-from convllava.training.inputs import missing_files, with_steps
+from convllava.training.beginning import check_pixels, outline, pixels_of
+from convllava.training.inputs import missing_files, missing_images, with_steps
 from convllava.training.parts import freeze_all_but, parts_of
 from convllava.training.recipe import Recipe, Stage
 
@@ -52,7 +51,8 @@ def plan(recipe: Recipe) -> Plan:
         InputError: what would stop the run, but for files that are missing.
     """
     model = outline(recipe)
-    missing = [*_missing_parts(recipe), *map(str, missing_files(recipe))]
+    check_pixels(recipe, pixels_of(recipe))
+    missing = [*_missing_parts(recipe), *map(str, missing_files(recipe)), *map(str, missing_images(recipe))]
     if not any(missing_files(recipe)):
         recipe = with_steps(recipe)
     return {
@@ -64,7 +64,6 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGeneration) -> StagePlan:
-    check_known(f"stage {stage.name}: pixels", stage.pixels, ConvLlavaImageProcessorPil)
     trains = {part: rate for part, rate in stage.trains.items() if part != "head"}
     freeze_all_but(model, trains)
     parameters = {part: sum(parameter.numel() for _, parameter in named) for part, named in parts_of(model).items()}
@@ -95,12 +94,12 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _image_of(recipe: Recipe, model: ConvLlavaForConditionalGeneration) -> dict[str, int]:
-    pixels = presets().get(recipe.model.preset or "", {}).get("pixels") or recipe.model.pixels
-    if "side" not in pixels:
+    pixels = pixels_of(recipe)
+    if pixels.mode not in ("square", "crop"):
         return {}
-    canvas = Size(pixels["side"], pixels["side"])
+    canvas = Size(pixels.side, pixels.side)
     tokens = visual_tokens(canvas, model.config.vision_config.stride, model.config.row_separator)
-    return {"side": pixels["side"], "visual_tokens": tokens}
+    return {"side": pixels.side, "visual_tokens": tokens}
 
 
 def tables_of(report: Plan) -> list[Table]:

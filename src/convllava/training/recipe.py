@@ -36,23 +36,29 @@ class ModelSpec:
     """Settings of a fresh causal language model; `model_type` names its family (default llama)."""
     pixels: dict[str, Any] = field(default_factory=dict)
     """Settings of a fresh image processor: mode, min_pixels, max_pixels, side."""
-    row_separator: bool = True
-    """Whether a learned token ends each row of visual tokens."""
-    coordinate_embedding: bool = True
-    """Whether visual tokens are told where they stand."""
+    row_separator: bool | None = None
+    """Whether a learned token ends each row of visual tokens; None: in fresh models, not beside pretrained parts."""
+    coordinate_embedding: bool | None = None
+    """Whether visual tokens are told where they stand; None: as above."""
 
     def __post_init__(self) -> None:
         settings = self.vision or self.language
-        if self.checkpoint is not None and (settings or self.pixels or self.vision_from or self.language_from):
-            raise InputError(
-                "model: checkpoint stands alone; leave out vision, language, pixels and where they are from"
-            )
+        given = [f.name for f in dataclasses.fields(self) if f.name != "checkpoint" and getattr(self, f.name)]
+        if self.checkpoint is not None and given:
+            raise InputError(f"model: checkpoint stands alone; leave out {', '.join(given)}")
         if (self.vision_from is None) != (self.language_from is None):
             raise InputError("model: vision_from and language_from come together")
         if self.vision_from is not None and settings:
             raise InputError("model: vision and language describe fresh parts; leave them out beside vision_from")
         if self.preset is not None and (self.vision_from is None or self.pixels):
             raise InputError("model: preset needs vision_from and language_from, and has pixels of its own")
+
+    @property
+    def knows_places(self) -> tuple[bool, bool]:
+        """Row separators and coordinates, as asked for or by default."""
+        default = self.vision_from is None
+        rows, coordinates = self.row_separator, self.coordinate_embedding
+        return default if rows is None else rows, default if coordinates is None else coordinates
 
 
 @dataclass(frozen=True)
