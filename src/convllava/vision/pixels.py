@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +14,14 @@ Grids = tuple[Size, ...]
 
 def rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:
     """(pixels, channels) -> one (images, height, width, channels) view per run of equal shapes."""
-    runs = [(grid, len(list(run))) for grid, run in groupby(grids)]
-    parts = pixels.split([count * grid.height * grid.width for grid, count in runs])
-    return [part.view(count, *grid, -1) for part, (grid, count) in zip(parts, runs, strict=True)]
+    runs: list[list[int]] = []  # by hand: a compiler cannot look through itertools.groupby
+    for height, width in grids:
+        if runs and runs[-1][1:] == [height, width]:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, height, width])
+    parts = pixels.split([count * height * width for count, height, width in runs])
+    return [part.view(count, height, width, -1) for part, (count, height, width) in zip(parts, runs, strict=True)]
 
 
 def join(parts: list[Tensor]) -> Tensor:

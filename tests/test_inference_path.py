@@ -1,0 +1,169 @@
+"""The tower without gradients, in place and in bands: the same numbers as the path that trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError
+from convllava.vision import inference, streaming
+
+SIZES = [(64, 64), (128, 320), (320, 64), (384, 256), (64, 64), (64, 64)]
+
+
+def tower(depths: tuple[int, ...] = (2, 1, 3, 2, 1)) -> ConvLlavaVisionModel:
+    torch.manual_seed(0)
+    widths = (8, 12, 16, 20, 24, 28)[: len(depths)]
+    config = ConvLlavaVisionConfig(depths=depths, hidden_sizes=widths, layer_scale_init_value=0.5)
+    model = ConvLlavaVisionModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def images(sizes=SIZES) -> list[Tensor]:
+    return [torch.randn(3, *size, generator=torch.Generator().manual_seed(sum(size))) for size in sizes]
+
+
+def trained(model: ConvLlavaVisionModel, batch: list[Tensor]) -> Tensor:
+    with torch.enable_grad():
+        return model(batch).last_hidden_state.detach()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts so small that every image is cut into many."""
+    monkeypatch.setitem(inference._STRIP_BYTES, "cpu", 20_000)
+    monkeypatch.setitem(inference._HIDDEN_BYTES, "cpu", 1000)
+    monkeypatch.setattr(inference, "_FEWEST", 50)
+    monkeypatch.setattr(streaming, "_WORTHWHILE", 1)
+
+
+@torch.no_grad()
+def test_in_place_equals_the_path_that_trains():
+    model = tower()
+    close(model(images()).last_hidden_state, trained(model, images()))
+
+
+@torch.no_grad()
+def test_in_small_parts_equals_the_path_that_trains(small_parts):
+    model = tower()
+    close(model(images()).last_hidden_state, trained(model, images()))
+    close(model(images(), band_rows=64).last_hidden_state, trained(model, images()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depths", [(2, 1, 3, 2), (2, 1, 3, 2, 1), (1, 1, 2, 1, 1, 1)])
+@pytest.mark.parametrize("strides", [1, 2, 9])
+def test_bands_of_any_height_and_towers_of_any_depth(depths, strides):
+    model = tower(depths)
+    batch = images([(512, 128), (256, 384), (1024, 128)])
+    found = model(batch, band_rows=strides * model.config.stride)
+    close(found.last_hidden_state, trained(model, batch))
+    assert found.grids == tuple(
+        (image.shape[1] // model.config.stride, image.shape[2] // model.config.stride) for image in batch
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 60), min_size=0, max_size=6),
+    tall=st.integers(1, 5),
+    known=st.booleans(),
+    few=st.booleans(),
+)
+def test_rows_may_come_in_any_portions(cuts, tall, known, few):
+    model = tower()
+    (image,) = images([(64 * tall, 64)])
+    places = sorted({4 * cut for cut in cuts if 4 * cut < image.shape[1]})
+    bands = [image[:, a:b] for a, b in zip([0, *places], [*places, image.shape[1]], strict=True)]
+    before = streaming._WORTHWHILE
+    streaming._WORTHWHILE = 1 if few else before
+    try:
+        found = torch.cat(list(model.stream(bands, image.shape[1] if known else None)))
+    finally:
+        streaming._WORTHWHILE = before
+    close(found.flatten(0, 1), trained(model, [image]))
+
+
+@torch.no_grad()
+def test_a_large_image_is_streamed_unasked_and_in_its_place(monkeypatch):
+    model = tower()
+    monkeypatch.setattr(streaming, "WHOLE", 100 * 1000)
+    monkeypatch.setattr(streaming, "_BAND", 40 * 1000)
+    batch = images([(64, 64), (512, 256), (128, 128), (64, 128)])
+    streamed = []
+    monkeypatch.setattr(
+        streaming, "stream", lambda *a, original=streaming.stream: streamed.append(a[2]) or original(*a)
+    )
+    close(model(batch).last_hidden_state, trained(model, batch))
+    assert streamed == [512]
+
+
+@torch.no_grad()
+def test_the_images_are_left_as_they_were():
+    model, batch = tower(), images()
+    model(batch)
+    assert all(image.equal(other) for image, other in zip(batch, images(), strict=True))
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_as_bfloat16_can_be():
+    model = tower()
+    expected = model(images()).last_hidden_state
+    found = model.bfloat16()(images()).last_hidden_state
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.03 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_layer_that_is_no_longer_plain_is_called_as_it_is():
+    class Doubled(torch.nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 2 * super().forward(hidden)
+
+    model = tower()
+    layer = model.encoder.stages[2].layers[1]
+    plain = layer.pwconv2
+    layer.pwconv2 = Doubled(plain.in_features, plain.out_features)
+    layer.pwconv2.load_state_dict(plain.state_dict())
+    close(model(images()).last_hidden_state, trained(model, images()))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_compiles_without_a_graph_break(gradients):
+    model = tower((1, 1, 1, 1))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(gradients):
+        close(compiled(images()).last_hidden_state.detach(), trained(model, images()))
+
+
+@pytest.mark.parametrize("rows", [0, 32, 100])
+def test_a_band_that_is_too_small_names_a_better_one(rows):
+    with (
+        torch.no_grad(),
+        pytest.raises(InputError, match=f"band_rows {rows} is too small or no multiple.*; give (64|128)"),
+    ):
+        tower()(images(), band_rows=rows)
+
+
+def test_bands_are_for_inference():
+    with pytest.raises(InputError, match="band_rows is for inference"):
+        tower()(images(), band_rows=64)
+
+
+@pytest.mark.parametrize(
+    ("heights", "message"),
+    [([64, 30], "a band of 30x64 pixels does not fit"), ([64, 32], "96 rows in all"), ([], "0 rows in all")],
+)
+def test_bands_that_do_not_fit_are_refused(heights, message):
+    with pytest.raises(InputError, match=message):
+        list(tower().stream([torch.zeros(3, height, 64) for height in heights]))
