@@ -198,12 +198,49 @@ def evaluate(
         Console().print(table_of(report, f"{model} on {samples} held-out pages"))
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="tiny, a folder, or a hub id.")],
+    path: Annotated[Path, typer.Argument(help="A file that ends in .onnx, or in .xml for OpenVINO.")],
+) -> None:
+    """Write vision tower and projector for other runtimes, with any height and width, checked against the model."""
+    from convllava.export import export as run
+    from convllava.inference import load
+
+    difference = run(load(model, device="cpu").model, path)
+    print(f"{path}: differs by at most {difference:.1e} from the model")
+
+
 def _pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:
     """The options as settings of the image processor."""
     if short_side is not None and image_mode != "short_side":
         raise InputError("--short-side has a meaning with --image-mode short_side only")
     settings = {"mode": image_mode, "side": short_side, "max_pixels": max_pixels}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="tower, training, mixed, scale, first-token or pixels.")],
+    towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",
+    sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",
+    language: Annotated[str, typer.Option(help="Shape of the language model: 135m, 0.5b, 7b.")] = "135m",
+    peers: Annotated[bool, typer.Option("--peers", help="first-token: other models' encoders too.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each, taken in turns.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of one operation.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Folder for SUITE.json and SUITE.png.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory side by side with a baseline."""
+    from convllava.bench.report import run, table_of
+
+    report = run(suite, towers.split(","), sides.split(","), language, peers, repeats, threads, output)
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    Console().print(table_of(report))
 
 
 def _import_training() -> Any:

@@ -55,7 +55,30 @@ class Report(TypedDict):
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """The published architectures by name: settings of vision, language and pixels."""
+    """Whole architectures by name, the published ones first: settings of vision, language and pixels."""
+    content = _presets()
+    return {
+        name: {
+            "vision": content["towers"][parts["tower"]],
+            "language": content["languages"][parts["language"]],
+            "pixels": {"mode": "square", "side": parts["side"]},
+        }
+        for name, parts in content["models"].items()
+    }
+
+
+def towers() -> dict[str, ConvLlavaVisionConfig]:
+    """The family of five-stage towers: ConvNeXt T, S, B and L, each with a fifth stage of twice the fourth's width and,
+    but for the published L, of its depth."""
+    return {name: ConvLlavaVisionConfig(**settings) for name, settings in _presets()["towers"].items()}
+
+
+def language_models() -> dict[str, dict[str, Any]]:
+    """Shapes of language models by name: Llama's 7B and 13B, and small ones (Qwen2.5-0.5B's, SmolLM2-135M's)."""
+    return _presets()["languages"]
+
+
+def _presets() -> dict[str, dict[str, Any]]:
     return json.loads(resources.files("convllava").joinpath("presets.json").read_text(encoding="utf-8"))
 
 

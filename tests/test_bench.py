@@ -1,0 +1,125 @@
+"""Measurements: counts that are exact, and reports that programs can read. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import fresh
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, LlamaConfig
+from typer.testing import CliRunner
+
+from convllava import ConvLlavaVisionConfig, InputError
+from convllava.bench import report, suites
+from convllava.bench.timing import peak_memory, side_by_side
+from convllava.cli import app
+from convllava.costs import prefill_flops, projector_flops, tower_flops
+from convllava.geometry import Size
+from convllava.inspection import language_models, towers
+from convllava.modeling import ConvLlavaForConditionalGeneration
+
+
+@pytest.mark.parametrize("name", ["T", "S", "B", "L"])
+@pytest.mark.parametrize("size", [Size(64, 64), Size(768, 1024)])
+def test_operations_of_towers_are_those_that_torch_counts(name, size):
+    from convllava import ConvLlavaVisionModel
+
+    with torch.device("meta"):
+        model = ConvLlavaVisionModel(towers()[name])
+        pixels = torch.empty(1, 3, *size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixels)
+    assert tower_flops(towers()[name], size) == counter.get_total_flops()
+
+
+def test_operations_of_six_stages_and_of_other_patches():
+    config = ConvLlavaVisionConfig(depths=[1, 2, 1, 1, 1, 1], hidden_sizes=[8, 8, 8, 16, 16, 16], patch_size=2)
+    from convllava import ConvLlavaVisionModel
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ConvLlavaVisionModel(config)(torch.zeros(1, 3, 128, 64))
+    assert tower_flops(config, Size(128, 64)) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["135m", "0.5b", "7b"])
+def test_operations_of_language_models_are_those_that_torch_counts(name):
+    config = LlamaConfig(**language_models()[name])
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+        prompt = torch.empty(1, 40, config.hidden_size)
+        mask = torch.empty(1, 1, 40, 40, dtype=torch.bool)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=prompt, attention_mask=mask, use_cache=False)
+    assert prefill_flops(config, 40) == counter.get_total_flops()
+
+
+def test_operations_of_the_projector():
+    model: ConvLlavaForConditionalGeneration = fresh(row_separator=False, coordinate_embedding=False)[0]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.get_image_features(torch.zeros(1, 3, 128, 128))
+    assert counter.get_total_flops() == tower_flops(model.config.vision_config, Size(128, 128)) + projector_flops(
+        32, 32, 4
+    )
+
+
+def test_turns_are_taken_and_the_first_call_does_not_count():
+    calls = []
+    found = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b", "a", "b", "a", "b"]
+    assert set(found) == {"a", "b"}
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    def work() -> None:
+        torch.ones(50 * 2**20 // 4)
+
+    assert 45 < peak_memory(work) < 60
+
+
+def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
+    small = ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8] * 5)
+    monkeypatch.setattr(suites, "towers", lambda: {"T": small})
+    monkeypatch.setattr(suites, "SMALL", small)
+    monkeypatch.setattr(report, "SCALE", (Size(64, 64), Size(128, 128), Size(256, 64)))
+    tiny = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    monkeypatch.setattr(suites, "language_models", lambda: {"135m": tiny, "7b": tiny})
+    monkeypatch.setattr(suites, "_photograph", lambda *_: suites_photograph())
+    for suite in report.SUITES:
+        found = report.run(suite, ["T"], ["128"], "135m", False, 1, 1, tmp_path)
+        assert found["rows"]
+        assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == found["rows"]
+        assert report.table_of(found).row_count == len(found["rows"][0])
+    assert (tmp_path / "scale.png").stat().st_size > 1000
+    assert (tmp_path / "first-token.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "tower.json").read_text())["rows"][0]["difference"] < 1e-4
+    assert json.loads((tmp_path / "pixels.json").read_text())["rows"][0]["equal"] is True
+
+
+original_photograph = suites._photograph
+
+
+def suites_photograph() -> bytes:
+    return original_photograph(200, 150)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("speed",), "there is no suite 'speed'"),
+        (("tower", "--towers", "X"), "there is no tower 'X'"),
+        (("tower", "--sides", "100"), "give multiples of 64"),
+        (("first-token", "--language", "9b"), "there is no language model '9b'"),
+    ],
+)
+def test_unknown_names_are_one_line(arguments, message):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
