@@ -23,6 +23,8 @@ from convllava.inspection import TEXT_TOKENS, language_models, towers
 from convllava.vision import ConvLlavaVisionModel
 
 Row = dict[str, Any]
+_DEVIATION = 0.27577711
+"""The largest of CLIP's standard deviations: what one normalised unit is of the range of a pixel."""
 SMALL = ConvLlavaVisionConfig(depths=(1, 2, 3, 2, 1), hidden_sizes=(16, 48, 128, 256, 512))
 """A tower for sizes that would take a large one minutes: that of the weights in the package."""
 
@@ -150,16 +152,22 @@ def pixels(sides: Sequence[int], repeats: int) -> Iterator[Row]:
     for side in sides:
         works = _pixel_works(photograph, side)
         seconds = side_by_side(works, repeats)
+        found = {name: np.asarray(works[name]()) for name in ("ours", "draft", "stock")}
         yield {
             "side": side,
             **{f"{name}_milliseconds": round(1000 * value, 1) for name, value in seconds.items()},
             "ours_over_stock": round(seconds["ours"] / seconds["stock"], 3),
-            "equal": bool(np.array_equal(np.asarray(works["ours"]()), np.asarray(works["stock"]()))),
+            "draft_over_stock": round(seconds["draft"] / seconds["stock"], 3),
+            "equal": bool(np.array_equal(found["ours"], found["stock"])),
+            "draft_difference_of_255": round(
+                float(np.abs(found["draft"] - found["stock"]).max()) * _DEVIATION * 255, 1
+            ),
         }
 
 
 def _pixel_works(photograph: bytes, side: int) -> dict[str, Work]:
     ours: Any = ConvLlavaImageProcessorPil(mode="crop", side=side)
+    draft: Any = ConvLlavaImageProcessorPil(mode="crop", side=side, draft=True)
     theirs: Any = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     def decode() -> Image.Image:
@@ -168,6 +176,7 @@ def _pixel_works(photograph: bytes, side: int) -> dict[str, Work]:
     return {
         "decode": decode,
         "ours": lambda: ours(photograph)["pixel_values"],
+        "draft": lambda: draft(photograph)["pixel_values"],
         "stock": lambda: theirs(decode(), return_tensors="np")["pixel_values"],
     }
 
