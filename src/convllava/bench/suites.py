@@ -119,7 +119,7 @@ def exponent(rows: Sequence[Row]) -> float:
 
 def first_token(names: Sequence[str], sides: Sequence[int], repeats: int, language: str, peers: bool) -> Iterator[Row]:
     """Seconds to the first token: encoder and prefill of a language model with what comes out of it."""
-    encoders = [_ours(name, side) for name in names for side in sides]
+    encoders = [encoder for name in names for encoder in _ours(name, sides)]
     if peers:
         others = [llava_15(), llava_next(), clip("ViT-L/14", 672, crops=1), *(qwen(side) for side in sides[:1])]
         encoders += others + [found for side in sides if (found := fast_vit_hd(side))]
@@ -227,17 +227,20 @@ def _prefill(decoder: Any, tokens: int) -> Work:
     return work
 
 
-def _ours(name: str, side: int) -> Encoder:
+def _ours(name: str, sides: Sequence[int]) -> Iterator[Encoder]:
+    """One tower at several sizes."""
     config = towers()[name]
     model = ConvLlavaVisionModel(config).eval()
-    size = Size(side, side)
-    return Encoder(
-        f"ConvLLaVA {name} at {side}",
-        visual_tokens(size, config.stride, False),
-        sum(parameter.numel() for parameter in model.parameters()),
-        tower_flops(config, size) / 1e9,
-        _encoding(model, torch.randn(1, 3, side, side)),
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for side in sides:
+        size = Size(side, side)
+        yield Encoder(
+            f"ConvLLaVA {name} at {side}",
+            visual_tokens(size, config.stride, False),
+            parameters,
+            tower_flops(config, size) / 1e9,
+            _encoding(model, torch.randn(1, 3, side, side)),
+        )
 
 
 def _of_aspect(side: int, ratio: float, stride: int) -> tuple[int, int]:
