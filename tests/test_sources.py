@@ -22,6 +22,7 @@ from convllava.errors import InputError
 from convllava.training import engine
 from convllava.training.plan import plan
 from convllava.training.recipe import Data, ModelSpec, Recipe, Source, Stage, dump_recipe
+from convllava.training.reporting import Skips
 
 
 def record(number: int, image: object = "a.png", human: str = "<image>\nwhat is it?", gpt: str = "red") -> dict:
@@ -249,3 +250,14 @@ def test_what_would_stop_a_later_stage_is_refused_before_the_first(folder, chang
 def test_a_plan_names_folders_of_images_that_are_missing(folder):
     write(folder, [record(0), record(1, "coco/train2017/1.jpg")])
     assert plan(recipe(folder))["missing"] == [str(folder / "images" / "coco" / "train2017")]
+
+
+def test_skips_are_remembered_by_a_resumed_run(tmp_path):
+    stage = dataclasses.replace(recipe(tmp_path).stages[0], data=Data(sources=[Source("x")], max_skipped=0.02))
+    first = Skips(tmp_path / "skipped.jsonl", stage, 100)
+    first.note([("a.json", "sample 1"), ("a.json", "sample 2")], 3)
+    resumed = Skips(tmp_path / "skipped.jsonl", stage, 100)
+    resumed.note([("a.json", "sample 1")], 4)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(InputError, match="3 bad samples are more than"):
+        resumed.note([("a.json", "sample 3")], 5)

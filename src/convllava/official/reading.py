@@ -121,12 +121,15 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
 
 
 def _side_of(pixels: Mapping[str, Any], path: Path) -> int:
-    """Pixels of the square's side: `crop_size`, else `size`, each a number or an object."""
-    side = pixels.get("crop_size", pixels["size"])
-    side = side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
-    if not isinstance(side, int) or side < 1:
-        raise InputError(f"{path}: crop_size must be a number of pixels; got {pixels.get('crop_size')!r}")
-    return side
+    """Pixels of the square's side, which published checkpoints resize to and crop to."""
+    sides = [_number(pixels.get(key, pixels["size"])) for key in ("crop_size", "size")]
+    if not isinstance(sides[0], int) or sides[0] < 1 or sides[0] != sides[1]:
+        raise InputError(f"{path}: size and crop_size must be one number of pixels; got {sides[1]!r} and {sides[0]!r}")
+    return sides[0]
+
+
+def _number(side: Any) -> Any:
+    return side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
 
 
 def look_up(source: str | Path, dtype: torch.dtype | None, base: str | Path | None = None) -> StoredModel:

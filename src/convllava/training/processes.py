@@ -13,9 +13,14 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_number() -> int:
+    """Which of the processes this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_process() -> bool:
     """Whether this is the process that writes and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_number() == 0
 
 
 def check_processes(recipe: Recipe, processes: int) -> None:

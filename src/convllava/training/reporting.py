@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from convllava.data.cells import ACCURACIES
 from convllava.errors import InputError
 from convllava.training.parts import parts_of
+from convllava.training.processes import process_number
 from convllava.training.recipe import Stage
 
 NOTES = (*ACCURACIES, "mention_guidance", "answer_guidance")
@@ -153,7 +154,15 @@ class Skips:
 
     def __init__(self, path: Path, stage: Stage, samples: float) -> None:
         self.path, self.stage, self.limit = path, stage, stage.data.max_skipped * samples
-        self.known: set[tuple[str, str]] = set()
+        self.process = process_number()
+        self.known = set(self._told())
+
+    def _told(self) -> Iterator[tuple[str, str]]:
+        """What this process wrote down before the run was interrupted."""
+        lines = self.path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if self.path.exists() else []
+        for line in map(json.loads, lines):
+            if (line["stage"], line["process"]) == (self.stage.name, self.process):
+                yield line["file"], line["reason"]
 
     def note(self, found: Iterable[tuple[str, str]], step: int) -> None:
         """Write down what is new.
@@ -171,7 +180,7 @@ class Skips:
         self.known |= set(new)
         with self.path.open("a", encoding="utf-8") as file:
             for name, reason in new:
-                line = {"stage": self.stage.name, "step": step, "file": name, "reason": reason}
+                line = {"stage": self.stage.name, "step": step, "process": self.process, "file": name, "reason": reason}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if len(self.known) > self.limit:
             raise InputError(
