@@ -36,3 +36,13 @@ def run(path, pixels):
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"must end in \.onnx"):
         export(fresh()[0], tmp_path / "side.pt")
+
+
+def test_a_model_that_gives_no_numbers_is_not_written_and_none_is_changed(tmp_path):
+    model = fresh()[0].bfloat16().train()
+    model.model.multi_modal_projector.linear_2.bias.data[0] = float("nan")
+    with pytest.raises(InputError, match="differs by nan"):
+        export(model, tmp_path / "side.onnx")
+    assert list(tmp_path.iterdir()) == []
+    assert model.dtype == torch.bfloat16
+    assert model.model.vision_tower.training

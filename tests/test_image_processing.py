@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
@@ -286,3 +286,13 @@ def test_a_draft_of_what_is_small_already_or_no_jpeg_is_the_same():
             for draft in (False, True)
         ]
         assert np.array_equal(found[0]["pixel_values"], found[1]["pixel_values"])
+
+
+def test_no_metadata_passes_for_the_size_of_a_draft():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("original_size", "640x480")
+    file = io.BytesIO()
+    picture = Image.fromarray(np.zeros((80, 100, 3), dtype=np.uint8))
+    picture.save(file, "PNG", pnginfo=info)
+    plain = ConvLlavaImageProcessorPil(mode="native")
+    assert plain(file.getvalue())["image_sizes"].tolist() == plain(picture)["image_sizes"].tolist()

@@ -102,7 +102,7 @@ def test_a_large_image_is_streamed_unasked_and_in_its_place(monkeypatch):
     batch = images([(64, 64), (512, 256), (128, 128), (64, 128)])
     streamed = []
     monkeypatch.setattr(
-        streaming, "stream", lambda *a, original=streaming.stream: streamed.append(a[2]) or original(*a)
+        streaming, "_streamed", lambda *a, original=streaming._streamed: streamed.append(a[2]) or original(*a)
     )
     close(model(batch).last_hidden_state, trained(model, batch))
     assert streamed == [512]
@@ -167,3 +167,40 @@ def test_bands_are_for_inference():
 def test_bands_that_do_not_fit_are_refused(heights, message):
     with pytest.raises(InputError, match=message):
         list(tower().stream([torch.zeros(3, height, 64) for height in heights]))
+
+
+@torch.no_grad()
+def test_a_reader_may_use_one_buffer_for_all_bands():
+    model = tower()
+    (image,) = images([(256, 64)])
+    buffer = torch.empty(3, 64, 64)
+
+    def read():
+        for band in image.split(64, dim=1):
+            yield buffer.copy_(band)
+
+    close(torch.cat(list(model.stream(read()))).flatten(0, 1), trained(model, [image]))
+
+
+def test_hooks_run_and_are_not_streamed_past():
+    model = tower()
+    calls = []
+    model.encoder.stages[1].layers[0].pwconv2.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(images())
+        assert calls == [1]
+        with pytest.raises(InputError, match="adapters or hooks"):
+            model(images(), band_rows=64)
+    with pytest.raises(InputError, match="cannot be streamed"):
+        model.stream([torch.zeros(3, 64, 64)])
+
+
+def test_bands_of_another_form_are_refused():
+    with pytest.raises(InputError, match="got a tensor of 4 dimensions"):
+        list(tower().stream([torch.zeros(1, 3, 64, 64)]))
+    with torch.no_grad(), pytest.raises(InputError, match="got no image"):
+        tower()([])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="cannot be streamed"):
+        tower().stream([torch.zeros(3, 64, 64)])
+    (image,) = images([(64, 64)])
+    close(torch.cat(list(tower().stream([image[:, :0], image, image[:, :0]]))).flatten(0, 1), trained(tower(), [image]))

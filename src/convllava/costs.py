@@ -1,6 +1,7 @@
 """What a forward pass costs, in floating-point operations: a multiplication and an addition count as two.
 
-Norms, activations and the like are left out, as `torch.utils.flop_counter` does, with which these agree exactly.
+Norms, activations and the like are left out, as `torch.utils.flop_counter` does. These agree with it exactly where it
+counts attention at all, as on the meta device; it does not count fused attention on a CPU.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ processor makes them, and gives `tokens` (visual tokens, width of the language m
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import warnings
@@ -45,7 +46,7 @@ def export(model: ConvLlavaForConditionalGeneration, path: Path) -> float:
     """Write the image side as `.onnx`, or as `.xml` and `.bin` of OpenVINO, and compare it with the model.
 
     Args:
-        model: In float32.
+        model: Of any precision; the file is in float32.
         path: Ends in .onnx or .xml.
 
     Returns:
@@ -56,7 +57,7 @@ def export(model: ConvLlavaForConditionalGeneration, path: Path) -> float:
     """
     if path.suffix not in (".onnx", ".xml"):
         raise InputError(f"{path} must end in .onnx, or in .xml for OpenVINO")
-    side = ImageSide(model.float()).eval()
+    side = copy.deepcopy(ImageSide(model)).float().eval()
     stride = model.config.vision_config.stride
     with tempfile.TemporaryDirectory(dir=_existing(path.parent), prefix=".export-") as folder:
         draft = Path(folder) / "image-side.onnx"
@@ -64,7 +65,7 @@ def export(model: ConvLlavaForConditionalGeneration, path: Path) -> float:
         if path.suffix == ".xml":
             draft = _as_openvino(draft)
         difference = compare(side, draft, stride)
-        if difference > TOLERANCE:
+        if not difference <= TOLERANCE:  # nor where it is not a number
             raise InputError(f"the exported file differs by {difference:.1e} from the model, more than {TOLERANCE:g}")
         for file in sorted(draft.parent.glob(f"{draft.stem}.*")):
             if path.suffix == ".onnx" or file.suffix != ".onnx":
@@ -116,11 +117,11 @@ def compare(side: ImageSide, path: Path, stride: int) -> float:
     differences = []
     for rows, columns in _CHECKED:
         generator = torch.Generator().manual_seed(rows * columns)
-        pixels = torch.randn(1, 3, rows * stride, columns * stride, generator=generator)
+        pixels = torch.randn(1, side.tower.config.num_channels, rows * stride, columns * stride, generator=generator)
         with torch.no_grad():
             expected = side(pixels).numpy()
         differences.append(float(np.abs(run(pixels.numpy()) - expected).max()))
-    return max(differences)
+    return float(np.max(differences))
 
 
 def _opened(path: Path) -> Any:

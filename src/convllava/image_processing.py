@@ -30,7 +30,7 @@ from convllava.geometry import (
     place,
     unchanged,
 )
-from convllava.images import ORIGINAL_SIZE, Draft, is_loaded, load_image
+from convllava.images import Draft, is_loaded, load_image, original_size
 
 _PLACING = ("mode", "stride", "min_pixels", "max_pixels", "side")
 _CHANNELS = (1, 3, 4)
@@ -62,7 +62,8 @@ class ConvLlavaImageProcessorPil(PilBackend):
             one: raise it to let a long image's short side reach `side`.
         side: Of the canvas in `square` and `crop`, the shorter one in `short_side`; in pixels.
         draft: Decode JPEG files no larger than they are needed, where a half, a quarter or an eighth of their sides
-            is enough and no margins are added: faster, and not the same bits (a few of 255 in a photograph).
+            is enough and no margins are added: faster, and not the same bits (a few of 255 in a photograph). For
+            files given to this class itself; a `ConvLlavaProcessor` decodes them before it asks.
         do_resize: If False, images must come as canvases: both sides multiples of the stride.
         resample: Pillow's filter.
         do_rescale, rescale_factor, do_normalize, image_mean, image_std: (v * factor - mean) / std, of 8-bit
@@ -148,7 +149,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(item) for item in image_url_or_urls]
         has_channels = getattr(image_url_or_urls, "ndim", 0) > 2
-        return image_url_or_urls if has_channels else load_image(image_url_or_urls, draft=self._enough())
+        return image_url_or_urls if has_channels else load_image(image_url_or_urls)
 
     # The base class calls these by keyword alone, so that the narrower signatures (the ignores below) are safe.
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -182,8 +183,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        sizes = [image.info.get(ORIGINAL_SIZE, Size(image.height, image.width)) for image in images]
-        placements = [self.placement(size, **kwargs) for size in sizes]
+        placements = [self.placement(original_size(image), **kwargs) for image in images]
         background = mean_colour(image_mean)
         values = self._value_table(image_mean=image_mean, **kwargs)
         canvases = np.array([placement.canvas for placement in placements], dtype=np.int64)

@@ -34,8 +34,8 @@ _TURNS = {
 }
 
 
-ORIGINAL_SIZE = "original_size"
-"""Key of `Image.info` under which an image that was decoded smaller keeps the `Size` it would have had."""
+_ORIGINAL = "_convllava_original_size"
+"""Attribute under which an image that was decoded smaller keeps the `Size` it would have had; no copy has it."""
 Draft = Callable[[Size], Size]
 
 
@@ -85,7 +85,12 @@ def _load(source: ImageSource, max_image_pixels: int, draft: Draft | None) -> Im
 
 def is_loaded(source: object) -> bool:
     """Whether `load_image` would only copy this: a plain RGB image with nothing to turn or to lay on white."""
-    return type(source) is Image.Image and source.mode == "RGB" and not set(source.info) - {ORIGINAL_SIZE}
+    return type(source) is Image.Image and source.mode == "RGB" and not source.info
+
+
+def original_size(image: Image.Image) -> Size:
+    """Height and width; of a draft those of the image in its file."""
+    return getattr(image, _ORIGINAL, Size(image.height, image.width))
 
 
 def _name(source: object) -> str:
@@ -157,14 +162,15 @@ def _decode(image: Image.Image, max_image_pixels: int, draft: Draft | None) -> I
     if image.format == "EPS":
         raise InputError("PostScript, which is a program and not an image; convert it to PNG")
     try:
-        original = image.info.get(ORIGINAL_SIZE)
-        if draft is not None and image.format == "JPEG":
-            original = _draft(image, size, draft)
+        original = _draft(image, size, draft) if draft is not None and image.format == "JPEG" else None
         image.load()
         # An icon's header may lie about the picture inside.
         _check_pixels(Size(image.height, image.width), max_image_pixels)
         upright = _turned(_to_rgb(image), _orientation(image))
-        upright.info = {} if original is None else {ORIGINAL_SIZE: original}
+        # The metadata would have the next reader turn it again.
+        upright.info = {}
+        if original is not None:
+            setattr(upright, _ORIGINAL, original)
         return upright
     except InputError:
         raise

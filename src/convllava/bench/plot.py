@@ -38,7 +38,7 @@ def _scale(axes: Any, report: dict[str, Any]) -> None:
     """Seconds and memory against megapixels, both on logarithmic axes."""
     rows = sorted(report["rows"], key=lambda row: row["height"] * row["width"])
     pixels = [row["height"] * row["width"] / 1e6 for row in rows]
-    axes.loglog(pixels, [row["seconds"] for row in rows], "o-", color=ACCENT, label="seconds")
+    axes.loglog(pixels, [row["seconds"] for row in rows], "o-", color=ACCENT, label="CPU seconds")
     axes.loglog(pixels, [row["mb"] / 1000 for row in rows], "s--", color=MUTED, label="GB of memory")
     for x, row in zip(pixels, rows, strict=True):
         axes.annotate(
@@ -55,5 +55,5 @@ def _first_token(axes: Any, report: dict[str, Any]) -> None:
         axes.loglog(row["first_token_seconds"], row["visual_tokens"], "o", color=color)
         place = (row["first_token_seconds"], row["visual_tokens"])
         axes.annotate(row["encoder"], place, (5, 3), textcoords="offset points", fontsize=7, color=INK)
-    axes.set_xlabel("seconds to the first token")
+    axes.set_xlabel("CPU seconds to the first token")
     axes.set_ylabel("visual tokens")

@@ -94,7 +94,7 @@ def _checked(names: Sequence[str], sides: Sequence[str], language: str) -> list[
             raise InputError(f"there is no tower {name!r}; choose of {', '.join(towers())}")
     if language not in language_models():
         raise InputError(f"there is no language model {language!r}; choose one of {', '.join(language_models())}")
-    if not all(side.isdigit() and int(side) and int(side) % 64 == 0 for side in sides):
+    if not all(side.isdecimal() and int(side) and int(side) % 64 == 0 for side in sides):
         raise InputError(f"--sides {','.join(sides)}: give multiples of 64, separated by commas")
     return [int(side) for side in sides]
 

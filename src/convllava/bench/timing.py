@@ -17,7 +17,7 @@ Work = Callable[[], Any]
 
 
 def side_by_side(works: Mapping[str, Work], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each, called in turns after one call that does not count.
+    """Median CPU seconds (of all threads together) of each, called in turns after one call that does not count.
 
     CPU time and turns, because other processes come and go: a ratio of two medians is then of the two works, and not of
     two moments.
@@ -53,7 +53,7 @@ def peak_memory(work: Work) -> float:
     reset.write_text("5")  # the high-water mark begins anew (man 5 proc)
     before = _kilobytes(status, "VmRSS")
     work()
-    return (_kilobytes(status, "VmHWM") - before) / 1024
+    return (_kilobytes(status, "VmHWM") - before) * 1024 / 1e6
 
 
 def _kilobytes(status: Path, key: str) -> int:

@@ -32,11 +32,18 @@ _ELSEWHERE = 256 * 2**20
 _FEWEST = 1024
 
 
-def is_possible(dtype: torch.dtype) -> bool:
-    """Whether nothing asks for the path that trains: no gradient, no autocast, no compiler or exporter that traces."""
+def is_possible(tower: ConvLlavaVisionModel) -> bool:
+    """Whether nothing asks for the path that trains: no gradient, no autocast, no compiler or exporter that traces, and
+    no layer that does more than its weights say (adapters, quantisation, hooks such as those that move weights)."""
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not (torch.is_grad_enabled() or autocast or traced)
+    return not (torch.is_grad_enabled() or autocast or traced) and all(map(_is_plain, tower.modules()))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    own = type(module) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ModuleList)
+    return not hooked and (own or type(module).__module__.startswith(("convllava.vision", "transformers.activations")))
 
 
 def encode(tower: ConvLlavaVisionModel, images: list[Tensor]) -> tuple[Tensor, Grids]:
@@ -94,21 +101,12 @@ def downsample(stage: ConvLlavaVisionStage, pixels: Tensor, grids: Grids) -> tup
 
 def block(layer: ConvLlavaVisionLayer, pixels: Tensor, grids: Grids) -> None:
     """One ConvNeXt block in place."""
-    if not _is_plain(layer):
-        pixels.copy_(layer(pixels, grids))
-        return
     done, waiting = 0, list[Tensor]()
     for part in _depthwise(layer, pixels, grids):
         waiting.append(part)
         if (ready := sum(map(len, waiting))) >= _FEWEST or done + ready == len(pixels):
             mlp(layer, pixels[done : done + ready], join(waiting))
             done, waiting = done + ready, []
-
-
-def _is_plain(layer: ConvLlavaVisionLayer) -> bool:
-    """Whether the block's layers are those it was built with, and not adapters or quantised ones."""
-    kinds = ((layer.dwconv, nn.Conv2d), (layer.pwconv1, nn.Linear), (layer.pwconv2, nn.Linear))
-    return all(type(module) is kind for module, kind in kinds)
 
 
 def _depthwise(layer: ConvLlavaVisionLayer, pixels: Tensor, grids: Grids) -> Iterator[Tensor]:

@@ -174,12 +174,16 @@ class ConvLlavaVisionModel(PreTrainedModel):
             InputError: a side is no multiple of the stride, or a band is too small.
         """
         images = _unpad(pixel_values, image_sizes)
+        if not images:
+            raise InputError("the vision tower got no image; give one or more")
         check_multiples([Size(*image.shape[1:]) for image in images], self.config.stride)
         images = [image.to(self.dtype) for image in images]
-        if inference.is_possible(self.dtype):
+        if inference.is_possible(self):
             return ConvLlavaVisionOutput(*streaming.encode(self, images, band_rows))
         if band_rows is not None:
-            raise InputError("band_rows is for inference: wrap the call in torch.no_grad(), without autocast")
+            raise InputError(
+                "band_rows is for inference: wrap the call in torch.no_grad(), without autocast, adapters or hooks"
+            )
         pixels, grids = self.embeddings(images)
         pixels, grids = self.encoder(pixels, grids)
         return ConvLlavaVisionOutput(last_hidden_state=pixels, grids=grids)
@@ -188,14 +192,16 @@ class ConvLlavaVisionModel(PreTrainedModel):
         """Encode one image that is never held as a whole.
 
         Args:
-            bands: Its rows from the top: (channels, rows, width) each, rows a multiple of the patch size.
+            bands: Its rows from the top: (channels, rows, width) each, rows a multiple of the patch size. One buffer
+                may serve for all.
             height: Of all bands, if known: stages that are cheaper to hold than to stream are then held.
 
         Yields:
             The last feature map from the top: (rows, columns, channels) each.
 
         Raises:
-            InputError: the width or the sum of all rows is no multiple of the stride.
+            InputError: the width or the sum of all rows is no multiple of the stride; or the tower has adapters, hooks
+                or quantised layers, or runs under autocast.
         """
         return streaming.stream(self, bands, height)
 

@@ -45,7 +45,7 @@ def encode(tower: ConvLlavaVisionModel, images: list[Tensor], band_rows: int | N
         if streamed:
             (image,) = run
             rows = band_rows or max(stride, _BAND // image.shape[2] // stride * stride)
-            parts += [band.flatten(0, 1) for band in stream(tower, image.split(rows, dim=1), image.shape[1])]
+            parts += [band.flatten(0, 1) for band in _streamed(tower, image.split(rows, dim=1), image.shape[1])]
         else:
             parts.append(inference.encode(tower, run)[0])
     grids = tuple(Size(image.shape[1] // stride, image.shape[2] // stride) for image in images)
@@ -70,37 +70,50 @@ def _runs(images: list[Tensor], banded: bool) -> Iterator[tuple[bool, list[Tenso
         yield False, together
 
 
-@torch.no_grad()
 def stream(tower: ConvLlavaVisionModel, bands: Iterable[Tensor], height: int | None = None) -> Iterator[Tensor]:
     """See `ConvLlavaVisionModel.stream`."""
+    with torch.no_grad():
+        possible = inference.is_possible(tower)
+    if not possible:
+        raise InputError("the tower cannot be streamed: under autocast, or with adapters, hooks or quantised layers")
+    return _streamed(tower, bands, height)
+
+
+@torch.no_grad()
+def _streamed(tower: ConvLlavaVisionModel, bands: Iterable[Tensor], height: int | None) -> Iterator[Tensor]:
     stages = [_Stage(stage, held) for stage, held in zip(inference.stages_of(tower), _held(tower, height), strict=True)]
-    for band, is_last in _checked(tower, bands):
-        pixels, (grid,) = inference.embed(tower, [band.to(tower.dtype)])
-        rows: Tensor | None = pixels.view(*grid, -1)
+    for embedded, is_last in _embedded(tower, bands):
+        rows: Tensor | None = embedded
         for stage in stages:
             rows = stage.push(rows, is_last)
         if rows is not None:
             yield rows
 
 
-def _checked(tower: ConvLlavaVisionModel, bands: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Bands, and whether each is the last; refused where the sides are no multiples."""
+def _embedded(tower: ConvLlavaVisionModel, bands: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Bands after the stem (rows, width, channels), and whether each is the last. A band is done with before the next
+    is asked for, so that a reader may use one buffer for all."""
     stride, patch = tower.config.stride, tower.config.patch_size
-    height, before = 0, None
+    height, known, waiting = 0, 0, None
     for band in bands:
-        height += band.shape[1]
+        if band.ndim != 3:
+            raise InputError(f"a band is (channels, rows, width); got a tensor of {band.ndim} dimensions")
         rows, width = band.shape[1:]
-        if rows % patch or width % stride or (before is not None and width != before.shape[2]):
+        if not rows:
+            continue
+        if rows % patch or not width or width % stride or width != (known or width):
             raise InputError(
                 f"a band of {rows}x{width} pixels does not fit: its rows must be a multiple of {patch}, its width a "
                 f"multiple of {stride} and that of the other bands"
             )
-        if before is not None:
-            yield before, False
-        before = band
-    if before is None or height % stride:
+        height, known = height + rows, width
+        pixels, (grid,) = inference.embed(tower, [band.to(tower.dtype)])
+        if waiting is not None:
+            yield waiting, False
+        waiting = pixels.view(*grid, -1)
+    if waiting is None or height % stride:
         raise InputError(f"the bands have {height} rows in all; a multiple of the tower's stride {stride} is needed")
-    yield before, True
+    yield waiting, True
 
 
 def _held(tower: ConvLlavaVisionModel, height: int | None) -> Iterator[bool]:
