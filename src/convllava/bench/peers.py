@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ def llava_next() -> Encoder:
 
 def clip(name: str, side: int, crops: int) -> Encoder:
     """CLIP ViT-L/14 at a resolution, all patches to the language model, its last layer left out as LLaVA does."""
+    shape = (crops, 3, side, side)
+    tokens = crops * (side // 14) ** 2
+    title = f"{name} at {side}" if crops == 1 else f"{name} at 672"
+    return _encoder(title, tokens, partial(_vit, side), lambda model, pixels: model(pixels), shape)
+
+
+@cache
+def _vit(side: int) -> CLIPVisionModel:
+    """One for all that use it, since each takes more than a gigabyte."""
     config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -61,10 +71,7 @@ def clip(name: str, side: int, crops: int) -> Encoder:
         patch_size=14,
         image_size=side,
     )
-    build = lambda: CLIPVisionModel(config).eval()  # noqa: E731
-    shape = (crops, 3, side, side)
-    tokens = crops * (side // 14) ** 2
-    return _encoder(f"{name} at {side}" if crops == 1 else f"{name} at 672", tokens, build, lambda m, x: m(x), shape)
+    return CLIPVisionModel(config).eval()
 
 
 def qwen(side: int) -> Encoder:
