@@ -79,7 +79,7 @@ def qwen(side: int) -> Encoder:
     cells = side // 28 * 2
     shape = (cells * cells, 3 * 2 * 14 * 14)
     grid = torch.tensor([[1, cells, cells]])
-    config = Qwen2_5_VLVisionConfig(out_hidden_size=3584)
+    config = Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=3584)  # the class's own width is another
     build = lambda: Qwen2_5_VisionTransformerPretrainedModel._from_config(config).eval()  # noqa: E731
     run = lambda model, pixels: model(pixels, grid_thw=grid)  # noqa: E731
     return _encoder(f"Qwen2.5-VL ViT at {cells * 14}", cells * cells // 4, build, run, shape)
