@@ -80,8 +80,13 @@ def qwen(side: int) -> Encoder:
     shape = (cells * cells, 3 * 2 * 14 * 14)
     grid = torch.tensor([[1, cells, cells]])
     config = Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=3584)  # the class's own width is another
-    build = lambda: Qwen2_5_VisionTransformerPretrainedModel._from_config(config).eval()  # noqa: E731
-    run = lambda model, pixels: model(pixels, grid_thw=grid)  # noqa: E731
+
+    def build() -> Any:
+        return Qwen2_5_VisionTransformerPretrainedModel._from_config(config).eval()
+
+    def run(model: Any, pixels: Tensor) -> Any:
+        return model(pixels, grid_thw=grid)
+
     return _encoder(f"Qwen2.5-VL ViT at {cells * 14}", cells * cells // 4, build, run, shape)
 
 
@@ -91,8 +96,13 @@ def fast_vit_hd(side: int) -> Encoder | None:
         import timm
     except (ImportError, RuntimeError):
         return None
-    build = lambda: timm.utils.reparameterize_model(timm.create_model("fastvit_mci3", num_classes=0).eval())  # noqa: E731
-    run = lambda model, pixels: model.forward_features(pixels)  # noqa: E731
+
+    def build() -> Any:
+        return timm.utils.reparameterize_model(timm.create_model("fastvit_mci3", num_classes=0).eval())
+
+    def run(model: Any, pixels: Tensor) -> Any:
+        return model.forward_features(pixels)
+
     return _encoder(f"FastViTHD at {side}", (side // 64) ** 2, build, run, (1, 3, side, side))
 
 
