@@ -50,10 +50,19 @@ def _scale(axes: Any, report: dict[str, Any]) -> None:
 
 def _first_token(axes: Any, report: dict[str, Any]) -> None:
     """Seconds to the first token against visual tokens; other models in grey."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     for row in report["rows"]:
-        color = ACCENT if row["encoder"].startswith("ConvLLaVA") else MUTED
-        axes.loglog(row["first_token_seconds"], row["visual_tokens"], "o", color=color)
+        ours = row["encoder"].startswith("ConvLLaVA ")
         place = (row["first_token_seconds"], row["visual_tokens"])
-        axes.annotate(row["encoder"], place, (5, 3), textcoords="offset points", fontsize=7, color=INK)
-    axes.set_xlabel("CPU seconds to the first token")
+        axes.loglog(*place, "o", color=ACCENT if ours else MUTED)
+        label = row["encoder"].removeprefix("ConvLLaVA ").replace(" at ", " ")
+        settings = {"ha": "center", "textcoords": "offset points", "fontsize": 7, "color": INK}
+        axes.annotate(label, place, (0, -13) if ours else (0, 6), **settings)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xticks([2, 5, 10, 20, 50])
+    axes.set_yticks([100, 200, 500, 1000, 2000, 4000])
+    axes.set_xlabel("CPU seconds to the first token (blue: ConvLLaVA's towers by size and side)")
     axes.set_ylabel("visual tokens")
