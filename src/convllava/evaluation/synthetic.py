@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,6 +15,7 @@ from rich.table import Table
 from convllava.errors import InputError
 from convllava.evaluation.metrics import box_match, exact_match, relaxed_match
 from convllava.inference import Assistant
+from convllava.inference.assistant import EncodedImage
 from convllava.synthetic import TASKS, Sample, Turn, World
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"chart": relaxed_match, "ground": box_match}
@@ -66,9 +66,12 @@ def evaluate(
     started = time.monotonic()
     pages = [world.sample(index) for index in range(first, first + samples)]
     turns = [turn for page in pages for turn in page.turns]
-    hits = judge(assistant, pages, [page.image for page in pages], lambda share: progress(share / 2))
-    others = [page.image for page in pages[1:] + pages[:1]]
-    blind = judge(assistant, pages, others, lambda share: progress((1 + share) / 2))
+    images = []
+    for number, page in enumerate(pages, start=1):
+        images.append(assistant.encode(page.image))
+        progress(number / samples / 3)
+    hits = judge(assistant, pages, images, lambda share: progress((1 + share) / 3))
+    blind = judge(assistant, pages, images[1:] + images[:1], lambda share: progress((2 + share) / 3))
     by_task: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     for turn, *pair in zip(turns, hits, blind, strict=True):
         by_task[turn.task].append((pair[0], pair[1]))
@@ -89,7 +92,7 @@ def measure(assistant: Assistant, world: World, samples: int) -> Report:
 
 
 def judge(
-    assistant: Assistant, pages: Sequence[Sample], images: Sequence[Image.Image], progress: Callable[[float], None]
+    assistant: Assistant, pages: Sequence[Sample], images: Sequence[EncodedImage], progress: Callable[[float], None]
 ) -> list[bool]:
     """Whether each question of each page is answered rightly when its image is shown; page after page."""
     asked = [(image, turn) for page, image in zip(pages, images, strict=True) for turn in page.turns]

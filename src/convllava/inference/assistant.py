@@ -164,9 +164,14 @@ class Assistant:
         }
 
     def answer_many(
-        self, questions: Sequence[tuple[ImageSource, str]], *, batch_size: int = 32, max_new_tokens: int = 64
+        self,
+        questions: Sequence[tuple[ImageSource | EncodedImage, str]],
+        *,
+        batch_size: int = 32,
+        max_new_tokens: int = 64,
     ) -> Iterator[list[str]]:
-        """Answers to (image, question) pairs, a batch at a time; questions in a row about an image encode it once."""
+        """Answers to (image, question) pairs, a batch at a time; questions in a row about an image encode it once, and
+        an image that `encode` has been given is not encoded again."""
         encoded: dict[int, EncodedImage] = {}
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
@@ -179,8 +184,10 @@ class Assistant:
             yield self._generate(inputs, {"do_sample": False, "max_new_tokens": max_new_tokens})
 
     @torch.inference_mode()
-    def encode(self, image: ImageSource) -> EncodedImage:
-        """Run tower and projector on one image."""
+    def encode(self, image: ImageSource | EncodedImage) -> EncodedImage:
+        """Run tower and projector on one image; one that has been through them is returned."""
+        if isinstance(image, EncodedImage):
+            return image
         inputs = self.processor.image_processor(load_image(image), return_tensors="pt")
         features = self.model.get_image_features(
             inputs["pixel_values"].to(self.model.device, self.model.dtype), inputs["image_sizes"], return_dict=True
