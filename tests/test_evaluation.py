@@ -77,6 +77,9 @@ class Oracle:
         pages = [world.sample(index) for index in range(count)]
         self.known = {(page.image.tobytes(), turn.question): turn.answer for page in pages for turn in page.turns}
 
+    def encode(self, image):
+        return image
+
     def answer_many(self, questions, batch_size):
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
