@@ -123,3 +123,9 @@ def test_unknown_names_are_one_line(arguments, message):
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be a folder"):
+        report.run("scale", ["T"], ["64"], "135m", False, 1, 1, tmp_path / "file")

@@ -125,5 +125,7 @@ def test_a_dry_run_of_the_papers_recipes_counts_what_trains(side):
     assert "missing: data/vflan/annotation_191-task_1k.json" in run("train", recipe, "--dry-run").stdout
 
 
-def test_train_without_an_output_says_so():
-    refusal(run("train", Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"), "--output is missing")
+def test_train_without_an_output_says_so_and_prints_no_json():
+    recipe = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
+    refusal(run("train", recipe), "--output is missing")
+    refusal(run("train", recipe, "--output", "out", "--json"), "--json is for --dry-run")

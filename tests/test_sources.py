@@ -112,6 +112,8 @@ def test_a_mixture_repeats_each_source_as_often_as_it_says(sources):
     lengths, repeats = zip(*sources, strict=True)
     expected = [round(length * repeat) for length, repeat in sources]
     if not sum(expected):
+        with pytest.raises(InputError, match="has no sample; raise repeat or limit"):
+            Mixture(lengths, repeats)
         return
     mixture = Mixture(lengths, repeats)
     drawn = [mixture[index] for index in range(len(mixture))]
@@ -261,3 +263,24 @@ def test_skips_are_remembered_by_a_resumed_run(tmp_path):
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
     with pytest.raises(InputError, match="3 bad samples are more than"):
         resumed.note([("a.json", "sample 3")], 5)
+
+
+def test_a_plan_of_a_published_checkpoint_takes_it_as_it_is(folder):
+    write(folder, [record(0)])
+    checkpoint = Path(__file__).parent / "data" / "official" / "checkpoint"
+    found = plan(dataclasses.replace(recipe(folder), model=ModelSpec(checkpoint=str(checkpoint))))
+    assert found["image"]["visual_tokens"] == (found["image"]["side"] // 64) ** 2
+    assert found["stages"][0]["trained"] == 256 * 64 + 64 + 64 * 64 + 64
+
+
+def test_a_plan_of_an_unknown_architecture_names_those_that_are_known(folder):
+    spec = ModelSpec(vision_from="a", language_from="b", preset="convllava-1536-8b")
+    with pytest.raises(
+        InputError, match="there is no architecture 'convllava-1536-8b'; choose one of convllava-768-7b"
+    ):
+        plan(dataclasses.replace(recipe(folder), model=spec))
+
+
+def test_a_setting_beside_a_checkpoint_is_refused_also_where_it_says_no():
+    with pytest.raises(InputError, match="checkpoint stands alone; leave out row_separator"):
+        ModelSpec(checkpoint="tiny", row_separator=False)

@@ -21,7 +21,7 @@ from convllava import official
 from convllava.building import Parts
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
-from convllava.files import one_line, tensor_files, tensors_in
+from convllava.files import is_hub_id, one_line, tensor_files, tensors_in
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 from convllava.stored import StoredModel, shapes_of
@@ -43,7 +43,7 @@ def find(name: str) -> str:
         if not (Path(name) / "config.json").exists():
             raise InputError(f"{name} has no config.json; name the folder of one checkpoint")
         return name
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         known = ", ".join([*shipped, "a folder", "a hub id owner/name"])
         raise InputError(f"there is no model {name!r}; give one of {known}")
     return name
@@ -84,6 +84,20 @@ def configuration(path: str | Path) -> ConvLlavaConfig:
     if not isinstance(config, ConvLlavaConfig):
         raise InputError(f"{path} holds a model of type {config.model_type}, not convllava")
     return config
+
+
+def processor(path: str | Path) -> ConvLlavaProcessor:
+    """Of a checkpoint in either layout, without its model.
+
+    Raises:
+        InputError: there is none that loads.
+    """
+    path = official.on_disk(path)
+    if official.is_official(path):
+        layout = official.look_through(path)
+        return official.processor(layout, official.configuration(layout))
+    with _loading(path):
+        return ConvLlavaProcessor.from_pretrained(path)
 
 
 @contextmanager

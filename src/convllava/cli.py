@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -117,6 +118,8 @@ def train(
     if dry_run:
         _show_plan(loaded, as_json)
         return
+    if as_json:
+        raise InputError("--json is for --dry-run; a run writes OUTPUT/log.jsonl")
     if output is None:
         raise InputError("--output is missing: name the folder for checkpoints and logs, or try --dry-run")
     run = _import_training()
@@ -127,14 +130,9 @@ def _show_plan(recipe: Any, as_json: bool) -> None:
     from convllava.training.plan import explain_missing, plan, tables_of
 
     report = plan(recipe)
-    if as_json:
-        _print_json(report)
-        return
-    from rich.console import Console
-
-    for table in tables_of(report):
-        Console().print(table)
-    print(explain_missing(report) or "no file is missing")
+    _show(report, as_json, lambda: tables_of(report))
+    if not as_json:
+        print(explain_missing(report) or "no file is missing")
 
 
 @app.command()
@@ -162,13 +160,7 @@ def info(
     from convllava.inspection import inspect, tables_of
 
     report = inspect(name)
-    if as_json:
-        _print_json(report)
-        return
-    from rich.console import Console
-
-    for table in tables_of(report):
-        Console().print(table)
+    _show(report, as_json, lambda: tables_of(report))
 
 
 @app.command(name="eval")
@@ -190,12 +182,7 @@ def evaluate(
 
     assistant = load(model, pixels=_pixels(image_mode, short_side, max_pixels))
     report = measure(assistant, World("heldout", seed=seed, size=size, simple=simple), samples)
-    if as_json:
-        _print_json(report)
-    else:
-        from rich.console import Console
-
-        Console().print(table_of(report, f"{model} on {samples} held-out pages"))
+    _show(report, as_json, lambda: [table_of(report, f"{model} on {samples} held-out pages")])
 
 
 @app.command()
@@ -209,14 +196,6 @@ def export(
 
     difference = run(load(model, device="cpu").model, path)
     print(f"{path}: differs by at most {difference:.1e} from the model")
-
-
-def _pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:
-    """The options as settings of the image processor."""
-    if short_side is not None and image_mode != "short_side":
-        raise InputError("--short-side has a meaning with --image-mode short_side only")
-    settings = {"mode": image_mode, "side": short_side, "max_pixels": max_pixels}
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 @app.command()
@@ -235,12 +214,15 @@ def bench(
     from convllava.bench.report import run, table_of
 
     report = run(suite, towers.split(","), sides.split(","), language, peers, repeats, threads, output)
-    if as_json:
-        _print_json(report)
-        return
-    from rich.console import Console
+    _show(report, as_json, lambda: [table_of(report)])
 
-    Console().print(table_of(report))
+
+def _pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:
+    """The options as settings of the image processor."""
+    if short_side is not None and image_mode != "short_side":
+        raise InputError("--short-side has a meaning with --image-mode short_side only")
+    settings = {"mode": image_mode, "side": short_side, "max_pixels": max_pixels}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _import_training() -> Any:
@@ -249,6 +231,17 @@ def _import_training() -> Any:
     except ImportError as error:
         raise InputError(f"training needs {error.name}; pip install 'convllava[train]'") from None
     return run
+
+
+def _show(report: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
+    """A report for a program or for a person."""
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    for table in tables():
+        Console().print(table)
 
 
 def _print_json(content: Any) -> None:

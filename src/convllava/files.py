@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,11 @@ from convllava.errors import InputError
 VOCABULARY = "tokenizer.model"
 PIECE = 512 * 2**20
 """Bytes of tensors that are held before they are written."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's: owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def tensor_files(folder: Path, required: bool = True) -> list[Path]:

@@ -5,21 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from convllava.errors import InputError
-
 INK, MUTED, ACCENT = "#1d2433", "#8a93a6", "#2f6fde"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw a report of the suite `scale` or `first-token` as PNG.
+    """Draw a report of the suite `scale` or `first-token` as PNG."""
+    import matplotlib
 
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'convllava[bench]', or leave out --output") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from convllava.inspection import language_models, towers
 
 SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
 SUITES = ("tower", "training", "mixed", "scale", "first-token", "pixels")
+DRAWN = ("scale", "first-token")
+"""Suites of which there is a picture."""
 
 
 def run(
@@ -49,8 +52,11 @@ def run(
         The machine, the settings and the rows.
 
     Raises:
-        InputError: an unknown suite, tower, language model or side.
+        InputError: an unknown suite, tower, language model or side; a folder that cannot be, or no matplotlib to draw
+            with.
     """
+    if output is not None:
+        _prepare(output, suite)
     measured = _rows(suite, names, _checked(names, sides, language), language, peers, repeats)
     torch.set_num_threads(threads)
     console, rows = Console(stderr=True), []
@@ -115,13 +121,22 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
+def _prepare(output: Path, suite: str) -> None:
+    """Refuse before a measurement what would fail after it."""
+    if suite in DRAWN and find_spec("matplotlib") is None:
+        raise InputError("drawing needs matplotlib; pip install 'convllava[bench]', or leave out --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be a folder: {error.strerror}") from None
+
+
 def _write(report: dict[str, Any], output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"{report['suite']}.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
-    if report["suite"] in ("scale", "first-token"):
+    if report["suite"] in DRAWN:
         from convllava.bench.plot import draw
 
         draw(report, output / f"{report['suite']}.png")

@@ -161,10 +161,16 @@ def _check_order(messages: list[dict[str, Any]], name: str) -> None:
 
 
 class Mixture:
-    """One epoch over several sources: (source, record) pairs, each record as often as its source repeats."""
+    """One epoch over several sources: (source, record) pairs, each record as often as its source repeats.
+
+    Raises:
+        InputError: that is never.
+    """
 
     def __init__(self, lengths: Sequence[int], repeats: Sequence[float]) -> None:
         counts = [round(length * repeat) for length, repeat in zip(lengths, repeats, strict=True)]
+        if not sum(counts):
+            raise InputError("an epoch of the data sources has no sample; raise repeat or limit")
         self.lengths, self.ends = list(lengths), np.cumsum(counts)
 
     def __len__(self) -> int:

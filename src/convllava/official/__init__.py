@@ -8,7 +8,7 @@ What the layouts are and what each tensor is called on either side: docs/checkpo
 from convllava.official.layout import is_official, look_through, on_disk
 from convllava.official.names import rename_tower
 from convllava.official.prompt import template
-from convllava.official.reading import configuration, load, look_up
+from convllava.official.reading import configuration, load, look_up, processor
 from convllava.official.writing import write_official
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "look_through",
     "look_up",
     "on_disk",
+    "processor",
     "rename_tower",
     "template",
     "write_official",

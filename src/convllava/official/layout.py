@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from convllava.errors import InputError
-from convllava.files import VOCABULARY, one_line, read_json, tensor_files, tensors_in
+from convllava.files import VOCABULARY, is_hub_id, one_line, read_json, tensor_files, tensors_in
 from convllava.official.names import OUR_TOWER, rename_language, rename_tower, rename_trained
 
 MODEL_TYPE = "llava_llama"
@@ -27,8 +27,6 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "image_aspect_ratio": ("pad", "square", None),
     "mm_vision_select_layer": (-1, -2),
 }
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-"""What may name a repository: owner/name."""
 _PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "vision_tower/*"]
 
 
@@ -93,7 +91,7 @@ def on_disk(name: str | Path) -> str | Path:
     Raises:
         InputError: it is one by its name or its config.json, and cannot be fetched.
     """
-    if Path(name).exists() or not HUB_ID.fullmatch(str(name)):
+    if Path(name).exists() or not is_hub_id(str(name)):
         return name
     if not str(name).startswith("ConvLLaVA/"):
         try:
@@ -107,7 +105,7 @@ def on_disk(name: str | Path) -> str | Path:
 
 def _fetched(name: str) -> Path:
     """The folder of a hub id, fetched if need be; a path that exists, and what is no hub id, as it is."""
-    if Path(name).exists() or not HUB_ID.fullmatch(name):
+    if Path(name).exists() or not is_hub_id(name):
         return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=_PATTERNS))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import CONFIG_MAPPING, AutoImageProcessor
+from transformers import CONFIG_MAPPING
 
 from convllava import checkpoints
 from convllava.building import STAGE5_DEPTH, Parts, build, build_fresh
@@ -45,6 +45,7 @@ def outline(recipe: Recipe) -> ConvLlavaForConditionalGeneration:
         InputError: as `start`.
     """
     spec = recipe.model
+    preset_of(spec)
     with torch.device("meta"):
         if name := spec.preset or spec.checkpoint:
             config = configuration_of(name)
@@ -60,7 +61,7 @@ def _assemble(spec: ModelSpec, seed: int) -> Parts:
     """A pretrained encoder and language model; what is new is printed."""
     assert spec.vision_from is not None
     assert spec.language_from is not None
-    preset = presets().get(spec.preset or "", {})
+    preset = preset_of(spec)
     depths = preset.get("vision", {}).get("depths", [])
     row_separator, coordinate_embedding = spec.knows_places
     assembly = build(
@@ -77,6 +78,18 @@ def _assemble(spec: ModelSpec, seed: int) -> Parts:
     if is_first_process():
         Console().print(assembly.table())
     return assembly.model, assembly.processor
+
+
+def preset_of(spec: ModelSpec) -> dict[str, Any]:
+    """Settings of the published architecture that a recipe names; nothing where it names none.
+
+    Raises:
+        InputError: there is no such architecture.
+    """
+    known = presets()
+    if spec.preset is not None and spec.preset not in known:
+        raise InputError(f"model.preset: there is no architecture {spec.preset!r}; choose one of {', '.join(known)}")
+    return known.get(spec.preset or "", {})
 
 
 def check_preset(name: str, config: ConvLlavaConfig) -> None:
@@ -132,9 +145,8 @@ def pixels_of(recipe: Recipe) -> ConvLlavaImageProcessorPil:
     """The image processor that the first stage receives, as far as it is known without the model."""
     spec = recipe.model
     if spec.checkpoint is not None:
-        return AutoImageProcessor.from_pretrained(checkpoints.find(spec.checkpoint))
-    settings = presets().get(spec.preset or "", {}).get("pixels") or spec.pixels
-    return ConvLlavaImageProcessorPil(**settings)
+        return checkpoints.processor(checkpoints.find(spec.checkpoint)).image_processor
+    return ConvLlavaImageProcessorPil(**(preset_of(spec).get("pixels") or spec.pixels))
 
 
 def check_pixels(recipe: Recipe, pixels: ConvLlavaImageProcessorPil) -> None:

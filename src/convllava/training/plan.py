@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from rich.table import Table
 
+from convllava.files import is_hub_id
 from convllava.geometry import Size, visual_tokens
 from convllava.inspection import training_memory
 from convllava.modeling import ConvLlavaForConditionalGeneration
@@ -82,15 +83,11 @@ def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGene
 
 
 def _missing_parts(recipe: Recipe) -> list[str]:
-    """Folders of pretrained parts that are not there; what has the form of a hub id would be fetched."""
-    named = [name for name in (recipe.model.vision_from, recipe.model.language_from) if name is not None]
-    return [
-        name for name in named if not Path(name).exists() and (name == recipe.model.vision_from or not _is_hub_id(name))
-    ]
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    """Folders of pretrained parts that are not there; a language model by its hub id would be fetched."""
+    vision, language = recipe.model.vision_from, recipe.model.language_from
+    fetched = language is not None and is_hub_id(language)
+    needed = [vision, None if fetched else language]
+    return [name for name in needed if name is not None and not Path(name).exists()]
 
 
 def _image_of(recipe: Recipe, model: ConvLlavaForConditionalGeneration) -> dict[str, int]:

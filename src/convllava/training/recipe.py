@@ -43,7 +43,11 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         settings = self.vision or self.language
-        given = [f.name for f in dataclasses.fields(self) if f.name != "checkpoint" and getattr(self, f.name)]
+        given = [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name != "checkpoint" and getattr(self, f.name) not in (None, {})
+        ]
         if self.checkpoint is not None and given:
             raise InputError(f"model: checkpoint stands alone; leave out {', '.join(given)}")
         if (self.vision_from is None) != (self.language_from is None):
