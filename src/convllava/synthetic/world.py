@@ -42,7 +42,6 @@ SHARES = {
 }
 SIMPLE_SHARES = {"scene": 0.5, "receipt": 0.3, "bar_chart": 0.2}
 SMALLEST, SMALLEST_SIMPLE = 256, 128
-_GROUND_SHARE = 0.12
 _ATTEMPTS = 200
 
 
@@ -55,6 +54,7 @@ class World:
     kinds: relative shares of the kinds, those of `SHARES` by default.
     simple: only big scenes, three-line tickets (as kind "receipt") and small bar charts, cleanly printed.
     turns: the most question-answer turns of a sample.
+    grounding: share of the turns that ask for a box, where a page has things to ask for.
     system_fonts: also print in fonts found on this machine; samples then depend on the machine.
 
     Raises InputError for a setting that cannot be met, and when the font packages are missing.
@@ -69,9 +69,10 @@ class World:
         simple: bool = False,
         turns: int = 6,
         system_fonts: bool = False,
+        grounding: float = 0.12,
     ) -> None:
         self.split, self.seed, self.size, self.simple = split, seed, size, simple
-        self.turns, self.system_fonts = turns, system_fonts
+        self.turns, self.system_fonts, self.grounding = turns, system_fonts, grounding
         self.kinds = dict(kinds) if kinds is not None else dict(SIMPLE_SHARES if simple else SHARES)
         self._check()
 
@@ -89,6 +90,8 @@ class World:
             raise InputError("World: kinds must give shares of 0 or more, and one above 0")
         if self.turns < 0:
             raise InputError(f"World: turns is {self.turns}; choose 0 or more")
+        if not 0 <= self.grounding < 1:
+            raise InputError(f"World: grounding is {self.grounding}; choose a share of 0 or more and below 1")
 
     def sample(self, index: int) -> Sample:
         """Sample `index` of this world, whatever was asked before."""
@@ -115,7 +118,7 @@ class World:
             kind=kind,
             image=canvas.image,
             caption=drawing.caption,
-            turns=_turns(rng, drawing.drafts, canvas, self.turns),
+            turns=_turns(rng, drawing.drafts, canvas, self.turns, self.grounding),
             glyphs=tuple(canvas.glyphs),
             things=tuple(canvas.things),
             layout=drawing.layout,
@@ -133,12 +136,16 @@ class World:
         raise InputError(f"World: nothing fits a picture of size {self.size}; choose a larger size")
 
 
-def _turns(rng: random.Random, drafts: list[Draft], canvas: Canvas, most: int) -> tuple[Turn, ...]:
-    """Up to `most` of the drafts in random order, tasks in balance, one turn of eight asking for a box."""
+def _turns(
+    rng: random.Random, drafts: list[Draft], canvas: Canvas, most: int, grounding: float
+) -> tuple[Turn, ...]:
+    """Up to `most` of the drafts in random order, tasks in balance, a share `grounding` of them asking for boxes."""
     ground = [draft for draft in drafts if draft.task == "ground"]
     chosen = _balanced(rng, [draft for draft in drafts if draft.task != "ground"])[:most]
-    if ground and chosen and rng.random() < min(1.0, _GROUND_SHARE * len(chosen) / (1 - _GROUND_SHARE)):
-        chosen = [*chosen[: most - 1], rng.choice(ground)]
+    if ground and chosen:
+        wanted = len(chosen) * grounding / (1 - grounding)
+        boxes = min(int(wanted) + (rng.random() < wanted % 1), len(ground), most)
+        chosen = chosen[: most - boxes] + rng.sample(ground, boxes)
     rng.shuffle(chosen)
     return tuple(draft.turn(canvas) for draft in chosen)
 

@@ -51,7 +51,15 @@ def image_of(item: dict[str, Tensor]) -> Tensor:
 
 def make_world(data: Data, seed: int) -> World:
     """The training split of the generated world that a stage's data names."""
-    return World("train", seed=seed, size=data.size, kinds=data.kinds, simple=data.simple, turns=data.turns)
+    return World(
+        "train",
+        seed=seed,
+        size=data.size,
+        kinds=data.kinds,
+        simple=data.simple,
+        turns=data.turns,
+        grounding=data.grounding,
+    )
 
 
 def make_collator(stage: Stage, processor: Any) -> Any:

@@ -104,6 +104,8 @@ class Data:
     """The simpler world of shapes, tickets and bar charts."""
     turns: int = 6
     """Question-answer turns per image."""
+    grounding: float = 0.12
+    """Share of the turns that ask for a box."""
     captions: float = 1.0
     """Share of samples with the caption among the turns, at any place."""
     images: bool = True
