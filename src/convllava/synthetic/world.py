@@ -136,9 +136,7 @@ class World:
         raise InputError(f"World: nothing fits a picture of size {self.size}; choose a larger size")
 
 
-def _turns(
-    rng: random.Random, drafts: list[Draft], canvas: Canvas, most: int, grounding: float
-) -> tuple[Turn, ...]:
+def _turns(rng: random.Random, drafts: list[Draft], canvas: Canvas, most: int, grounding: float) -> tuple[Turn, ...]:
     """Up to `most` of the drafts in random order, tasks in balance, a share `grounding` of them asking for boxes."""
     ground = [draft for draft in drafts if draft.task == "ground"]
     chosen = _balanced(rng, [draft for draft in drafts if draft.task != "ground"])[:most]
