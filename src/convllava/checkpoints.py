@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
-from convllava import official
+from convllava import adapters, official
 from convllava.building import Parts
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
@@ -49,13 +49,21 @@ def find(name: str) -> str:
     return name
 
 
-def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
-    """A model and its processor from a folder or hub id, in our layout or in that of the published checkpoints.
+def read(path: str | Path, dtype: torch.dtype = torch.float32, base: str | Path | None = None) -> Parts:
+    """A model and its processor from a folder or hub id, in our layout or in that of the published checkpoints; an
+    adapter merged into its base.
+
+    Args:
+        path: The checkpoint.
+        dtype: Of the weights.
+        base: What an adapter was trained on, in place of the checkpoint that it names.
 
     Raises:
         InputError: another kind of model, a damaged file, or a tensor that is missing or of another shape.
     """
     path = official.on_disk(path)
+    if adapters.is_adapter(path):
+        return _read_adapted(path, dtype, base)
     if official.is_official(path):
         return official.load(path, dtype)
     with _loading(path):
@@ -68,6 +76,13 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Parts:
     if report["missing_keys"]:
         raise InputError(f"{path} lacks the tensor {min(report['missing_keys'])}; its weights are not complete")
     return model, processor
+
+
+def _read_adapted(path: str | Path, dtype: torch.dtype, base: str | Path | None) -> Parts:
+    model, _ = read(find(adapters.base_of(path, base)), adapters.merged_dtype(dtype))
+    model = adapters.apply(model, path)
+    with _loading(path):
+        return model.to(dtype), ConvLlavaProcessor.from_pretrained(path)  # type: ignore[arg-type]  # a decorated method
 
 
 def configuration(path: str | Path) -> ConvLlavaConfig:
@@ -116,8 +131,47 @@ def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcesso
     with whole_folder(path) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for name, text in texts.items():
-            (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+        _write_texts(folder, texts)
+
+
+def write_adapter(adapted: Any, processor: ConvLlavaProcessor, path: Path, base: str | Path, **texts: str) -> None:
+    """As `write`, what a `PeftModel` learnt beside its base: a folder, a hub id, or the name of a shipped model."""
+    with whole_folder(path) as folder:
+        adapters.save(adapted, processor, folder, str(base))
+        _write_texts(folder, texts)
+
+
+def _write_texts(folder: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def merge(adapter: str | Path, destination: str | Path, dtype: str = "bfloat16", base: str | None = None) -> None:
+    """Write an adapter and its base as one plain checkpoint.
+
+    Args:
+        adapter: The folder or hub id of what a stage with `adapter` has written.
+        destination: A new folder, which appears only when it is complete.
+        dtype: float32, bfloat16 or float16.
+        base: What it was trained on, in place of the checkpoint that it names.
+
+    Raises:
+        InputError: it is no adapter, its base is not here, or the destination exists.
+    """
+    destination = Path(destination)
+    _check_new(destination, dtype)
+    adapter = official.on_disk(find(str(adapter)))
+    if not adapters.is_adapter(adapter):
+        raise InputError(f"{adapter} is no adapter but a whole checkpoint; `convllava convert` writes it again")
+    model, processor = read(adapter, DTYPES[dtype], base)
+    write(model, processor, destination)
+
+
+def _check_new(destination: Path, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if destination.exists():
+        raise InputError(f"{destination} exists already; choose another folder or remove it")
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -147,12 +201,11 @@ def convert(
         InputError: the source does not load, the destination exists, or a setting is unknown.
     """
     source, destination = official.on_disk(source), Path(destination)
-    if dtype not in DTYPES:
-        raise InputError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    _check_new(destination, dtype)
     if to not in ("convllava", "official"):
         raise InputError(f"there is no layout {to!r}; choose convllava or official")
-    if destination.exists():
-        raise InputError(f"{destination} exists already; choose another folder or remove it")
+    if adapters.is_adapter(source):
+        raise InputError(f"{source} is an adapter; write it with its base as one checkpoint by `convllava merge`")
     found = (
         official.look_up(source, DTYPES[dtype], base)
         if official.is_official(source)

@@ -152,6 +152,19 @@ def convert(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder of a stage that trained an adapter.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    base: Annotated[str | None, typer.Option(help="What it was trained on, if that is elsewhere now.")] = None,
+) -> None:
+    """Write an adapter and its base as one plain checkpoint."""
+    from convllava import checkpoints
+
+    checkpoints.merge(adapter, destination, dtype, base)
+
+
+@app.command()
 def info(
     name: Annotated[str, typer.Argument(help="A published architecture such as convllava-1536-7b, or a checkpoint.")],
     as_json: AsJson = False,

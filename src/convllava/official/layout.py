@@ -116,10 +116,12 @@ def _fetched(name: str) -> Path:
 def is_official(folder: str | Path) -> bool:
     """Whether a folder holds a checkpoint in a layout of the original code."""
     folder = Path(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return True
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return config.get("model_type") in MODEL_TYPES and "mm_vision_tower" in config
+    if config.get("model_type") == "convllava":
+        return False
+    return (folder / ADAPTER_CONFIG).is_file() or (
+        config.get("model_type") in MODEL_TYPES and "mm_vision_tower" in config
+    )
 
 
 def look_through(folder: str | Path, base: str | Path | None = None) -> Layout:

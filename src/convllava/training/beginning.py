@@ -32,7 +32,7 @@ def start(recipe: Recipe) -> Parts:
     """
     spec = recipe.model
     if spec.checkpoint is not None:
-        return checkpoints.read(spec.checkpoint)
+        return checkpoints.read(checkpoints.find(spec.checkpoint))
     if spec.vision_from is not None and spec.language_from is not None:
         return _assemble(spec, recipe.seed)
     return _fresh(spec, recipe.seed)

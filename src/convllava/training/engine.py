@@ -26,6 +26,7 @@ from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
+from convllava.training.adapting import attach, check_adaptable
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.attention import check_guidable, guide_attention
 from convllava.training.beginning import check_pixels, start
@@ -101,20 +102,38 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
         raise InputError(f"{path} is not there, and a stage needs it; --dry-run lists all that is missing")
     check_pixels(recipe, processor.image_processor)
     for stage in recipe.stages:
-        freeze_all_but(trained_module(stage, model, processor), stage.trains)
+        check_trains(stage, model, processor)
         if not stage.data.sources:
             make_world(stage.data, seed=0)
         if stage.guidance:
             check_guidable(model)
 
 
+def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
+    """Refuse parts that the model does not have, or that take no adapter.
+
+    Raises:
+        InputError: names the part.
+    """
+    if stage.adapter is None:
+        trained_module(stage, model, processor)
+        return
+    check_adaptable(stage)
+    freeze_all_but(model, stage.trains)
+
+
 def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
-    """What the Trainer trains: the model, or parts of it under heads that are thrown away."""
+    """What the Trainer trains, frozen where it does not: the model, or parts of it under heads that are thrown away,
+    or adapters beside it."""
+    if stage.adapter is not None:
+        return attach(model, stage)
+    trained: nn.Module = model
     if stage.objective == "dense":
-        return DensePretraining(model.model.vision_tower)
-    if stage.objective == "align":
-        return Alignment(model, vocabulary_of(processor.tokenizer))
-    return model
+        trained = DensePretraining(model.model.vision_tower)
+    elif stage.objective == "align":
+        trained = Alignment(model, vocabulary_of(processor.tokenizer))
+    freeze_all_but(trained, stage.trains)
+    return trained
 
 
 def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
@@ -142,7 +161,6 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     set_seed(recipe.seed + index)
     processor.image_processor.change(**stage.pixels)
     trained = trained_module(stage, model, processor)
-    freeze_all_but(trained, stage.trains)
     if is_first_process():
         print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
     dataset = make_dataset(recipe, index, processor)
@@ -173,6 +191,25 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         bar.stop()
     model.config.use_cache = True  # the Trainer turns it off
     if is_first_process():
-        checkpoints.write(model, processor, folder, recipe=dump_recipe(recipe))
+        write_stage(recipe, index, trained, model, processor, folder)
         shutil.rmtree(progress, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def write_stage(recipe: Recipe, index: int, trained: Any, model: Any, processor: Any, folder: Path) -> None:
+    """The stage's folder: a whole checkpoint, or an adapter beside the one that it was trained on."""
+    text = dump_recipe(recipe)
+    if recipe.stages[index].adapter is None:
+        checkpoints.write(model, processor, folder, recipe=text)
+        return
+    base = base_folder(recipe, index, folder.parent)
+    if isinstance(base, Path) and not base.exists():
+        checkpoints.write(start(recipe)[0], processor, base)
+    checkpoints.write_adapter(trained, processor, folder, base, recipe=text)
+
+
+def base_folder(recipe: Recipe, index: int, output: Path) -> str | Path:
+    """What a stage's adapter is trained on: the stage before, the recipe's checkpoint, or what the recipe builds."""
+    if index > 0:
+        return output / f"{index - 1}-{recipe.stages[index - 1].name}"
+    return recipe.model.checkpoint or output / "base"

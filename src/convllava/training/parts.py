@@ -25,7 +25,7 @@ def part_of(name: str) -> str:
     head (the throw-away head of dense pre-training)."""
     if stage := _STAGE.search(name):
         return f"stage{int(stage[1]) + 1}"
-    name = name.removeprefix("model.")
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
     for prefix, part in _PREFIXES.items():
         if name.startswith(prefix):
             return part
@@ -33,10 +33,12 @@ def part_of(name: str) -> str:
 
 
 def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every part with its named parameters, in the order of the model; tied parameters are counted once."""
+    """Every part with its named parameters, in the order of the model; tied parameters are counted once, and of parts
+    that PEFT has copied to train them the copy."""
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        parts.setdefault(part_of(name), []).append((name, parameter))
+        if ".original_module." not in name:
+            parts.setdefault(part_of(name), []).append((name, parameter))
     return parts
 
 

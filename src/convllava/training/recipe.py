@@ -115,6 +115,30 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """LoRA in place of the weights of some parts; other parts that train are saved whole with it."""
+
+    rank: int = 16
+    """Of the two small matrices beside each linear layer."""
+    alpha: float | None = None
+    """What they add is scaled by alpha / rank; None: twice the rank."""
+    dropout: float = 0.0
+    """Of what goes into them, while training."""
+    parts: list[str] = field(default_factory=lambda: ["language_model"])
+    """Which of the parts that train do so through them: language_model, or stages of the tower."""
+    dora: bool = False
+    """Learn the length of each weight's rows apart from their direction (arXiv 2402.09353)."""
+    four_bit: bool = False
+    """Keep the language model in four bits (QLoRA, arXiv 2305.14314), for which bitsandbytes must have a device."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or (self.alpha is not None and self.alpha <= 0):
+            raise InputError("adapter: rank is 1 or more, alpha above 0, dropout a share of 0 or more and below 1")
+        if not self.parts:
+            raise InputError("adapter: parts names at least one part, such as language_model")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of training."""
 
@@ -159,12 +183,16 @@ class Stage:
     """Weight of the loss that asks the language model's attention to look where the answer stands."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
+    adapter: Adapter | None = None
+    """Train some parts by LoRA; the stage's folder then holds an adapter (see `convllava merge`)."""
 
     def __post_init__(self) -> None:
         where = f"stage {self.name}"
         if not re.fullmatch(r"[\w-]+", self.name):
             raise InputError(f"{where}: a name has letters, digits, - and _ only, since it names a folder")
         self._check_length(where)
+        if self.adapter is not None and (self.objective != "chat" or self.guidance or self.calibrate):
+            raise InputError(f"{where}: adapter is for the objective chat, without guidance and calibrate")
         if self.batch_size % self.accumulate:
             raise InputError(f"{where}: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
         if not self.trains or min(self.trains.values()) < 0:

@@ -27,14 +27,16 @@ _QUIET_SECONDS = 30
 
 
 def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> None:
-    """A table of parts: parameters, and the learning rate or frozen."""
+    """A table of parts: parameters, how many of them train, and the learning rate."""
     table = Table(title=title, title_justify="left")
     table.add_column("part")
-    table.add_column("parameters", justify="right")
-    table.add_column("learning rate", justify="right")
+    for column in ("parameters", "train", "learning rate"):
+        table.add_column(column, justify="right")
     for part, parameters in parts_of(model).items():
         count = sum(parameter.numel() for _, parameter in parameters)
-        table.add_row(part, f"{count:,}", f"{trains[part]:g}" if part in trains else "frozen")
+        trained = sum(parameter.numel() for _, parameter in parameters if parameter.requires_grad)
+        rate = f"{trains[part]:g}" if part in trains else "frozen"
+        table.add_row(part, f"{count:,}", f"{trained:,}" if trained else "", rate)
     Console().print(table)
 
 

@@ -1,0 +1,140 @@
+"""Adapters: what trains, what their folders hold, and that a merged one is the same model."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import picture
+from test_training import CHAT, log, recipe
+from test_training import weights as weights_of
+
+from convllava import checkpoints
+from convllava.adapters import apply, base_of
+from convllava.errors import InputError
+from convllava.training import engine
+from convllava.training.parts import part_of
+from convllava.training.recipe import Adapter, ModelSpec, Stage
+
+BOTH = Adapter(rank=4, parts=["language_model", "stage4"])
+STAGE = Stage(
+    "lora",
+    4,
+    {"stage4": 1e-2, "stage5": 1e-2, "projector": 1e-2, "language_model": 1e-2},
+    CHAT.data,
+    batch_size=2,
+    adapter=BOTH,
+)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["LoRA", "DoRA"])
+def run(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("run")
+    adapter = Adapter(rank=4, parts=BOTH.parts, dora=request.param)
+    engine.train(recipe(CHAT, replaced(adapter=adapter)), folder)
+    return folder
+
+
+def replaced(**changes):
+    return Stage(**{**vars(STAGE), **changes})
+
+
+def logits(model, processor):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture(96, 130)}, {"type": "text", "text": "?"}]}
+    ]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_the_folder_has_the_adapter_alone_and_loads_as_the_whole_model(run):
+    folder = run / "1-lora"
+    assert (folder / "adapter_model.safetensors").stat().st_size < (run / "0-chat/model.safetensors").stat().st_size
+    assert not (folder / "model.safetensors").exists()
+    before, after = weights_of(run / "0-chat"), weights_of(folder)
+    changed = {part_of(name) for name in before if not before[name].equal(after[name])}
+    assert changed == {"stage4", "stage5", "projector", "language_model"}
+
+
+def test_merged_has_the_logits_of_the_adapter(run, tmp_path):
+    base, processor = checkpoints.read(run / "0-chat")
+    untouched = logits(base.eval(), processor)
+    beside = logits(apply(base, run / "1-lora", merge=False), processor)
+    checkpoints.merge(run / "1-lora", tmp_path / "merged", "float32")
+    merged = logits(checkpoints.read(tmp_path / "merged")[0].eval(), processor)
+    torch.testing.assert_close(merged, beside, atol=1e-4, rtol=0)
+    assert (merged - untouched).abs().max() > 0.01
+
+
+def test_a_run_may_move_and_a_lost_base_is_named(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    assert base_of(moved / "1-lora") == str((moved / "0-chat").resolve())
+    (moved / "0-chat").rename(moved / "elsewhere")
+    with pytest.raises(InputError, match="which is not here; give --base"):
+        checkpoints.read(moved / "1-lora")
+    checkpoints.merge(moved / "1-lora", tmp_path / "merged", base=str(moved / "elsewhere"))
+    assert checkpoints.read(tmp_path / "merged")[0].dtype == torch.float32
+
+
+def test_the_next_stage_trains_what_the_adapter_has_made(run, tmp_path):
+    plan = recipe(STAGE, CHAT)
+    last = engine.train(plan, tmp_path)
+    assert (tmp_path / "base/model.safetensors").exists()
+    adapted, last = weights_of(tmp_path / "0-lora"), weights_of(last)
+    assert all(last[name].equal(adapted[name]) for name in adapted if part_of(name) in ("stem", "stage4"))
+
+
+def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    plan = recipe(replaced(adapter=Adapter(rank=4, dropout=0.1, parts=BOTH.parts)), save_every=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    engine.train(plan, whole)
+    original = engine.StageTrainer.training_step
+
+    def dying(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(plan, parts)
+    monkeypatch.undo()
+    engine.train(plan, parts, resume=True)
+    assert [line["loss"] for line in log(parts)] == [line["loss"] for line in log(whole)]
+    for name, parameter in weights_of(whole / "0-lora").items():
+        assert parameter.equal(weights_of(parts / "0-lora")[name]), name
+
+
+def test_the_shipped_model_is_named_as_a_base_and_not_copied(tmp_path):
+    stage = replaced(steps=1, trains={"projector": 1e-3, "language_model": 1e-3}, adapter=Adapter(rank=2))
+    plan = engine.Recipe("fine", [stage], ModelSpec(checkpoint="tiny"), workers=0)
+    engine.train(plan, tmp_path)
+    assert base_of(tmp_path / "0-lora") == "tiny"
+    assert (tmp_path / "0-lora/adapter_model.safetensors").stat().st_size < 3_000_000
+    assert checkpoints.read(tmp_path / "0-lora")[0].num_parameters() > 1e6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": Adapter(parts=["projector"])}, "projector takes none"),
+        ({"adapter": Adapter(parts=["language_model", "stage3"])}, "give stage3 a learning rate"),
+        ({"adapter": Adapter(parts=["stage4"])}, "parts must have language_model, or trains must not"),
+    ],
+)
+def test_bad_adapters_are_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        engine.train(recipe(replaced(**changes)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_not_converted_and_a_whole_model_not_merged(run, tmp_path):
+    with pytest.raises(InputError, match="is an adapter; write it with its base"):
+        checkpoints.convert(run / "1-lora", tmp_path / "new")
+    with pytest.raises(InputError, match="is no adapter but a whole checkpoint"):
+        checkpoints.merge(run / "0-chat", tmp_path / "new")
+    with pytest.raises(InputError, match="adapter is for the objective chat"):
+        replaced(objective="align")
