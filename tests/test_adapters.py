@@ -117,6 +117,14 @@ def test_the_shipped_model_is_named_as_a_base_and_not_copied(tmp_path):
     assert checkpoints.read(tmp_path / "0-lora")[0].num_parameters() > 1e6
 
 
+def test_an_adapter_of_a_model_in_four_bits_merges_into_the_whole_one(tmp_path):
+    stage = replaced(adapter=Adapter(rank=4, four_bit=True), trains={"stage5": 1e-2, "language_model": 1e-2})
+    last = engine.train(recipe(CHAT, stage), tmp_path)
+    base, merged = weights_of(tmp_path / "0-chat"), weights_of(last)
+    assert {part_of(name) for name in base if not base[name].equal(merged[name])} == {"stage5", "language_model"}
+    assert not hasattr(checkpoints.configuration(last), "quantization_config")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,6 +10,7 @@ writes the plain checkpoint. LoRA: arXiv 2106.09685. DoRA: arXiv 2402.09353.
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def save(adapted: Any, processor: ConvLlavaProcessor, folder: Path, base: str) -
     name = os.path.relpath(base, folder) if Path(base).is_dir() else base
     write_json(path, {**read_json(path), _BASE: name})
     model = adapted.get_base_model()
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)  # of the base while it trained
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -49,7 +49,9 @@ def find(name: str) -> str:
     return name
 
 
-def read(path: str | Path, dtype: torch.dtype = torch.float32, base: str | Path | None = None) -> Parts:
+def read(
+    path: str | Path, dtype: torch.dtype = torch.float32, base: str | Path | None = None, quantization: Any = None
+) -> Parts:
     """A model and its processor from a folder or hub id, in our layout or in that of the published checkpoints; an
     adapter merged into its base.
 
@@ -57,11 +59,16 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32, base: str | Path 
         path: The checkpoint.
         dtype: Of the weights.
         base: What an adapter was trained on, in place of the checkpoint that it names.
+        quantization: A quantisation of transformers', for whole checkpoints in our layout.
 
     Raises:
         InputError: another kind of model, a damaged file, or a tensor that is missing or of another shape.
     """
     path = official.on_disk(path)
+    if quantization is not None and (adapters.is_adapter(path) or official.is_official(path)):
+        raise InputError(
+            f"{path} must be a whole checkpoint to be quantised; `convllava merge` or `convert` writes one"
+        )
     if adapters.is_adapter(path):
         return _read_adapted(path, dtype, base)
     if official.is_official(path):
@@ -69,7 +76,7 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32, base: str | Path 
     with _loading(path):
         config = configuration(path)
         loaded: Any = ConvLlavaForConditionalGeneration.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True
+            path, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True
         )
         model, report = loaded
         processor = ConvLlavaProcessor.from_pretrained(path)

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from convllava.adapters import import_peft
 from convllava.errors import InputError
@@ -37,13 +40,33 @@ def attach(model: ConvLlavaForConditionalGeneration, stage: Stage) -> Any:
     return peft.get_peft_model(model, config)
 
 
+def four_bits(stage: Stage) -> BitsAndBytesConfig:
+    """The language model's linear layers as normal floats of four bits with quantised constants (QLoRA, arXiv
+    2305.14314, section 3); the tower, the projector and the head stay whole.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if not is_bitsandbytes_available():
+        raise InputError(f"stage {stage.name}: adapter: four_bit needs bitsandbytes; pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if stage.precision == "bfloat16" else torch.float32,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+
+
 def check_adaptable(stage: Stage) -> None:
     """Refuse parts that take no adapter, and adapted parts that do not train.
 
     Raises:
-        InputError: names the part.
+        InputError: names the part, or what is not installed.
     """
     assert stage.adapter is not None
+    if stage.adapter.four_bit:
+        four_bits(stage)
     for part in stage.adapter.parts:
         if not _ADAPTABLE.fullmatch(part):
             raise InputError(

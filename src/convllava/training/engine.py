@@ -26,7 +26,7 @@ from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
-from convllava.training.adapting import attach, check_adaptable
+from convllava.training.adapting import attach, check_adaptable, four_bits
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.attention import check_guidable, guide_attention
 from convllava.training.beginning import check_pixels, start
@@ -42,7 +42,7 @@ from convllava.training.inputs import (
     with_steps,
 )
 from convllava.training.parts import freeze_all_but
-from convllava.training.processes import check_processes, is_first_process, process_count
+from convllava.training.processes import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.recipe import Recipe, Stage, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, Skips, StepLog, print_parts
 from convllava.training.trainer import StageTrainer, training_arguments
@@ -158,6 +158,8 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     """Train one stage, from its newest checkpoint if there is one, and write its folder."""
     stage = recipe.stages[index]
     progress = folder.with_name(f".{folder.name}.progress")
+    if stage.adapter is not None:
+        model = base_model(recipe, index, model, processor, folder.parent)
     set_seed(recipe.seed + index)
     processor.image_processor.change(**stage.pixels)
     trained = trained_module(stage, model, processor)
@@ -202,10 +204,18 @@ def write_stage(recipe: Recipe, index: int, trained: Any, model: Any, processor:
     if recipe.stages[index].adapter is None:
         checkpoints.write(model, processor, folder, recipe=text)
         return
-    base = base_folder(recipe, index, folder.parent)
-    if isinstance(base, Path) and not base.exists():
-        checkpoints.write(start(recipe)[0], processor, base)
-    checkpoints.write_adapter(trained, processor, folder, base, recipe=text)
+    checkpoints.write_adapter(trained, processor, folder, base_folder(recipe, index, folder.parent), recipe=text)
+
+
+def base_model(recipe: Recipe, index: int, model: Any, processor: Any, output: Path) -> Any:
+    """The model that a stage's adapter is trained on, once it is on disk: as it is, or in four bits."""
+    adapter, base = recipe.stages[index].adapter, base_folder(recipe, index, output)
+    if isinstance(base, Path) and not base.exists() and is_first_process():
+        checkpoints.write(model, processor, base)
+    wait_for_all()
+    if adapter is None or not adapter.four_bit:
+        return model
+    return checkpoints.read(checkpoints.find(str(base)), quantization=four_bits(recipe.stages[index]))[0]
 
 
 def base_folder(recipe: Recipe, index: int, output: Path) -> str | Path:

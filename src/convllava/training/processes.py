@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from accelerate import PartialState
+
 from convllava.errors import InputError
 from convllava.training.recipe import Recipe
 
@@ -21,6 +23,12 @@ def process_number() -> int:
 def is_first_process() -> bool:
     """Whether this is the process that writes and speaks."""
     return process_number() == 0
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    if process_count() > 1:
+        PartialState().wait_for_everyone()
 
 
 def check_processes(recipe: Recipe, processes: int) -> None:
