@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from convllava.errors import InputError
+from convllava.training import parsing
 
 Objective = Literal["dense", "align", "chat"]
 
@@ -262,111 +261,11 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise InputError(f"there is no recipe at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
-    for override in overrides:
-        _override(content, override)
-    return typing.cast(Recipe, _build(Recipe, content, str(path)))
+    for change in overrides:
+        parsing.override(content, change)
+    return typing.cast(Recipe, parsing.build(Recipe, content, str(path)))
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe, every default written out, as YAML that `load_recipe` reads back to an equal recipe."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
-
-
-def _override(content: Any, override: str) -> None:
-    """Set one dotted key of the raw content; list items by index, or by their name."""
-    path, separator, value = override.partition("=")
-    if not separator:
-        raise InputError(f"--set {override}: write it as key=value, for example stages.0.steps=10")
-    *parents, last = path.split(".")
-    for key in parents:
-        content = _descend(content, key, override)
-    if isinstance(content, list):
-        content[_index(content, last, override)] = _parse(value, override)
-    elif isinstance(content, dict):
-        content[last] = _parse(value, override)
-    else:
-        raise InputError(f"--set {override}: there is nothing below {'.'.join(parents)} to set")
-
-
-def _parse(value: str, override: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not YAML") from None
-
-
-def _descend(content: Any, key: str, override: str) -> Any:
-    if isinstance(content, list):
-        return content[_index(content, key, override)]
-    if isinstance(content, dict):
-        return content.setdefault(key, {})
-    raise InputError(f"--set {override}: {key} is not a section of the recipe")
-
-
-def _index(items: list[Any], key: str, override: str) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if key in names:
-        return names.index(key)
-    if key.isdigit() and int(key) < len(items):
-        return int(key)
-    raise InputError(f"--set {override}: {key} is none of {', '.join(str(name) for name in names)}")
-
-
-def _build(kind: type, content: Any, where: str) -> Any:
-    """A dataclass from a mapping, recursively, refusing unknown keys and values of the wrong type."""
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: expected a section with keys, got {content!r}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in content:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise InputError(f"{where}: missing key {missing[0]!r}")
-    hints = typing.get_type_hints(kind)
-    return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in content.items()})
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where)
-    if kind is Any:
-        return value
-    if origin is Literal:
-        return _literal(arguments, value, where)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _value(next(option for option in arguments if option is not type(None)), value, where)
-    if origin is list and isinstance(value, list):
-        return [_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    return _scalar(kind, value, where)
-
-
-def _literal(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value not in options:
-        raise InputError(f"{where} must be one of {', '.join(map(str, options))}; got {value!r}")
-    return value
-
-
-def _scalar(kind: Any, value: Any, where: str) -> Any:
-    """Plain values; YAML reads 1e-3 as a string and 1 as an integer, both of which a float may be."""
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif kind in (int, bool, str) and type(value) is kind:
-        return value
-    name = getattr(kind, "__name__", None) or str(kind)
-    raise InputError(f"{where} must be a {name}; got {value!r}")
