@@ -13,8 +13,9 @@ from convllava.data.conversation import collate
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World, closed_vocabulary
-from convllava.training.attention import Guidance, check_guidable, guide_attention, guided_layers
+from convllava.training.attention import Guidance, check_attention, guide_attention, guided_layers
 from convllava.training.losses import answer_weights
+from convllava.training.recipe import Stage
 
 
 def parts(layers: int = 2):
@@ -69,8 +70,8 @@ def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
 def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):
     model, _ = parts()
     monkeypatch.setattr(type(model.model.language_model), "_supports_attention_backend", False)
-    with pytest.raises(InputError, match="the attention of a llama cannot be told where to look"):
-        check_guidable(model)
+    with pytest.raises(InputError, match="the attention of a llama cannot have guidance"):
+        check_attention(model, Stage("guided", 1, {"projector": 1.0}, guidance=0.5))
 
 
 def test_pointing_teaches_attention_to_look_there():

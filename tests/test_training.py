@@ -17,7 +17,7 @@ from PIL import Image
 import convllava
 from convllava.checkpoints import read
 from convllava.data.cells import GLYPH_CELL, DenseDataset, boxes, label_maps, spelling, word_tokens, words
-from convllava.data.conversation import IGNORE, collate, encode
+from convllava.data.conversation import IGNORE, collate, encode, lengths_of, pack
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.geometry import Size, native, unchanged
@@ -196,6 +196,43 @@ def test_batched_loss_equals_the_mean_over_all_supervised_tokens():
     totals = [(model(**collate([item], 0)).loss, int((item["labels"][1:] != IGNORE).sum())) for item in items]
     expected = sum(loss * count for loss, count in totals) / sum(count for _, count in totals)
     torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
+
+
+def mixed_items(processor):
+    """Two pages, one of them long, and text alone."""
+    pages = ChatDataset(World(size=128, simple=True, turns=4), processor, 2)
+    return [pages[0], ChatDataset(World(size=128, simple=True, turns=1), processor, 2, images=False)[1], pages[1]]
+
+
+def test_packed_equals_separate(parts):
+    model, processor = parts
+    items = mixed_items(processor)
+    with torch.no_grad():
+        alone = [model(**collate([item], 0)) for item in items]
+        packed = model(**pack(items))
+    torch.testing.assert_close(packed.logits[0], torch.cat([out.logits[0] for out in alone]), atol=1e-5, rtol=0)
+    counts = torch.tensor([(item["labels"][1:] != IGNORE).sum() for item in items])
+    mean = (torch.stack([out.loss for out in alone]) * counts).sum() / counts.sum()
+    torch.testing.assert_close(packed.loss, mean, atol=1e-5, rtol=0)
+
+
+def test_packing_wastes_nothing_and_padding_is_counted_beside_it(parts):
+    items = mixed_items(parts[1])
+    lengths = [len(item["input_ids"]) for item in items]
+    assert lengths_of(pack(items)) == lengths_of(collate(items, 0)) == lengths
+    assert pack(items)["input_ids"].shape == (1, sum(lengths))
+
+
+def test_a_packed_run_has_the_losses_of_a_padded_one(tmp_path):
+    data = dataclasses.replace(DATA, turns=6)
+    stage = dataclasses.replace(CHAT, data=data, batch_size=4)
+    engine.train(recipe(stage), tmp_path / "padded")
+    engine.train(recipe(dataclasses.replace(stage, packing=True)), tmp_path / "packed")
+    padded, packed = log(tmp_path / "padded"), log(tmp_path / "packed")
+    for one, other in zip(padded, packed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert padded[-1]["positions"] == padded[-1]["padded"] == packed[-1]["padded"]
+    assert packed[-1]["tokens"] == packed[-1]["positions"] == padded[-1]["tokens"] < 0.95 * packed[-1]["padded"]
 
 
 def test_label_maps_lie_where_things_lie():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,42 @@ def collate(items: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
         "labels": pad_sequence([item["labels"] for item in items], batch_first=True, padding_value=IGNORE),
     }
     batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    for name in (f"{kind}_guides" for kind in GUIDES):
+        if name in items[0]:
+            batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])
+    return batch | _beside_text(items)
+
+
+def pack(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The samples end to end in one row, without padding.
+
+    Positions begin anew with each sample; by them, and because there is no attention mask and no cache, transformers
+    keeps samples from looking at each other.
+    """
+    return {
+        "use_cache": False,
+        "input_ids": torch.cat([item["input_ids"] for item in items])[None],
+        # What ends one sample is not asked to foretell how the next begins.
+        "labels": torch.cat([F.pad(item["labels"][1:], (1, 0), value=IGNORE) for item in items])[None],
+        "position_ids": torch.cat([torch.arange(len(item["input_ids"])) for item in items])[None],
+    } | _beside_text(items)
+
+
+def lengths_of(batch: Mapping[str, Any]) -> list[int]:
+    """Tokens of each sample of a padded or packed batch; of one without text, none."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum(1).tolist()
+    if "position_ids" in batch:
+        places = batch["position_ids"][0]
+        return torch.diff(
+            (places == 0).nonzero()[:, 0], append=torch.tensor([len(places)], device=places.device)
+        ).tolist()
+    return []
+
+
+def _beside_text(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images, and which samples were passed over."""
+    batch: dict[str, Any] = {}
     images = [
         pixels[:, :height, :width].contiguous()
         for item in items
@@ -71,9 +108,6 @@ def collate(items: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     ]
     if images:
         batch["pixel_values"] = images
-    for name in (f"{kind}_guides" for kind in GUIDES):
-        if name in items[0]:
-            batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])
     if skipped := [found for item in items for found in item.get(SKIPPED, ())]:
         batch[SKIPPED] = skipped
     return batch

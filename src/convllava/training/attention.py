@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from convllava.errors import InputError
+from convllava.training.recipe import Stage
 
 IMPLEMENTATION = "convllava_guided"
 _FLOOR = 1e-6
@@ -62,15 +63,17 @@ def guided_layers(model: Any) -> dict[str, int]:
     return {"answer": last} if last == 0 else {"mention": (last - 1) // 2, "answer": last}
 
 
-def check_guidable(model: Any) -> None:
-    """Refuse a language model whose attention does not go through transformers' attention interface.
+def check_attention(model: Any, stage: Stage) -> None:
+    """Refuse a stage that needs more of the language model's attention than transformers' attention interface, if it
+    does not go through it.
 
     Raises:
-        InputError: names its family.
+        InputError: names the family.
     """
-    if not getattr(model.model.language_model, "_supports_attention_backend", False):
+    needs = [name for name in ("guidance", "packing") if getattr(stage, name)]
+    if needs and not getattr(model.model.language_model, "_supports_attention_backend", False):
         family = model.config.text_config.model_type
-        raise InputError(f"guidance: the attention of a {family} cannot be told where to look; set guidance to 0")
+        raise InputError(f"stage {stage.name}: the attention of a {family} cannot have {needs[0]}; leave it out")
 
 
 def guide_attention(model: Any) -> None:

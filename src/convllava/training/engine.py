@@ -28,7 +28,7 @@ from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 from convllava.training.adapting import attach, check_adaptable, four_bits
 from convllava.training.alignment import Alignment, vocabulary_of
-from convllava.training.attention import check_guidable, guide_attention
+from convllava.training.attention import check_attention, guide_attention
 from convllava.training.beginning import check_pixels, start
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
@@ -105,8 +105,7 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
         check_trains(stage, model, processor)
         if not stage.data.sources:
             make_world(stage.data, seed=0)
-        if stage.guidance:
-            check_guidable(model)
+        check_attention(model, stage)
 
 
 def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:

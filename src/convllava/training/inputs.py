@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from convllava.data.cells import AlignDataset, DenseDataset, collate_dense
-from convllava.data.conversation import collate
+from convllava.data.conversation import collate, pack
 from convllava.data.sources import FileDataset, Mixture, Records, steps_of
 from convllava.data.synthetic import ChatDataset
 from convllava.synthetic import World
@@ -65,6 +65,8 @@ def make_world(data: Data, seed: int) -> World:
 def make_collator(stage: Stage, processor: Any) -> Any:
     if stage.objective != "chat":
         return collate_dense
+    if stage.packing:
+        return pack
     return partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
 
 

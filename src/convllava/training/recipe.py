@@ -158,6 +158,8 @@ class Stage:
     """Settings of the image processor that change with this stage and stay changed: min_pixels, side ..."""
     batch_size: int = 8
     """Samples per optimiser step."""
+    packing: bool = False
+    """Lay the samples of a pass end to end in one row, none seeing another, in place of padding them."""
     accumulate: int = 1
     """Forward passes per optimiser step: each takes batch_size / accumulate samples."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -192,6 +194,8 @@ class Stage:
         self._check_length(where)
         if self.adapter is not None and (self.objective != "chat" or self.guidance or self.calibrate):
             raise InputError(f"{where}: adapter is for the objective chat, without guidance and calibrate")
+        if self.packing and (self.objective != "chat" or self.guidance):
+            raise InputError(f"{where}: packing is for the objective chat without guidance")
         if self.batch_size % self.accumulate:
             raise InputError(f"{where}: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
         if not self.trains or min(self.trains.values()) < 0:

@@ -41,15 +41,16 @@ def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> No
 
 
 class StepLog(TrainerCallback):
-    """Appends to `log.jsonl`: stage, step, loss, learning rates, images, tokens, seconds.
+    """Appends to `log.jsonl`: stage, step, loss, learning rates, images, tokens, positions, padded, seconds.
 
-    Images, tokens and seconds count from the beginning of the stage, over all its resumed parts.
+    Positions are those that the language model computes, padded those it would compute if each batch were padded to
+    its longest sample. All of them and seconds count from the beginning of the stage, over all its resumed parts.
     """
 
     def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, int]) -> None:
         self.path = output / "log.jsonl"
         self.stage, self.index, self.counts = stage, index, counts
-        self.before: dict[str, float] = {"images": 0, "tokens": 0, "seconds": 0.0}
+        self.before: dict[str, float] = {**dict.fromkeys(counts, 0), "seconds": 0.0}
         self.started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -68,7 +69,7 @@ class StepLog(TrainerCallback):
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
         own = [line for line in kept if line["index"] == self.index]
-        return {key: own[-1][key] for key in self.before} if own else {}
+        return {key: own[-1].get(key, 0) for key in self.before} if own else {}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -83,8 +84,7 @@ class StepLog(TrainerCallback):
             "loss": logs["loss"],
             **{name: round(logs[name], 4) for name in NOTES if name in logs},
             "learning_rates": {group["part"]: group["lr"] for group in groups},
-            "images": self.before["images"] + self.counts["images"],
-            "tokens": self.before["tokens"] + self.counts["tokens"],
+            **{name: int(self.before[name]) + count for name, count in self.counts.items()},
             "seconds": round(self.before["seconds"] + time.monotonic() - self.started, 3),
         }
         with self.path.open("a", encoding="utf-8") as file:

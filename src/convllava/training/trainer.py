@@ -14,7 +14,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from convllava.data.cells import ACCURACIES
-from convllava.data.conversation import GUIDES, SKIPPED
+from convllava.data.conversation import GUIDES, SKIPPED, lengths_of
 from convllava.training.attention import Guidance, guided_layers
 from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.muon import Muon
@@ -22,6 +22,9 @@ from convllava.training.parts import parameter_groups
 from convllava.training.processes import is_first_process, process_count
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.reporting import Skips
+
+COUNTS = ("images", "tokens", "positions", "padded")
+"""Of what the stage has seen (see `StageTrainer._count`)."""
 
 
 def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> TrainingArguments:
@@ -67,7 +70,7 @@ class StageTrainer(Trainer):
     def __init__(self, stage: Stage, skips: Skips, *, model: nn.Module, **keywords: Any) -> None:
         self.stage, self.skips, self.trained = stage, skips, model
         self.staging: str | None = None
-        self.counts = {"images": 0, "tokens": 0}
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
         self.guided_layers = guided_layers(model) if stage.guidance else {}
         super().__init__(model=model, **keywords)
@@ -102,10 +105,17 @@ class StageTrainer(Trainer):
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def _count(self, inputs: Mapping[str, Any]) -> None:
-        """Images and tokens of all processes, which have as many each, more or less."""
-        tokens = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
-        self.counts["images"] += len(inputs.get("pixel_values", ())) * self.args.world_size
-        self.counts["tokens"] += tokens * self.args.world_size
+        """Images and tokens of all processes, which have as many each, more or less; and the positions that the
+        language model computes, beside those that padding would make of the same samples."""
+        lengths = lengths_of(inputs)
+        found = {
+            "images": len(inputs.get("pixel_values", ())),
+            "tokens": sum(lengths),
+            "positions": inputs["input_ids"].numel() if lengths else 0,
+            "padded": len(lengths) * max(lengths, default=0),
+        }
+        for name, count in found.items():
+            self.counts[name] += count * self.args.world_size
 
     def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
         """Take the guides out of the batch and put into it what records where attention looks."""
