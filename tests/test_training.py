@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -29,6 +33,8 @@ from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
 from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, dump_recipe, load_recipe
 
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""Settings of a process that shares the machine with other tests."""
 DATA = Data(size=128, simple=True, turns=2)
 SCENES = dataclasses.replace(DATA, kinds={"scene": 1})
 DENSE = Stage("dense", 3, {"stem": 1e-3, "stage1": 1e-3, "stage4": 1e-3, "head": 1e-3}, DATA, "dense", batch_size=2)
@@ -56,7 +62,10 @@ def recipe(*stages: Stage, **settings: object) -> Recipe:
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The whole lines that have been logged."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def weights(folder):
@@ -138,11 +147,61 @@ def test_a_checkpoint_that_was_being_written_is_never_taken(tmp_path, monkeypatc
     assert not progress.exists()
 
 
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    plan, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    plan.write_text(dump_recipe(recipe(dataclasses.replace(CHAT, steps=6), save_every=2)))
+    command = [sys.executable, "-m", "convllava", "train", str(plan), "--output", str(out), "--resume"]
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=no_file_larger(200_000), env=ALONE)
+    assert full.returncode == 2
+    assert "the checkpoint of step 2 cannot be written" in full.stderr
+    assert "there is none before it" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert list((out / ".0-chat.progress").iterdir()) == []
+    subprocess.run(command, check=True, env=ALONE)
+    assert [line["step"] for line in log(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def no_file_larger(size):
+    """For a new process: a write beyond so many bytes fails, as on a full disk."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, processes):
+    stage = dataclasses.replace(CHAT, steps=8)
+    plan, whole, killed = tmp_path / "recipe.yaml", tmp_path / "whole", tmp_path / "killed"
+    plan.write_text(dump_recipe(recipe(stage, save_every=1)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+    command = [sys.executable, *launcher, "-m", "convllava", "train", str(plan), "--resume", "--output"]
+    subprocess.run([*command, str(whole)], check=True, env=ALONE)
+    kill_when(lambda: len(log(killed)) >= 3, [*command, str(killed)])
+    kill_when(lambda: any(killed.glob(".0-chat.progress/partial/*")), [*command, str(killed)])
+    subprocess.run([*command, str(killed)], check=True, env=ALONE)
+    assert [line["loss"] for line in log(killed)] == [line["loss"] for line in log(whole)]
+    for name, parameter in weights(whole / "0-chat").items():
+        assert parameter.equal(weights(killed / "0-chat")[name]), name
+
+
+def kill_when(ready, command):
+    """Start a command, and kill it with all its processes as soon as `ready`, or when it has ended."""
+    process = subprocess.Popen(command, env=ALONE, start_new_session=True)
+    while process.poll() is None and not ready():
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def test_a_folder_with_a_run_is_not_overwritten_and_a_changed_recipe_not_resumed(tmp_path):
     engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
     with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
         engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
-    with pytest.raises(InputError, match="differs from the recipe given"):
+    with pytest.raises(InputError, match=r"another recipe \(seed: 0 -> 5\); resume with the same recipe"):
         engine.prepare_output(recipe(CHAT, seed=5), tmp_path, resume=True)
     engine.prepare_output(recipe(CHAT), tmp_path, resume=True)
 
@@ -330,10 +389,9 @@ def test_two_processes_have_the_loss_of_one_and_go_through_every_stage(tmp_path)
     plan = tmp_path / "recipe.yaml"
     plan.write_text(dump_recipe(recipe(dataclasses.replace(CHAT, steps=3), GUIDED)))
     command = ["-m", "convllava", "train", str(plan), "--output"]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command, str(tmp_path / "one")], check=True, env=settings)
+    subprocess.run([sys.executable, *command, str(tmp_path / "one")], check=True, env=ALONE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, *command, str(tmp_path / "two")], check=True, env=settings)
+    subprocess.run([*launcher, *command, str(tmp_path / "two")], check=True, env=ALONE)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 3, 1, 2, 3, 4]
     for a, b in zip(one[:3], two[:3], strict=True):

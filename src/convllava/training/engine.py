@@ -43,11 +43,13 @@ from convllava.training.inputs import (
 )
 from convllava.training.parts import freeze_all_but
 from convllava.training.processes import check_processes, is_first_process, process_count, wait_for_all
-from convllava.training.recipe import Recipe, Stage, dump_recipe, load_recipe
+from convllava.training.recipe import Recipe, Stage, differences, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, Skips, StepLog, print_parts
 from convllava.training.trainer import StageTrainer, training_arguments
 
 CALIBRATION_SAMPLES = 32
+_SHOWN = 6
+"""Settings that differ from those of the run in the folder."""
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps: int | None = None) -> Path:
@@ -141,8 +143,12 @@ def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
     if saved.exists():
         if not resume:
             raise InputError(f"{output} already holds a run; continue it with --resume or choose another --output")
-        if load_recipe(saved) != recipe:
-            raise InputError(f"{saved} differs from the recipe given; resume with the same recipe and settings")
+        if changes := differences(load_recipe(saved), recipe):
+            shown = "; ".join([*changes[:_SHOWN], *["..."][: len(changes) > _SHOWN]])
+            raise InputError(
+                f"the run in {output} has another recipe ({shown}); resume with the same recipe and settings, or "
+                f"choose another --output"
+            )
         return
     try:
         output.mkdir(parents=True, exist_ok=True)

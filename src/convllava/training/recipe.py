@@ -273,3 +273,32 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe, every default written out, as YAML that `load_recipe` reads back to an equal recipe."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """Every setting in which two recipes differ: "stages.instruct.steps: 10 -> 20"."""
+    old, new = (_flat(dataclasses.asdict(recipe)) for recipe in (before, after))
+    keys = [*old, *(key for key in new if key not in old)]
+    absent = "(absent)"
+    return [
+        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+        for key in keys
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested content by dotted keys; items of a list by their name, if they have one, else by their index."""
+    if isinstance(content, dict) and content:
+        pairs: typing.Iterable[tuple[Any, Any]] = content.items()
+    elif isinstance(content, list) and content:
+        pairs = (
+            (item.get("name", index) if isinstance(item, dict) else index, item) for index, item in enumerate(content)
+        )
+    else:
+        return {prefix: content}
+    return {
+        key: value
+        for name, item in pairs
+        for key, value in _flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from convllava.data.cells import ACCURACIES
 from convllava.data.conversation import GUIDES, SKIPPED, lengths_of
+from convllava.errors import InputError
+from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
 from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.muon import Muon
@@ -146,7 +150,11 @@ class StageTrainer(Trainer):
         return self.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let the Trainer write beside, then rename: a killed run never leaves half a checkpoint that looks whole."""
+        """Let the Trainer write beside, then rename: a killed run never leaves half a checkpoint that looks whole.
+
+        Raises:
+            InputError: it cannot be written, as on a full disk; the one before is still there.
+        """
         name = f"checkpoint-{self.state.global_step}"
         home = Path(super()._get_output_dir(trial))
         self.staging = str(home / "partial")
@@ -155,6 +163,9 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            shutil.rmtree(self.staging, ignore_errors=True)
+            raise self._not_saved(home, error) from error
         finally:
             staged, self.staging = Path(self.staging), None
         self.accelerator.wait_for_everyone()  # each process has written its random state
@@ -164,3 +175,12 @@ class StageTrainer(Trainer):
             for folder in older:
                 shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
+
+    def _not_saved(self, home: Path, error: Exception) -> InputError:
+        last = get_last_checkpoint(home)
+        kept = f"step {last.rpartition('-')[2]} is still there" if last else "there is none before it in this stage"
+        free = shutil.disk_usage(home).free / 1e9
+        return InputError(
+            f"the checkpoint of step {self.state.global_step} cannot be written in {home}: {one_line(error)}; {kept}; "
+            f"the disk has {free:.1f} GB free; make room and continue with --resume"
+        )
