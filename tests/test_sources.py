@@ -7,17 +7,17 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fresh, picture
-from hypothesis import given
-from hypothesis import strategies as st
 
 from convllava.data.conversation import IGNORE, SKIPPED
-from convllava.data.sources import FileDataset, Mixture, Records, conversation_of, steps_of
+from convllava.data.formats import Records, open_records
+from convllava.data.mixture import Mixture, Part
+from convllava.data.samples import conversation_of
+from convllava.data.sources import FileDataset, steps_of
 from convllava.errors import InputError
 from convllava.training import engine
 from convllava.training.plan import plan
@@ -46,20 +46,24 @@ def write(folder: Path, records: list, name: str = "data.json") -> Path:
 
 
 def dataset(folder: Path, records: list, length: int = 8, **settings: object) -> FileDataset:
-    files = [(Records(write(folder, records)), folder / "images", 1.0)]
-    return FileDataset(files, fresh()[1], length, **settings)  # type: ignore[arg-type]
+    mixture = Mixture([Part(open_file(write(folder, records)), str(folder / "images"))])
+    return FileDataset(mixture, fresh()[1], length, **settings)  # type: ignore[arg-type]
+
+
+def open_file(path: Path, limit: int | None = None) -> Records:
+    return open_records(path.name, [str(path)], limit=limit)
 
 
 def test_json_and_jsonl_hold_the_same_records(folder):
     records = [record(0), record(1, ["a.png", "b.png"], "<image> and <image>: Größe?"), record(2, None, "hello")]
     for name in ("data.json", "data.jsonl"):
-        found = Records(write(folder, records, name))
+        found = open_file(write(folder, records, name))
         assert [found[index] for index in range(len(found))] == records
-        assert len(Records(folder / name, limit=2)) == 2
+        assert len(open_file(folder / name, limit=2)) == 2
 
 
 def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
-    images = Path("images")
+    images = "images"
     marked = conversation_of(record(0, ["a.png", "b.png"], "this <image> or that <image>?"), 0, images)
     assert marked.messages[0]["content"] == [
         {"type": "text", "text": "this "},
@@ -89,7 +93,7 @@ def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
 )
 def test_a_bad_record_is_named(bad, message):
     with pytest.raises(InputError, match=message):
-        conversation_of(bad, 7, Path())
+        conversation_of(bad, 7, "")
 
 
 @pytest.mark.parametrize(
@@ -104,23 +108,7 @@ def test_a_bad_record_is_named(bad, message):
 def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        Records(tmp_path / name)
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.2, 3)), min_size=1, max_size=4))
-def test_a_mixture_repeats_each_source_as_often_as_it_says(sources):
-    lengths, repeats = zip(*sources, strict=True)
-    expected = [round(length * repeat) for length, repeat in sources]
-    if not sum(expected):
-        with pytest.raises(InputError, match="has no sample; raise repeat or limit"):
-            Mixture(lengths, repeats)
-        return
-    mixture = Mixture(lengths, repeats)
-    drawn = [mixture[index] for index in range(len(mixture))]
-    assert Counter(source for source, _ in drawn) == {i: n for i, n in enumerate(expected) if n}
-    for source, length in enumerate(lengths):
-        counts = Counter(number for own, number in drawn if own == source)
-        assert max(counts.values(), default=0) - min((counts[n] for n in range(length)), default=0) <= 1
+        open_file(tmp_path / name)
 
 
 def test_every_epoch_has_every_sample_in_another_order(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from convllava.data import storage
 from convllava.data.cells import AlignDataset, DenseDataset, collate_dense
 from convllava.data.conversation import collate, pack
-from convllava.data.sources import FileDataset, Mixture, Records, steps_of
+from convllava.data.formats import Records, open_records
+from convllava.data.mixture import Mixture, Part
+from convllava.data.sources import FileDataset, steps_of
 from convllava.data.synthetic import ChatDataset
 from convllava.synthetic import World
 from convllava.training.recipe import Data, Recipe, Source, Stage
@@ -27,9 +30,8 @@ def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
     assert stage.steps is not None
     length = stage.steps * stage.batch_size
     if data.sources:
-        files = [(records_of(recipe, source), images_of(recipe, source), source.repeat) for source in data.sources]
-        truncate = data.overlong == "truncate"
-        return FileDataset(files, processor, length, seed=seed, max_tokens=data.max_tokens, truncate=truncate)
+        mixture = Mixture(parts_of(recipe, data.sources), seed)
+        return FileDataset(mixture, processor, length, max_tokens=data.max_tokens, truncate=data.overlong == "truncate")
     world = make_world(data, seed)
     if stage.objective == "dense":
         return DenseDataset(world, processor, length, sheets=data.sheets)
@@ -70,18 +72,43 @@ def make_collator(stage: Stage, processor: Any) -> Any:
     return partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
 
 
+def parts_of(recipe: Recipe, sources: Sequence[Source]) -> list[Part]:
+    """The sources, opened, as parts of a mixture.
+
+    Raises:
+        InputError: see `open_records`.
+    """
+    return [
+        Part(records_of(recipe, source), images_of(recipe, source), source.repeat, source.weight) for source in sources
+    ]
+
+
 def records_of(recipe: Recipe, source: Source) -> Records:
     """The records of a source.
 
     Raises:
-        InputError: see `Records`.
+        InputError: see `open_records`.
     """
-    return Records(Path(recipe.data_root) / source.path, source.limit)
+    return open_records(
+        source.name,
+        addresses_of(recipe, source),
+        kind=source.format,
+        limit=source.limit,
+        subset=source.subset,
+        split=source.split,
+    )
 
 
-def images_of(recipe: Recipe, source: Source) -> Path:
+def addresses_of(recipe: Recipe, source: Source) -> list[str]:
+    """Where a source's files lie, patterns as they are; a name for `load_dataset` where there is no such file."""
+    found = [storage.within(recipe.data_root, path) for path in source.paths]
+    is_name = source.format == "datasets" and not any(map(storage.exists, found))
+    return source.paths if is_name else found
+
+
+def images_of(recipe: Recipe, source: Source) -> str:
     """The folder that a source's images are relative to."""
-    return Path(recipe.data_root) / source.images
+    return storage.within(recipe.data_root, source.images)
 
 
 def with_steps(recipe: Recipe) -> Recipe:
@@ -96,27 +123,35 @@ def with_steps(recipe: Recipe) -> Recipe:
 def _with_steps(recipe: Recipe, stage: Stage) -> Stage:
     if stage.epochs is None:
         return stage
-    sources = stage.data.sources
-    mixture = Mixture([len(records_of(recipe, source)) for source in sources], [source.repeat for source in sources])
+    mixture = Mixture(parts_of(recipe, stage.data.sources))
     return dataclasses.replace(stage, steps=steps_of(len(mixture), stage.epochs, stage.batch_size), epochs=None)
 
 
-def missing_files(recipe: Recipe) -> Iterator[Path]:
+def missing_files(recipe: Recipe) -> Iterator[str]:
     """Data files and folders of images that are not there, each once."""
     sources = [source for stage in recipe.stages for source in stage.data.sources]
-    paths = [path for source in sources for path in (Path(recipe.data_root) / source.path, images_of(recipe, source))]
-    return (path for path in dict.fromkeys(paths) if not path.exists())
+    return iter(dict.fromkeys(path for source in sources for path in _missing_of(recipe, source)))
+
+
+def _missing_of(recipe: Recipe, source: Source) -> Iterator[str]:
+    addresses = addresses_of(recipe, source)
+    is_name = source.format == "datasets" and addresses == source.paths
+    yield from (address for address in addresses if not is_name and not storage.matches(address))
+    if not storage.is_remote(images := images_of(recipe, source)) and not storage.exists(images):
+        yield images
 
 
 def missing_images(recipe: Recipe, samples: int = 1000) -> Iterator[Path]:
     """Folders that are not there among those of images of so many samples spread over each file that is."""
     found: dict[Path, None] = {}
-    for source in {source.path: source for stage in recipe.stages for source in stage.data.sources}.values():
-        if not (Path(recipe.data_root) / source.path).exists():
+    for source in {source.name: source for stage in recipe.stages for source in stage.data.sources}.values():
+        folder = images_of(recipe, source)
+        if any(_missing_of(recipe, source)) or storage.is_remote(folder):
             continue
         records = records_of(recipe, source)
-        for number in range(0, len(records), max(1, len(records) // samples)):
-            found |= dict.fromkeys(path.parent for path in _images_in(records[number], images_of(recipe, source)))
+        if not records.embeds_images:
+            for number in range(0, len(records), max(1, len(records) // samples)):
+                found |= dict.fromkeys(path.parent for path in _images_in(records[number], Path(folder)))
     return (folder for folder in found if not folder.exists())
 
 

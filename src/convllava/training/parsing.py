@@ -86,7 +86,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _value(next(option for option in arguments if option is not type(None)), value, where)
+        options = [option for option in arguments if option is not type(None)]
+        fitting = (option for option in options if typing.get_origin(option) is type(value))
+        return _value(next(fitting, options[0]), value, where)
     if origin is list and isinstance(value, list):
         return [_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):

@@ -15,7 +15,7 @@ from convllava.geometry import Size, visual_tokens
 from convllava.inspection import training_memory
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.beginning import check_pixels, outline, pixels_of
-from convllava.training.inputs import missing_files, missing_images, with_steps
+from convllava.training.inputs import addresses_of, missing_files, missing_images, with_steps
 from convllava.training.parts import freeze_all_but, parts_of
 from convllava.training.recipe import Recipe, Stage
 
@@ -78,7 +78,7 @@ def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGene
         "steps": stage.steps,
         "epochs": stage.epochs,
         "memory_gb": training_memory(parameters, tuple(trains)),
-        "data": [str(Path(recipe.data_root) / source.path) for source in stage.data.sources] or ["generated pages"],
+        "data": [path for source in stage.data.sources for path in addresses_of(recipe, source)] or ["generated pages"],
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from convllava.data import Format
 from convllava.errors import InputError
 from convllava.training import parsing
 
@@ -66,20 +67,43 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of conversations in LLaVA's layout."""
+    """Files of conversations; docs/data.md shows every format."""
 
-    path: str
-    """JSON (a list) or JSONL; relative to the recipe's `data_root`."""
+    path: str | list[str]
+    """A file, a pattern of files with `*`, or a list of either: paths relative to the recipe's `data_root`, or
+    addresses that fsspec opens. With the format `datasets` also a name for `datasets.load_dataset`."""
     images: str = ""
     """Folder that the images' paths are relative to; relative to `data_root` itself."""
+    format: Format | None = None
+    """None: by the name of the file."""
+    subset: str | None = None
+    """Of a name for `datasets.load_dataset`."""
+    split: str = "train"
+    """Of a name for `datasets.load_dataset`."""
     limit: int | None = None
     """Take so many samples from the beginning."""
     repeat: float = 1.0
     """How often each sample comes in an epoch; 1.5 repeats the first half."""
+    weight: float | None = None
+    """In place of `repeat`, and in all sources of a stage or in none: the share of an epoch that comes from here is
+    this among the sum of all. An epoch is as long as the sources are together; what it leaves out comes in the next."""
 
     def __post_init__(self) -> None:
         if self.repeat <= 0 or (self.limit is not None and self.limit < 1):
-            raise InputError(f"source {self.path}: repeat must be above 0 and limit 1 or more")
+            raise InputError(f"source {self.name}: repeat must be above 0 and limit 1 or more")
+        if self.weight is not None and (self.weight <= 0 or self.repeat != 1.0):
+            raise InputError(f"source {self.name}: weight must be above 0, and stands in place of repeat")
+        if not self.paths:
+            raise InputError("a source needs a path")
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return ", ".join([*self.paths[:2], "..."][: len(self.paths)]) + (f" ({self.subset})" if self.subset else "")
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,11 @@ class Data:
     """False: the same conversations without the image, for a language model that has never seen text."""
     sheets: float = 0.0
     """Share of glyph sheets (objectives dense and align only)."""
+
+    def __post_init__(self) -> None:
+        weighted = [source for source in self.sources if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            raise InputError(f"source {weighted[0].name}: weight is for all sources of a stage or for none")
 
 
 @dataclass(frozen=True)
