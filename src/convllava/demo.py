@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
+from convllava.evaluation.drawing import Answered, draw_answers
 from convllava.evaluation.synthetic import measure, table_of
-from convllava.geometry import Box
 from convllava.inference import Assistant, load
 from convllava.synthetic import World
 
@@ -23,17 +22,6 @@ PAGES = Path(__file__).parent / "examples"
 PAGE_SIZE = 448
 """Square root of the area of the pages that the shipped weights were trained on, in pixels."""
 DEMO_SEED = 2026
-_MARGIN, _TEXT, _LINE = 24, 22, 32
-_BOX_COLOUR = (220, 40, 40)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A page with questions and what the model said; boxes in pixels of the page."""
-
-    image: Image.Image
-    turns: list[tuple[str, str]]
-    boxes: list[Box]
 
 
 def run_demo(model: str, output: Path, samples: int) -> None:
@@ -63,31 +51,3 @@ def answer_page(assistant: Assistant, path: Path) -> Answered:
         turns.append((question, report["answer"]))
         boxes += report["boxes"]
     return Answered(image, turns, boxes)
-
-
-def draw_answers(pages: list[Answered]) -> Image.Image:
-    """The pages side by side with boxes, and the questions and answers below each."""
-    panels = [_draw_panel(page) for page in pages]
-    width = sum(panel.width for panel in panels)
-    sheet = Image.new("RGB", (width, max(panel.height for panel in panels)), "white")
-    left = 0
-    for panel in panels:
-        sheet.paste(panel, (left, 0))
-        left += panel.width
-    return sheet
-
-
-def _draw_panel(page: Answered) -> Image.Image:
-    font = ImageFont.load_default(_TEXT)
-    lines = [line for question, answer in page.turns for line in (question, f"   {answer}")]
-    width = max(page.image.width, *(int(font.getlength(line)) for line in lines)) + 2 * _MARGIN
-    height = page.image.height + 3 * _MARGIN + _LINE * len(lines)
-    panel = Image.new("RGB", (width, height), "white")
-    panel.paste(page.image, (_MARGIN, _MARGIN))
-    draw = ImageDraw.Draw(panel)
-    for x0, y0, x1, y1 in page.boxes:
-        draw.rectangle((x0 + _MARGIN, y0 + _MARGIN, x1 + _MARGIN, y1 + _MARGIN), outline=_BOX_COLOUR, width=3)
-    top = page.image.height + 2 * _MARGIN
-    for index, line in enumerate(lines):
-        draw.text((_MARGIN, top + index * _LINE), line, fill="black" if index % 2 == 0 else (20, 80, 170), font=font)
-    return panel

@@ -60,6 +60,14 @@ class FileDataset(Dataset):
             return item | ({SKIPPED: skipped} if skipped else {})
         raise InputError(f"{_PATIENCE} samples in a row cannot be used; the last: {skipped[-1][0]}: {skipped[-1][1]}")
 
+    def conversation(self, place: int) -> list[dict[str, Any]]:
+        """The sample at a place as messages, with its images.
+
+        Raises:
+            SampleError: it cannot be used.
+        """
+        return with_images(self.sample(*self.mixture[place]))
+
     def sample(self, part: int, number: int) -> Conversation:
         """A record of a part of the mixture.
 

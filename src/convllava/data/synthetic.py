@@ -42,6 +42,11 @@ class ChatDataset(Dataset):
         item = encode(self.processor, self.messages(sample, turns))
         return item | guides(item, turns, sample, self.processor) if self.guided else item
 
+    def conversation(self, index: int) -> list[dict[str, Any]]:
+        """The sample as messages, with its image."""
+        sample = self.world.sample(index)
+        return self.messages(sample, self.turns(sample))
+
     def turns(self, sample: Sample) -> list[Turn]:
         """The sample's turns, and perhaps its caption at any place among them."""
         draw = random.Random(sample.index)

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from convllava import checkpoints
 from convllava.errors import InputError
+from convllava.inference import Assistant
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
 from convllava.training.adapting import attach, check_adaptable, four_bits
@@ -32,13 +33,16 @@ from convllava.training.attention import check_attention, guide_attention
 from convllava.training.beginning import check_pixels, start
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
+from convllava.training.held_out import SampleAnswers, callbacks_of
 from convllava.training.inputs import (
     distinct_samples,
     image_of,
     make_collator,
     make_dataset,
+    make_held_out,
     make_world,
     missing_files,
+    questions_of,
     with_steps,
 )
 from convllava.training.parts import freeze_all_but
@@ -180,19 +184,20 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         model=trained,
         args=training_arguments(recipe, stage, progress),
         train_dataset=dataset,
+        eval_dataset=make_held_out(recipe, index, processor) if stage.evaluation else None,
         data_collator=make_collator(stage, processor),
+        callbacks=callbacks_of(stage.evaluation) if stage.evaluation else [],
     )
     trainer.remove_callback(PrinterCallback)
     bar = ProgressBar(f"{index}-{stage.name}")
     if is_first_process():
-        trainer.add_callback(StepLog(folder.parent, stage, index, trainer.counts))
-        trainer.add_callback(bar)
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.parent / "tensorboard" / folder.name)))
+        observe(trainer, stage, index, folder, bar, Assistant(model, processor))
     if stage.guidance:
         guide_attention(model)
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.leave_what_counts()
     finally:
         torch.set_flush_denormal(False)
         bar.stop()
@@ -201,6 +206,20 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         write_stage(recipe, index, trained, model, processor, folder)
         shutil.rmtree(progress, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def observe(
+    trainer: StageTrainer, stage: Stage, index: int, folder: Path, bar: ProgressBar, assistant: Assistant
+) -> None:
+    """Let the first process tell what happens: log.jsonl, the bar, TensorBoard."""
+    writer = SummaryWriter(folder.parent / "tensorboard" / folder.name)
+    trainer.add_callback(StepLog(folder.parent, stage, index, trainer.counts))
+    trainer.add_callback(bar)
+    trainer.add_callback(TensorBoardCallback(writer))
+    if stage.evaluation is not None and stage.evaluation.pictures and stage.objective == "chat":
+        dataset: Any = trainer.eval_dataset
+        questions = questions_of(dataset, stage.evaluation.pictures)
+        trainer.add_callback(SampleAnswers(assistant, questions, writer))
 
 
 def write_stage(recipe: Recipe, index: int, trained: Any, model: Any, processor: Any, folder: Path) -> None:

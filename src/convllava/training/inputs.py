@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,26 +19,58 @@ from convllava.data.formats import Records, open_records
 from convllava.data.mixture import Mixture, Part
 from convllava.data.sources import FileDataset, steps_of
 from convllava.data.synthetic import ChatDataset
+from convllava.errors import InputError
 from convllava.synthetic import World
 from convllava.training.recipe import Data, Recipe, Source, Stage
+
+Question = tuple[list[dict[str, Any]], str]
+"""A conversation up to its first answer, and that answer."""
 
 
 def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
     """As many samples as the stage has steps for, every stage with a seed of its own; of the generated world's training
     split, or of files."""
+    stage = recipe.stages[index]
+    assert stage.steps is not None
+    return _dataset(recipe, index, processor, "train", stage.steps * stage.batch_size, stage.data.sources)
+
+
+def make_held_out(recipe: Recipe, index: int, processor: Any) -> Dataset:
+    """The samples that the stage is evaluated on: of the generated world's held-out split, or of other files."""
+    evaluation = recipe.stages[index].evaluation
+    assert evaluation is not None
+    return _dataset(recipe, index, processor, "heldout", evaluation.samples, evaluation.sources)
+
+
+def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int, sources: Sequence[Source]) -> Dataset:
     stage, data = recipe.stages[index], recipe.stages[index].data
     seed = 1000 * recipe.seed + index
-    assert stage.steps is not None
-    length = stage.steps * stage.batch_size
-    if data.sources:
-        mixture = Mixture(parts_of(recipe, data.sources), seed)
+    if sources:
+        mixture = Mixture(parts_of(recipe, sources), seed)
+        length = length if split == "train" else min(length, len(mixture))
         return FileDataset(mixture, processor, length, max_tokens=data.max_tokens, truncate=data.overlong == "truncate")
-    world = make_world(data, seed)
+    world = make_world(data, seed, split)
     if stage.objective == "dense":
         return DenseDataset(world, processor, length, sheets=data.sheets)
     if stage.objective == "align":
         return AlignDataset(world, processor, length, sheets=data.sheets, stride=processor.image_processor.stride)
     return ChatDataset(world, processor, length, captions=data.captions, images=data.images, guided=stage.guidance > 0)
+
+
+def questions_of(dataset: ChatDataset | FileDataset, count: int) -> list[Question]:
+    """The first samples of a dataset that ask about an image."""
+    asked = filter(None, (_question(dataset, index) for index in range(len(dataset))))
+    return list(itertools.islice(asked, count))
+
+
+def _question(dataset: ChatDataset | FileDataset, index: int) -> Question | None:
+    try:
+        messages = dataset.conversation(index)
+    except InputError:
+        return None  # evaluation tells of it
+    end = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    asks = any(part["type"] == "image" for message in messages[:end] for part in message["content"])
+    return (messages[:end], messages[end]["content"][0]["text"]) if asks else None
 
 
 def distinct_samples(dataset: Any) -> int:
@@ -51,10 +84,10 @@ def image_of(item: dict[str, Tensor]) -> Tensor:
     return pixels if pixels.ndim == 3 else pixels[0]
 
 
-def make_world(data: Data, seed: int) -> World:
-    """The training split of the generated world that a stage's data names."""
+def make_world(data: Data, seed: int, split: str = "train") -> World:
+    """The generated world that a stage's data names."""
     return World(
-        "train",
+        split,
         seed=seed,
         size=data.size,
         kinds=data.kinds,
@@ -129,7 +162,7 @@ def _with_steps(recipe: Recipe, stage: Stage) -> Stage:
 
 def missing_files(recipe: Recipe) -> Iterator[str]:
     """Data files and folders of images that are not there, each once."""
-    sources = [source for stage in recipe.stages for source in stage.data.sources]
+    sources = [source for stage in recipe.stages for source in stage.all_sources]
     return iter(dict.fromkeys(path for source in sources for path in _missing_of(recipe, source)))
 
 
@@ -144,7 +177,7 @@ def _missing_of(recipe: Recipe, source: Source) -> Iterator[str]:
 def missing_images(recipe: Recipe, samples: int = 1000) -> Iterator[Path]:
     """Folders that are not there among those of images of so many samples spread over each file that is."""
     found: dict[Path, None] = {}
-    for source in {source.name: source for stage in recipe.stages for source in stage.data.sources}.values():
+    for source in {source.name: source for stage in recipe.stages for source in stage.all_sources}.values():
         folder = images_of(recipe, source)
         if any(_missing_of(recipe, source)) or storage.is_remote(folder):
             continue

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from convllava.errors import InputError
+from convllava.training.recipe import Stage
 
 _STAGE = re.compile(r"(?:^|\.)vision_tower\.encoder\.stages\.(\d+)\.")
 _PREFIXES = {
@@ -58,24 +60,45 @@ def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> None:
             parameter.requires_grad_(part in trains)
 
 
+_AFTER = re.compile(r"lm_head\.|language_model\.(?:norm|ln_f)\.")
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _CHANNEL_MIXING = re.compile(r"_proj\.|pwconv\d\.|downsampling_layer\.1\.|linear_\d\.")
 
 
-def parameter_groups(model: nn.Module, trains: Mapping[str, float], weight_decay: float, muon: bool) -> list[dict]:
-    """Optimiser groups: per part, matrices with weight decay and vectors (norms, biases, LayerScale) without.
+def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
+    """Optimiser groups, each of one part: matrices with weight decay and vectors (norms, biases, LayerScale) without;
+    where learning rates decay from layer to layer, each layer by itself.
 
-    With `muon` the matrices that mix channels inside the network form groups of their own, marked `"muon": True`;
-    embeddings, heads, the stem and depthwise convolutions are not of that kind.
+    With Muon the matrices that mix channels inside the network form groups of their own, marked `"muon": True`;
+    embeddings, heads, the stem, depthwise convolutions and adapters are not of that kind.
     """
     groups = []
     for part, parameters in parts_of(model).items():
-        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        depth = 1 + max(layer_of(name, 0) for name, _ in parameters)
+        kinds: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
         for name, parameter in parameters:
             if parameter.requires_grad:
-                is_matrix = parameter.ndim > 1
-                mixes = muon and is_matrix and part not in ("stem", "head") and bool(_CHANNEL_MIXING.search(name))
-                kinds.setdefault((is_matrix, mixes), []).append(parameter)
-        for (is_matrix, mixes), chosen in kinds.items():
-            decay = weight_decay if is_matrix else 0.0
-            groups.append({"params": chosen, "lr": trains[part], "weight_decay": decay, "part": part, "muon": mixes})
+                below = depth - 1 - layer_of(name, depth) if part in stage.layer_decays else 0
+                kinds.setdefault((parameter.ndim > 1, _mixes(part, name, parameter, stage), below), []).append(
+                    parameter
+                )
+        for (is_matrix, mixes, below), chosen in kinds.items():
+            rate = stage.trains[part] * stage.layer_decays.get(part, 1.0) ** below
+            decay = stage.weight_decays.get(part, stage.weight_decay) if is_matrix else 0.0
+            groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part, "muon": mixes})
     return groups
+
+
+def _mixes(part: str, name: str, parameter: nn.Parameter, stage: Stage) -> bool:
+    """Whether Muon takes a parameter."""
+    inside = stage.optimizer == "muon" and parameter.ndim > 1 and part not in ("stem", "head")
+    return inside and ".lora_" not in name and bool(_CHANNEL_MIXING.search(name))
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Which of its part's `depth` layers a parameter belongs to: what comes before the first (embeddings, a stage's
+    patches) counts as -1, what comes after the last (norm and head) as the last."""
+    if _AFTER.search(name):
+        return depth - 1
+    match = _LAYER.search(name)
+    return int(match[1]) if match else -1

@@ -143,6 +143,27 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The loss on held-out samples, measured while the stage trains."""
+
+    every: int = 200
+    """Steps between two evaluations."""
+    samples: int = 64
+    """Of the generated world's held-out split, or of the sources below."""
+    sources: list[Source] = field(default_factory=list)
+    """Files that the stage does not train on, where it trains on files."""
+    patience: int | None = None
+    """Stop after so many evaluations without a smaller loss, and in any case keep the weights that had the smallest."""
+    pictures: int = 4
+    """Held-out samples that are answered at each evaluation and drawn in TensorBoard."""
+
+    def __post_init__(self) -> None:
+        least = min(self.every, self.samples, 1 if self.patience is None else self.patience)
+        if least < 1 or self.pictures < 0:
+            raise InputError("evaluation: every, samples and patience are 1 or more, pictures 0 or more")
+
+
+@dataclass(frozen=True)
 class Adapter:
     """LoRA in place of the weights of some parts; other parts that train are saved whole with it."""
 
@@ -199,6 +220,13 @@ class Stage:
     """muon: orthogonal steps for the matrices that mix channels, AdamW for the rest; at the same learning rate."""
     weight_decay: float = 0.0
     """On matrices only."""
+    weight_decays: dict[str, float] = field(default_factory=dict)
+    """Part -> its weight decay, where it is another."""
+    layer_decays: dict[str, float] = field(default_factory=dict)
+    """Part -> by how much the learning rate of each of its layers is smaller than that of the next, for language_model
+    and the tower's stages: 0.9 halves it in seven layers."""
+    ema: float = 0.0
+    """Evaluate and leave a running average of the weights, of which each step keeps this share; 0: the last weights."""
     adam_beta2: float = 0.999
     """AdamW's memory of squared gradients."""
     max_grad_norm: float = 1.0
@@ -213,6 +241,8 @@ class Stage:
     """Weight of the loss that asks the language model's attention to look where the answer stands."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
+    evaluation: Evaluation | None = None
+    """Measure the loss on held-out samples meanwhile."""
     adapter: Adapter | None = None
     """Train some parts by LoRA; the stage's folder then holds an adapter (see `convllava merge`)."""
 
@@ -237,6 +267,11 @@ class Stage:
             raise InputError(f"{where}: gradient_checkpointing is for the objective chat")
         if not 0 <= self.balance <= 1:
             raise InputError(f"{where}: balance lies between 0, tokens alike, and 1, answers alike; got {self.balance}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"{where}: ema is a share of 0 or more and below 1, such as 0.999; got {self.ema}")
+        self._check_decays(where)
+        if self.evaluation is not None and bool(self.evaluation.sources) != bool(self.data.sources):
+            raise InputError(f"{where}: evaluation.sources are files if data.sources are, and only then")
         if self.balance and self.objective != "chat":
             raise InputError(f"{where}: balance is for the objective chat")
         if self.guidance < 0 or (self.guidance and (self.objective != "chat" or not self.data.images)):
@@ -247,6 +282,19 @@ class Stage:
             raise InputError(
                 f"{where}: files have conversations only, which suit no dense, align, guidance or calibrate"
             )
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """Files that it trains on or is evaluated on."""
+        return [*self.data.sources, *(self.evaluation.sources if self.evaluation else [])]
+
+    def _check_decays(self, where: str) -> None:
+        for name, decays in (("weight_decays", self.weight_decays), ("layer_decays", self.layer_decays)):
+            for part, decay in decays.items():
+                if part not in self.trains:
+                    raise InputError(f"{where}: {name} names {part}, which trains does not")
+                if not 0 <= decay <= 1:
+                    raise InputError(f"{where}: {name}: {part} must be 0 to 1; got {decay}")
 
     def _check_length(self, where: str) -> None:
         if min(1 if self.steps is None else self.steps, self.batch_size, self.accumulate) < 1:
@@ -270,6 +318,8 @@ class Recipe:
     """Of weights, data and everything else that draws numbers."""
     workers: int = 1
     """Processes that make samples ahead of the trainer."""
+    report_to: list[str] = field(default_factory=list)
+    """Where else to log beside log.jsonl and TensorBoard, by transformers' names: wandb, trackio, mlflow ..."""
     save_every: int = 500
     """Steps between checkpoints from which a killed run continues."""
 

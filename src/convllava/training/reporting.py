@@ -68,25 +68,28 @@ class StepLog(TrainerCallback):
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
-        own = [line for line in kept if line["index"] == self.index]
+        own = [line for line in kept if line["index"] == self.index and "loss" in line]
         return {key: own[-1].get(key, 0) for key in self.before} if own else {}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+        if not state.is_world_process_zero:
             return
-        groups = kwargs["optimizer"].param_groups
-        line = {
-            "stage": self.stage.name,
-            "index": self.index,
-            "step": state.global_step,
-            "loss": logs["loss"],
-            **{name: round(logs[name], 4) for name in NOTES if name in logs},
-            "learning_rates": {group["part"]: group["lr"] for group in groups},
-            **{name: int(self.before[name]) + count for name, count in self.counts.items()},
-            "seconds": round(self.before["seconds"] + time.monotonic() - self.started, 3),
-        }
+        if "loss" in (logs or {}):
+            groups = kwargs["optimizer"].param_groups
+            rates: dict[str, float] = {}
+            for group in groups:  # of a part's layers, the highest
+                rates[group["part"]] = max(group["lr"], rates.get(group["part"], 0.0))
+            notes = {name: round(logs[name], 4) for name in NOTES if name in logs}
+            counts = {name: int(self.before[name]) + count for name, count in self.counts.items()}
+            self._write(state.global_step, {"loss": logs["loss"], **notes, "learning_rates": rates, **counts})
+        elif "eval_loss" in (logs or {}):
+            self._write(state.global_step, {"eval_loss": logs["eval_loss"]})
+
+    def _write(self, step: int, found: Mapping[str, Any]) -> None:
+        seconds = round(self.before["seconds"] + time.monotonic() - self.started, 3)
+        line = {"stage": self.stage.name, "index": self.index, "step": step, **found, "seconds": seconds}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from convllava.data.conversation import GUIDES, SKIPPED, lengths_of
 from convllava.errors import InputError
 from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
+from convllava.training.averaging import Average, load_weights
+from convllava.training.held_out import BEST
 from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.muon import Muon
 from convllava.training.parts import parameter_groups
@@ -47,9 +50,7 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         gradient_checkpointing=stage.gradient_checkpointing,
         logging_steps=1,
         save_steps=recipe.save_every,
-        save_total_limit=1,
         seed=recipe.seed,
-        report_to=[],
         disable_tqdm=True,
         dataloader_num_workers=recipe.workers,
         dataloader_persistent_workers=recipe.workers > 0,
@@ -58,8 +59,24 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         label_names=["labels"],
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
+        report_to=recipe.report_to,
+        **_evaluating(stage),
         ddp_find_unused_parameters=True,  # an objective may leave parts of what trains alone for a step
     )
+
+
+def _evaluating(stage: Stage) -> dict[str, Any]:
+    if stage.evaluation is None:
+        return {}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": stage.evaluation.every,
+        "per_device_eval_batch_size": max(1, stage.batch_size // stage.accumulate // process_count()),
+        "prediction_loss_only": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "restore_callback_states_from_checkpoint": True,
+    }
 
 
 class StageTrainer(Trainer):
@@ -77,12 +94,15 @@ class StageTrainer(Trainer):
         self.counts = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
         self.guided_layers = guided_layers(model) if stage.guidance else {}
+        self.average = Average(model, stage.ema) if stage.ema else None
         super().__init__(model=model, **keywords)
+        if self.average is not None:
+            self.add_callback(self.average)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             is_muon = self.stage.optimizer == "muon"
-            groups = parameter_groups(self.trained, self.stage.trains, self.stage.weight_decay, is_muon)
+            groups = parameter_groups(self.trained, self.stage)
             betas = (0.95 if is_muon else 0.9, self.stage.adam_beta2)
             self.optimizer = Muon(groups, betas=betas) if is_muon else torch.optim.AdamW(groups, betas=betas)
         return self.optimizer
@@ -93,8 +113,10 @@ class StageTrainer(Trainer):
         return SequentialSampler(samples)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.skips.note(inputs.pop(SKIPPED, ()), self.state.global_step + 1)
-        self._count(inputs)
+        skipped = inputs.pop(SKIPPED, ())
+        if self.trained.training:
+            self.skips.note(skipped, self.state.global_step + 1)
+            self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
         inputs.pop("attention_mask", None)
         guidance = self._guidance(inputs)
@@ -124,7 +146,7 @@ class StageTrainer(Trainer):
     def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
         """Take the guides out of the batch and put into it what records where attention looks."""
         found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}
-        if not self.stage.guidance:
+        if not self.stage.guidance or not self.trained.training:
             return None
         inputs["guidance"] = Guidance({layer: found[kind] for kind, layer in self.guided_layers.items()})
         return inputs["guidance"]
@@ -141,10 +163,43 @@ class StageTrainer(Trainer):
             looks = {kind: guidance.loss(layer, weights) for kind, layer in self.guided_layers.items()}
             self.notes = {f"{kind}_guidance": value.item() for kind, value in looks.items()}
             loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
-        return loss / self.args.gradient_accumulation_steps
+        return loss / (self.args.gradient_accumulation_steps if self.trained.training else 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log({**logs, **self.notes}, start_time)
+        super().log({**logs, **self.notes} if "loss" in logs else logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.average.in_place() if self.average else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss alone, whatever the objective calls its labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+    def leave_what_counts(self) -> None:
+        """After training: give the model the weights that the stage leaves, where they are not those of its last step:
+        those of the smallest held-out loss, or the averages."""
+        best = Path(str(self.args.output_dir)) / BEST
+        if self.stage.evaluation is not None and self.stage.evaluation.patience is not None and best.exists():
+            load_weights(dict(self.trained.named_parameters()), best)
+        elif self.average is not None:
+            self.average.swap()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and is_first_process():
+            self.average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.load(Path(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging or super()._get_output_dir(trial)

@@ -1,0 +1,72 @@
+"""What happens at each evaluation while a stage trains: the best weights are kept, and some answers are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from convllava.evaluation.drawing import Answered, draw_answers
+from convllava.inference import Assistant
+from convllava.inference.assistant import Message
+from convllava.training.averaging import save_weights
+from convllava.training.inputs import Question
+from convllava.training.recipe import Evaluation
+
+BEST = "best.safetensors"
+"""Among a stage's checkpoints: the weights that had the smallest held-out loss."""
+
+
+_LONGEST = 48
+"""Tokens of an answer that is drawn."""
+
+
+class BestWeights(TrainerCallback):
+    """Keeps the weights of the smallest held-out loss."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        # The Trainer notes the new best only after this.
+        is_best = state.best_metric is None or metrics["eval_loss"] < state.best_metric
+        if is_best and state.is_world_process_zero:
+            weights = kwargs["model"].named_parameters()
+            folder = Path(str(args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_weights({name: weight for name, weight in weights if weight.requires_grad}, folder / BEST)
+
+
+class SampleAnswers(TrainerCallback):
+    """Answers the first question of some held-out samples and draws them in TensorBoard.
+
+    Args:
+        assistant: The model that trains, ready to answer.
+        questions: What to ask.
+        writer: Of the stage.
+    """
+
+    def __init__(self, assistant: Assistant, questions: Sequence[Question], writer: SummaryWriter) -> None:
+        self.assistant, self.questions, self.writer = assistant, questions, writer
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        sheet = draw_answers([self._answered(messages, truth) for messages, truth in self.questions])
+        self.writer.add_image("answers", np.asarray(sheet), state.global_step, dataformats="HWC")
+
+    def _answered(self, messages: list[dict[str, Any]], truth: str) -> Answered:
+        parts = [part for message in messages for part in message["content"]]
+        images = [part["image"] for part in parts if part["type"] == "image"]
+        asked = [Message(role=message["role"], content=message["content"]) for message in messages]
+        answer = str(self.assistant.chat(asked, images, max_new_tokens=_LONGEST))
+        question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
+        return Answered(images[0], [(question, f"{answer}   ({truth})")], [])
+
+
+def callbacks_of(evaluation: Evaluation) -> list[TrainerCallback]:
+    """What keeps the best weights and stops early, where the evaluation asks for it."""
+    if evaluation.patience is None:
+        return []
+    return [EarlyStoppingCallback(evaluation.patience), BestWeights()]

@@ -1,0 +1,150 @@
+"""What a stage leaves: averaged weights, those of the best held-out loss; and what is measured while it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import CHAT, DATA, DENSE, KilledError, log, recipe, weights
+
+from convllava.checkpoints import read
+from convllava.data.conversation import collate
+from convllava.errors import InputError
+from convllava.training import engine
+from convllava.training.averaging import Average
+from convllava.training.inputs import make_held_out
+from convllava.training.parts import freeze_all_but, parameter_groups
+from convllava.training.recipe import Data, Evaluation, Source
+
+MEASURED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))
+STOPPED = dataclasses.replace(
+    MEASURED,
+    steps=30,
+    trains={"projector": 2.0, "language_model": 0.3},  # far too much, so that the loss grows
+    schedule="constant",
+    evaluation=Evaluation(every=1, samples=3, pictures=0, patience=2),
+)
+AVERAGED = dataclasses.replace(MEASURED, ema=0.9, trains={"projector": 0.1, "language_model": 0.05})
+
+
+def losses(folder, name="loss"):
+    return [line[name] for line in log(folder) if name in line]
+
+
+def loss_on_held_out(plan, folder):
+    model, processor = read(folder)
+    dataset = make_held_out(plan, 0, processor)
+    with torch.no_grad():
+        return model.eval()(**collate([dataset[index] for index in range(len(dataset))], 0)).loss.item()
+
+
+def test_evaluation_is_logged_and_drawn_and_changes_nothing(tmp_path):
+    engine.train(recipe(MEASURED), tmp_path / "measured")
+    engine.train(recipe(dataclasses.replace(MEASURED, evaluation=None)), tmp_path / "plain")
+    assert losses(tmp_path / "measured") == losses(tmp_path / "plain")
+    assert [line["step"] for line in log(tmp_path / "measured") if "eval_loss" in line] == [2, 4, 6]
+    events = EventAccumulator(str(tmp_path / "measured/tensorboard/0-chat"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("answers")] == [2, 4, 6]
+    assert events.Scalars("eval/loss")[-1].value == pytest.approx(losses(tmp_path / "measured", "eval_loss")[-1])
+
+
+def test_the_loss_that_is_told_is_that_of_the_weights_that_are_left(tmp_path):
+    for stage in (MEASURED, AVERAGED):
+        stage = dataclasses.replace(stage, batch_size=4, evaluation=Evaluation(every=3, samples=4, pictures=0))
+        folder = tmp_path / f"ema-{stage.ema}"
+        last = engine.train(recipe(stage), folder)
+        assert losses(folder, "eval_loss")[-1] == pytest.approx(loss_on_held_out(recipe(stage), last), abs=1e-4)
+
+
+def test_training_stops_where_the_loss_grows_and_leaves_the_best_weights(tmp_path):
+    last = engine.train(recipe(STOPPED), tmp_path)
+    told = losses(tmp_path, "eval_loss")
+    best = told.index(min(told))
+    assert len(told) == best + 3 < STOPPED.steps
+    assert loss_on_held_out(recipe(STOPPED), last) == pytest.approx(min(told), rel=0.2)
+    assert loss_on_held_out(recipe(STOPPED), last) < told[-1]
+
+
+def test_the_average_is_that_of_all_steps():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = Average(torch.nn.ParameterList([weight]), decay=0.5)
+    expected = 0.0
+    for step in range(1, 9):
+        weight.data.fill_(float(step))
+        average.on_step_end(None, type("State", (), {"global_step": step}), None)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert average.averages["0"].item() == pytest.approx(expected)
+    with average.in_place():
+        assert weight.item() == pytest.approx(expected)
+    assert weight.item() == 8
+
+
+@pytest.mark.parametrize("stage", [AVERAGED, STOPPED], ids=["average", "early stopping"])
+def test_a_resumed_run_leaves_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, stage):
+    plan, whole, parts = recipe(stage, save_every=1), tmp_path / "whole", tmp_path / "parts"
+    engine.train(plan, whole)
+    steps = losses(whole)
+    original = engine.StageTrainer.training_step
+
+    def dying(self, *args, **kwargs):
+        if self.state.global_step == len(steps) - 1:
+            raise KilledError
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
+    with pytest.raises(KilledError):
+        engine.train(plan, parts)
+    monkeypatch.undo()
+    engine.train(plan, parts, resume=True)
+    assert losses(parts) == steps
+    assert losses(parts, "eval_loss") == losses(whole, "eval_loss")
+    for name, parameter in weights(whole / "0-chat").items():
+        assert parameter.equal(weights(parts / "0-chat")[name]), name
+
+
+def test_files_are_evaluated_on_other_files(tmp_path):
+    for name, count in (("train", 4), ("test", 2)):
+        Image.new("RGB", (96, 64), "red").save(tmp_path / f"{name}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red"}]
+        records = [{"id": f"{name}-{i}", "image": f"{name}.png", "conversations": turns} for i in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    held_out = Evaluation(every=2, samples=64, sources=[Source("test.json")], pictures=1)
+    stage = dataclasses.replace(CHAT, data=Data(sources=[Source("train.json")]), evaluation=held_out)
+    engine.train(recipe(stage, data_root=str(tmp_path)), tmp_path / "run")
+    assert len(losses(tmp_path / "run", "eval_loss")) == 2
+    with pytest.raises(InputError, match=r"evaluation.sources are files if data.sources are"):
+        dataclasses.replace(stage, data=DATA)
+
+
+def test_a_dense_stage_is_evaluated_too(tmp_path):
+    engine.train(recipe(dataclasses.replace(DENSE, evaluation=Evaluation(every=3, samples=2))), tmp_path)
+    assert len(losses(tmp_path, "eval_loss")) == 1
+
+
+def test_lower_layers_learn_more_slowly(parts):
+    model, _ = parts
+    stage = dataclasses.replace(
+        CHAT, trains={"stage3": 1.0, "language_model": 1.0}, layer_decays={"language_model": 0.5, "stage3": 0.1},
+        weight_decay=0.1, weight_decays={"stage3": 0.0},
+    )  # fmt: skip
+    freeze_all_but(model, stage.trains)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, stage)
+    rates = {names[parameter]: group["lr"] for group in groups for parameter in group["params"]}
+    language = "model.language_model"
+    assert rates[f"{language}.norm.weight"] == rates[f"{language}.layers.1.mlp.up_proj.weight"] == 1.0
+    assert rates[f"{language}.layers.0.mlp.up_proj.weight"] == 0.5
+    assert rates[f"{language}.embed_tokens.weight"] == 0.25
+    tower = "model.vision_tower.encoder.stages.2"
+    assert rates[f"{tower}.layers.0.pwconv1.weight"] == pytest.approx(0.1)
+    assert rates[f"{tower}.downsampling_layer.1.weight"] == pytest.approx(0.01)
+    assert {group["weight_decay"] for group in groups if group["part"] == "stage3"} == {0.0}
+    assert {group["weight_decay"] for group in groups if group["part"] == "language_model"} == {0.0, 0.1}
+    freeze_all_but(model, [])
+    model.requires_grad_(True)
