@@ -133,10 +133,20 @@ def _loading(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} does not load as a ConvLLaVA model: {one_line(error)}") from error
 
 
-def write(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, path: Path, **texts: str) -> None:
-    """Save both, and texts as NAME.yaml; the folder appears only when it is complete and replaces an older one."""
+def write(
+    model: ConvLlavaForConditionalGeneration,
+    processor: ConvLlavaProcessor,
+    path: Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    **texts: str,
+) -> None:
+    """Save both, and texts as NAME.yaml; the folder appears only when it is complete and replaces an older one.
+
+    `weights` are the model's, where it holds only a share of them itself.
+    """
     with whole_folder(path) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
         _write_texts(folder, texts)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -168,15 +169,25 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         return mask.unsqueeze(-1)
 
     def _with_image_side(self, inputs_embeds: Tensor) -> Tensor:
-        """The same values, which depend on something of the image side that trains.
+        """The same values, which depend on all of the image side that trains.
 
         Where only that side trains, a batch of text alone would have no gradient at all; and of several processes, the
-        one with such a batch would not take part when the others add up their gradients.
+        one with such a batch would not take part when the others add up their gradients. Where the processes share the
+        weights, it must also hand over its own for the others' images: it encodes the smallest image there is.
         """
+        if self._is_sharded():
+            channels, stride = self.config.vision_config.num_channels, self.config.vision_config.stride
+            features = self.get_image_features([inputs_embeds.new_zeros(channels, stride, stride)], return_dict=True)
+            return inputs_embeds + 0.0 * torch.cat(features.pooler_output).sum().to(inputs_embeds.dtype)
         parts = (self.multi_modal_projector, self.vision_tower)
-        training = (weight for part in parts for weight in part.parameters() if weight.requires_grad)
-        weight = next(training, None)
-        return inputs_embeds if weight is None else inputs_embeds + 0.0 * weight.flatten()[0]
+        training = [weight.flatten()[0] for part in parts for weight in part.parameters() if weight.requires_grad]
+        return inputs_embeds + 0.0 * torch.stack(training).sum() if training else inputs_embeds
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP2 or ZeRO-3 keeps shares of the tower's weights in several processes."""
+        stages: Any = self.vision_tower.encoder.stages
+        layer = stages[-1].layers[-1]
+        return isinstance(layer, FSDPModule) or hasattr(next(layer.parameters()), "ds_id")
 
     @can_return_tuple
     def forward(
@@ -212,7 +223,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, tokens)
         elif input_ids is not None and is_prefill:
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
-        if features is None and self.training:
+        if features is None and (self.training or (is_prefill and self._is_sharded())):
             inputs_embeds = self._with_image_side(inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,

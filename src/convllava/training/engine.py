@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -49,6 +49,7 @@ from convllava.training.parts import freeze_all_but
 from convllava.training.processes import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.recipe import Recipe, Stage, differences, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, Skips, StepLog, print_parts
+from convllava.training.sharding import check_sharding
 from convllava.training.trainer import StageTrainer, training_arguments
 
 CALIBRATION_SAMPLES = 32
@@ -107,6 +108,7 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
     for path in missing_files(recipe):
         raise InputError(f"{path} is not there, and a stage needs it; --dry-run lists all that is missing")
     check_pixels(recipe, processor.image_processor)
+    check_sharding(recipe)
     for stage in recipe.stages:
         check_trains(stage, model, processor)
         if not stage.data.sources:
@@ -202,8 +204,9 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         torch.set_flush_denormal(False)
         bar.stop()
     model.config.use_cache = True  # the Trainer turns it off
+    weights = trainer.whole_weights()
     if is_first_process():
-        write_stage(recipe, index, trained, model, processor, folder)
+        write_stage(recipe, index, trained, model, processor, folder, weights)
         shutil.rmtree(progress, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
@@ -222,11 +225,19 @@ def observe(
         trainer.add_callback(SampleAnswers(assistant, questions, writer))
 
 
-def write_stage(recipe: Recipe, index: int, trained: Any, model: Any, processor: Any, folder: Path) -> None:
+def write_stage(
+    recipe: Recipe,
+    index: int,
+    trained: Any,
+    model: Any,
+    processor: Any,
+    folder: Path,
+    weights: dict[str, Tensor] | None,
+) -> None:
     """The stage's folder: a whole checkpoint, or an adapter beside the one that it was trained on."""
     text = dump_recipe(recipe)
     if recipe.stages[index].adapter is None:
-        checkpoints.write(model, processor, folder, recipe=text)
+        checkpoints.write(model, processor, folder, weights=weights, recipe=text)
         return
     checkpoints.write_adapter(trained, processor, folder, base_folder(recipe, index, folder.parent), recipe=text)
 

@@ -318,6 +318,9 @@ class Recipe:
     """Of weights, data and everything else that draws numbers."""
     workers: int = 1
     """Processes that make samples ahead of the trainer."""
+    sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"
+    """How several processes share a model: each has it whole; FSDP2; or DeepSpeed's ZeRO, of which stage 2 shards
+    gradients and optimiser, and 3 the weights too."""
     report_to: list[str] = field(default_factory=list)
     """Where else to log beside log.jsonl and TensorBoard, by transformers' names: wandb, trackio, mlflow ..."""
     save_every: int = 500

@@ -29,6 +29,7 @@ from convllava.training.parts import parameter_groups
 from convllava.training.processes import is_first_process, process_count
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.reporting import Skips
+from convllava.training.sharding import sharding_arguments
 
 COUNTS = ("images", "tokens", "positions", "padded")
 """Of what the stage has seen (see `StageTrainer._count`)."""
@@ -61,6 +62,7 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
         report_to=recipe.report_to,
         **_evaluating(stage),
+        **sharding_arguments(recipe),
         ddp_find_unused_parameters=True,  # an objective may leave parts of what trains alone for a step
     )
 
@@ -191,6 +193,19 @@ class StageTrainer(Trainer):
         elif self.average is not None:
             self.average.swap()
 
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The weights of a model that the processes share; None where each has it whole. All processes must ask."""
+        if not self.is_sharded:
+            return None
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        for tied in getattr(self.trained, "all_tied_weights_keys", {}):
+            weights.pop(tied, None)
+        return weights
+
+    @property
+    def is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.average is not None and is_first_process():
@@ -218,7 +233,9 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):
+                raise  # torch tells of a failed write by no type of its own
             shutil.rmtree(self.staging, ignore_errors=True)
             raise self._not_saved(home, error) from error
         finally:

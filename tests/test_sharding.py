@@ -1,0 +1,68 @@
+"""A model shared by two processes: FSDP2 gives the losses and weights of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture
+from test_training import ALONE, CHAT, log, recipe, weights
+
+from convllava.errors import InputError
+from convllava.training.recipe import Data, Evaluation, Source, dump_recipe
+from convllava.training.sharding import check_sharding, deepspeed_config
+
+SHARED = [
+    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    str(Path(__file__).parent / "sharded_on_cpu.py"),
+]
+
+
+def test_fsdp_equals_one_process_with_text_alone_in_some_and_after_a_resume(tmp_path):
+    picture(70, 130).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "red"}]
+    records = [{"id": str(number), "conversations": turns} for number in range(6)]
+    records[0]["image"] = "a.png"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    stage = dataclasses.replace(CHAT, data=Data(sources=[Source("data.json")]))
+    plan = tmp_path / "recipe.yaml"
+    for name, command, sharding in (("one", ["-m", "convllava"], "none"), ("two", SHARED, "fsdp")):
+        settings = recipe(stage, data_root=str(tmp_path), save_every=2, sharding=sharding)
+        plan.write_text(dump_recipe(settings))
+        run = [sys.executable, *command, "train", str(plan), "--resume", "--output", str(tmp_path / name)]
+        subprocess.run(run, check=True, env=ALONE, timeout=300)
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-4)
+    whole, shared = weights(tmp_path / "one/0-chat"), weights(tmp_path / "two/0-chat")
+    assert whole.keys() == shared.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(shared[name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "muon"}, "optimizer muon needs a whole model in each process"),
+        ({"ema": 0.9}, "ema needs a whole model"),
+        ({"evaluation": Evaluation(pictures=0, patience=2)}, "evaluation.patience needs a whole model"),
+    ],
+)
+def test_what_a_shared_model_cannot_do_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        check_sharding(recipe(dataclasses.replace(CHAT, **change), sharding="fsdp"))
+    check_sharding(recipe(CHAT, sharding="fsdp"))
+
+
+def test_zero_is_refused_where_it_cannot_run():
+    with pytest.raises(InputError, match="zero3 needs DeepSpeed; pip install deepspeed, or take fsdp"):
+        check_sharding(recipe(CHAT, sharding="zero3"))
+
+
+def test_zero_3_gathers_what_it_saves():
+    assert deepspeed_config(3)["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    assert deepspeed_config(2)["zero_optimization"]["stage"] == 2
