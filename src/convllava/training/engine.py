@@ -181,7 +181,9 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     if stage.calibrate and checkpoint is None:
         calibrate(model, [image_of(dataset[sample]).to(model.device) for sample in range(CALIBRATION_SAMPLES)])
     trainer = StageTrainer(
+        recipe,
         stage,
+        model.config,
         Skips(folder.parent / "skipped.jsonl", stage, distinct_samples(dataset) / process_count()),
         model=trained,
         args=training_arguments(recipe, stage, progress),

@@ -16,6 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from convllava.configuration import ConvLlavaConfig
 from convllava.data.cells import ACCURACIES
 from convllava.data.conversation import GUIDES, SKIPPED, lengths_of
 from convllava.errors import InputError
@@ -24,6 +25,7 @@ from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
 from convllava.training.held_out import BEST
 from convllava.training.losses import answer_loss, answer_weights
+from convllava.training.memory import explaining
 from convllava.training.muon import Muon
 from convllava.training.parts import parameter_groups
 from convllava.training.processes import is_first_process, process_count
@@ -85,13 +87,17 @@ class StageTrainer(Trainer):
     """The Hugging Face Trainer with a learning rate per part, samples in order, and checkpoints that are whole.
 
     Args:
+        recipe: What the stage belongs to.
         stage: What trains, at which rates.
+        config: Of the whole model, parts of which may train under other heads.
         skips: Takes note of samples that were passed over.
         keywords: As of `Trainer`.
     """
 
-    def __init__(self, stage: Stage, skips: Skips, *, model: nn.Module, **keywords: Any) -> None:
-        self.stage, self.skips, self.trained = stage, skips, model
+    def __init__(
+        self, recipe: Recipe, stage: Stage, config: ConvLlavaConfig, skips: Skips, *, model: nn.Module, **keywords: Any
+    ) -> None:
+        self.recipe, self.stage, self.config, self.skips, self.trained = recipe, stage, config, skips, model
         self.staging: str | None = None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
@@ -113,6 +119,10 @@ class StageTrainer(Trainer):
         """The world is drawn at random already; its order is then part of the recipe."""
         samples: Any = train_dataset or self.train_dataset
         return SequentialSampler(samples)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        with explaining(self.recipe, self.stage, self.trained, self.config, inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         skipped = inputs.pop(SKIPPED, ())

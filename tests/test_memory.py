@@ -1,0 +1,107 @@
+"""Memory in closed form against what autograd keeps; and what is said when there is not enough."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_training import CHAT, recipe
+
+from convllava.configuration import ConvLlavaConfig
+from convllava.errors import InputError
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.training import engine
+from convllava.training.memory import language_activations, memory_of, tower_activations
+from convllava.training.recipe import Adapter
+
+WIDTH = {"hidden_sizes": [16, 32, 64, 128, 256], "depths": [2, 2, 3, 2, 2]}
+TEXT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 300,
+        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def kept_bytes(module, run):
+    """What autograd keeps for the backward pass, but for weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    del output
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(("first", "checkpointing"), [(1, False), (3, False), (5, False), (1, True)])
+def test_activations_are_what_autograd_keeps(first, checkpointing):
+    config = ConvLlavaConfig(vision_config=WIDTH, text_config=TEXT)
+    model = ConvLlavaForConditionalGeneration(config).train()
+    parts = ["stem"] if first == 1 else [f"stage{number}" for number in range(first, 6)]
+    stage = dataclasses.replace(CHAT, trains=dict.fromkeys(parts, 1.0), gradient_checkpointing=checkpointing)
+    tower, language = model.model.vision_tower, model.model.language_model
+    tower.requires_grad_(first == 1)
+    for number, part in enumerate(tower.encoder.stages, start=1):
+        part.requires_grad_(number >= first)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    images, embeddings = [torch.randn(3, 128, 256), torch.randn(3, 192, 64)], torch.randn(2, 90, 64, requires_grad=True)
+    pixels = sum(image.numel() // 3 for image in images)
+    told = tower_activations(config.vision_config, stage, pixels)
+    told_text = language_activations(config.text_config, stage, 180)
+    if checkpointing:  # what one layer keeps while it is computed again, which happens after the count below
+        told -= 4 * 12 * WIDTH["hidden_sizes"][0] * pixels // 16
+        told_text -= 4 * 180 * (8 * 64 + 2 * 32 + 4 * 160)
+    assert kept_bytes(tower, lambda: tower(images).last_hidden_state) == pytest.approx(told, rel=0.03)
+    kept = kept_bytes(language, lambda: language(inputs_embeds=embeddings, use_cache=False).last_hidden_state)
+    assert kept == pytest.approx(told_text, rel=0.03)
+
+
+def test_processes_share_states_and_not_activations():
+    config = ConvLlavaConfig(vision_config=WIDTH, text_config=TEXT)
+    parameters = {"projector": 10**9, "language_model": 10**9}
+    whole = memory_of(parameters, config, CHAT, 10**6, 10**4)
+    shared = memory_of(parameters, config, CHAT, 10**6, 10**4, processes=8)
+    assert (whole["weights"], whole["gradients"], whole["optimizer"]) == (8.0, 8.0, 16.0)
+    assert (shared["weights"], shared["gradients"], shared["optimizer"]) == (1.0, 1.0, 2.0)
+    assert shared["tower"] == whole["tower"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_is_answered_with_numbers_and_settings(tmp_path, monkeypatch, error):
+    def failing(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(ConvLlavaForConditionalGeneration, "forward", failing)
+    with pytest.raises(InputError) as told:
+        engine.train(recipe(CHAT), tmp_path / "run")
+    message = str(told.value)
+    assert "out of memory in stage chat, in a pass of 2 images with" in message
+    assert "weights 0" in message
+    for remedy in ("accumulate: 2", "gradient_checkpointing: true", "precision: bfloat16", "adapter", "fsdp"):
+        assert remedy in message
+    smaller = dataclasses.replace(CHAT, batch_size=1, gradient_checkpointing=True, adapter=Adapter(rank=2))
+    with pytest.raises(InputError) as told:
+        engine.train(recipe(smaller), tmp_path / "smaller")
+    assert "accumulate" not in str(told.value)
+    assert "adapter" not in str(told.value)
+
+
+def test_other_errors_pass_through(tmp_path, monkeypatch):
+    def failing(self, *args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(ConvLlavaForConditionalGeneration, "forward", failing)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        engine.train(recipe(CHAT), tmp_path / "run")
