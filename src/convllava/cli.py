@@ -109,6 +109,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would train, and which files are missing.")
     ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: that would train together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Train the stages of a recipe."""
@@ -116,7 +117,7 @@ def train(
 
     loaded = load_recipe(recipe, settings or ())
     if dry_run:
-        _show_plan(loaded, as_json)
+        _show_plan(loaded, processes, as_json)
         return
     if as_json:
         raise InputError("--json is for --dry-run; a run writes OUTPUT/log.jsonl")
@@ -126,10 +127,10 @@ def train(
     print(run(loaded, output, resume=resume, max_steps=max_steps))
 
 
-def _show_plan(recipe: Any, as_json: bool) -> None:
+def _show_plan(recipe: Any, processes: int, as_json: bool) -> None:
     from convllava.training.plan import explain_missing, plan, tables_of
 
-    report = plan(recipe)
+    report = plan(recipe, processes)
     _show(report, as_json, lambda: tables_of(report))
     if not as_json:
         print(explain_missing(report) or "no file is missing")

@@ -159,10 +159,10 @@ def inference_memory(config: ConvLlavaConfig, parameters: int) -> dict[str, floa
 
 
 def training_memory(parameters: dict[str, int], trained: tuple[str, ...]) -> float:
-    """Of weights, gradients and AdamW in mixed precision, before activations: 16 bytes for a parameter that trains
-    (2 + 2 in bfloat16; master copy and two moments in float32; ZeRO, arXiv 1910.02054, section 3.1), 2 for a frozen."""
+    """Of weights, gradients and AdamW's two moments in float32, as the trainer keeps them (bfloat16 is for arithmetic):
+    16 bytes for a parameter that trains, 4 for a frozen one, before activations."""
     count = sum(parameters[part] for part in trained)
-    return round((16 * count + 2 * (sum(parameters.values()) - count)) / _GB, 2)
+    return round((16 * count + 4 * (sum(parameters.values()) - count)) / _GB, 2)
 
 
 def tables_of(report: Report) -> list[Table]:

@@ -12,17 +12,18 @@ from rich.table import Table
 
 from convllava.files import is_hub_id
 from convllava.geometry import Size, visual_tokens
-from convllava.inspection import training_memory
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.beginning import check_pixels, outline, pixels_of
 from convllava.training.inputs import addresses_of, missing_files, missing_images, with_steps
+from convllava.training.memory import Memory, memory_of
 from convllava.training.parts import freeze_all_but, parts_of
+from convllava.training.processes import check_processes
 from convllava.training.recipe import Recipe, Stage
 
 
 class StagePlan(TypedDict):
-    """One stage: parameters of every part of the model, learning rates of those that train, memory in GB of weights,
-    gradients and optimiser in mixed precision; steps where they are known."""
+    """One stage: parameters of every part of the model, learning rates of those that train; steps where they are known;
+    and what the fullest pass holds in each process (see `memory_of`)."""
 
     name: str
     objective: str
@@ -32,7 +33,7 @@ class StagePlan(TypedDict):
     batch_size: int
     steps: int | None
     epochs: float | None
-    memory_gb: float
+    memory_gb: Memory
     data: list[str]
 
 
@@ -40,17 +41,23 @@ class Plan(TypedDict):
     """`image`: side of the square and visual tokens it becomes, where images are squares."""
 
     name: str
+    processes: int
     image: dict[str, int]
     stages: list[StagePlan]
     missing: list[str]
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, processes: int = 1) -> Plan:
     """Resolve a recipe.
+
+    Args:
+        recipe: What would be trained.
+        processes: That would train it together.
 
     Raises:
         InputError: what would stop the run, but for files that are missing.
     """
+    check_processes(recipe, processes)
     model = outline(recipe)
     check_pixels(recipe, pixels_of(recipe))
     missing = [*_missing_parts(recipe), *map(str, missing_files(recipe)), *map(str, missing_images(recipe))]
@@ -58,13 +65,14 @@ def plan(recipe: Recipe) -> Plan:
         recipe = with_steps(recipe)
     return {
         "name": recipe.name,
+        "processes": processes,
         "image": _image_of(recipe, model),
-        "stages": [_stage_plan(recipe, stage, model) for stage in recipe.stages],
+        "stages": [_stage_plan(recipe, stage, model, processes) for stage in recipe.stages],
         "missing": missing,
     }
 
 
-def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGeneration) -> StagePlan:
+def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGeneration, processes: int) -> StagePlan:
     trains = {part: rate for part, rate in stage.trains.items() if part != "head"}
     freeze_all_but(model, trains)
     parameters = {part: sum(parameter.numel() for _, parameter in named) for part, named in parts_of(model).items()}
@@ -77,9 +85,26 @@ def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGene
         "batch_size": stage.batch_size,
         "steps": stage.steps,
         "epochs": stage.epochs,
-        "memory_gb": training_memory(parameters, tuple(trains)),
+        "memory_gb": _fullest_pass(recipe, stage, model, parameters, processes),
         "data": [path for source in stage.data.sources for path in addresses_of(recipe, source)] or ["generated pages"],
     }
+
+
+def _fullest_pass(
+    recipe: Recipe,
+    stage: Stage,
+    model: ConvLlavaForConditionalGeneration,
+    parameters: dict[str, int],
+    processes: int,
+) -> Memory:
+    """With one image of the largest size and the longest sequence in each sample of a pass."""
+    pixels = pixels_of(recipe)
+    pixels.change(**stage.pixels)
+    most = pixels.side**2 if pixels.mode in ("square", "crop") else pixels.max_pixels
+    tokens = stage.data.max_tokens or model.config.text_config.max_position_embeddings
+    samples = stage.batch_size // stage.accumulate // processes
+    sharing = 1 if recipe.sharding == "none" else processes
+    return memory_of(parameters, model.config, stage, samples * most, samples * tokens, sharing)
 
 
 def _missing_parts(recipe: Recipe) -> list[str]:
@@ -101,10 +126,11 @@ def _image_of(recipe: Recipe, model: ConvLlavaForConditionalGeneration) -> dict[
 
 def tables_of(report: Plan) -> list[Table]:
     """One table a stage for the terminal."""
-    return [_table_of(stage, number, report["image"]) for number, stage in enumerate(report["stages"])]
+    return [_table_of(report, number) for number in range(len(report["stages"]))]
 
 
-def _table_of(stage: StagePlan, number: int, image: dict[str, int]) -> Table:
+def _table_of(report: Plan, number: int) -> Table:
+    stage, image = report["stages"][number], report["image"]
     length = f"{stage['steps']:,} steps" if stage["steps"] is not None else f"{stage['epochs']:g} epochs"
     size = f", {image['side']} px and {image['visual_tokens']} visual tokens an image" if image else ""
     title = f"stage {number}: {stage['name']}, {length} of {stage['batch_size']}{size}"
@@ -117,7 +143,12 @@ def _table_of(stage: StagePlan, number: int, image: dict[str, int]) -> Table:
         rate = stage["learning_rates"].get(part)
         table.add_row(part, f"{count:,}", "frozen" if rate is None else f"{rate:g}")
     table.add_section()
-    table.add_row("trains", f"{stage['trained']:,}", f"{stage['memory_gb']:,} GB before activations")
+    table.add_row("trains", f"{stage['trained']:,}", "")
+    table.add_section()
+    for kind, size in stage["memory_gb"].items():
+        table.add_row(kind.replace("_", " "), f"{size:,} GB", "")
+    each = "" if report["processes"] == 1 else f" in each of {report['processes']}"
+    table.add_row("memory" + each, f"{sum(stage['memory_gb'].values()):,.1f} GB", "")  # type: ignore[arg-type]  # floats
     return table
 
 
