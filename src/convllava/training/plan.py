@@ -6,7 +6,7 @@ convllava train recipes/paper/1536.yaml --dry-run
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from rich.table import Table
 
@@ -145,10 +145,11 @@ def _table_of(report: Plan, number: int) -> Table:
     table.add_section()
     table.add_row("trains", f"{stage['trained']:,}", "")
     table.add_section()
-    for kind, size in stage["memory_gb"].items():
+    sizes = cast(dict[str, float], stage["memory_gb"])
+    for kind, size in sizes.items():
         table.add_row(kind.replace("_", " "), f"{size:,} GB", "")
     each = "" if report["processes"] == 1 else f" in each of {report['processes']}"
-    table.add_row("memory" + each, f"{sum(stage['memory_gb'].values()):,.1f} GB", "")  # type: ignore[arg-type]  # floats
+    table.add_row("memory" + each, f"{sum(sizes.values()):,.1f} GB", "")
     return table
 
 
