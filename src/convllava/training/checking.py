@@ -245,12 +245,19 @@ def _summary(recipe: Recipe, jobs: list[Job]) -> Summary:
 
 
 def table_of(summary: Summary) -> Table:
-    """One row a source and problem."""
+    """Of each source its sizes, and under them how many samples have which problem."""
     table = Table(title="data, as training would see them", title_justify="left")
-    for column in ("source", "samples", "images", "tokens", "of them lost", "problem", "samples with it"):
-        table.add_column(column, justify="left" if column in ("source", "problem") else "right")
+    table.add_column("source")
+    table.add_column("what")
+    table.add_column("number", justify="right")
     for source in summary["sources"]:
-        counts = (f"{source[key]:,}" for key in ("samples", "images", "tokens", "lost_tokens"))
-        problems = source["problems"]
-        table.add_row(source["source"], *counts, "\n".join(problems), "\n".join(f"{n:,}" for n in problems.values()))
+        table.add_section()
+        sizes = {
+            "samples": source["samples"],
+            "images": source["images"],
+            "tokens": source["tokens"],
+            "tokens that training would not see": source["lost_tokens"],
+        }
+        for row, (what, number) in enumerate([*sizes.items(), *source["problems"].items()]):
+            table.add_row("" if row else source["source"], what, f"{number:,}")
     return table
