@@ -333,9 +333,21 @@ def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(folder, tmp_p
     with pytest.raises(InterruptedError):
         engine.train(plan, tmp_path / "parts")
     monkeypatch.setattr(engine.StageTrainer, "training_step", step)
+    monkeypatch.setattr(FileDataset, "__getitem__", noting(places := []))
     engine.train(plan, tmp_path / "parts", resume=True)
+    assert places == list(range(2, 7))  # nothing is read that was trained on before
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 7
+
+
+def noting(places: list[int]) -> Any:
+    original = FileDataset.__getitem__
+
+    def item(self: FileDataset, index: int) -> dict[str, Any]:
+        places.append(index)
+        return original(self, index)
+
+    return item
 
 
 def test_two_workers_give_what_none_gives(folder):

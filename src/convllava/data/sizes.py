@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from convllava.bench.plot import ACCENT, INK, MUTED
 from convllava.data.checking import Finding
 
-_BINS = 40
+_BINS, _TICKS = 40, 5
 
 
 class Sizes:
@@ -56,6 +56,9 @@ def _histogram(axes: Any, values: NDArray[np.float64], label: str) -> None:
     low, high = values.min() / 1.05, values.max() * 1.05
     axes.hist(values, bins=np.geomspace(low, high, _BINS), color=ACCENT)
     axes.set_xscale("log")
+    ticks = np.geomspace(low, high, _TICKS)
+    axes.set_xticks(ticks, [f"{tick:.2g}" if tick < 10 else f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
     middle = float(np.median(values))
     axes.axvline(middle, color=MUTED, linestyle="--", linewidth=1)
     axes.set_title(f"{len(values):,}, median {middle:.3g}", fontsize=8, color=MUTED)
