@@ -205,7 +205,7 @@ def export(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="tower, training, mixed, scale, first-token or pixels.")],
+    suite: Annotated[str, typer.Argument(help="tower, training, mixed, scale, first-token, pixels or data.")],
     towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",
     sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",
     language: Annotated[str, typer.Option(help="Shape of the language model: 135m, 0.5b, 7b.")] = "135m",
