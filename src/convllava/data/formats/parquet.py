@@ -52,8 +52,10 @@ class ParquetRecords(Records):
         group = int(np.searchsorted(self._blocks.starts, index, side="right")) - 1
         size = int(self._blocks.sizes[group])
         table = _KEPT.get((self.name, group), size, lambda: self._read(group))
-        row = table.slice(index - int(self._blocks.starts[group]), 1).to_pylist()[0]
-        return record_of(row, index)
+        rows = table.slice(index - int(self._blocks.starts[group]), 1).to_pylist()
+        if not rows:
+            raise InputError(f"{self.name}: row group {group} has fewer rows than the file says")
+        return record_of(rows[0], index)
 
     @property
     def blocks(self) -> Blocks:
