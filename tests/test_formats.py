@@ -223,6 +223,24 @@ def test_a_caption_answers_a_request(tmp_path):
     assert record["image"][0].content == png("a.png")
 
 
+def test_members_of_a_sample_may_lie_apart(tmp_path, folder):
+    apart = sorted(members().items(), key=lambda member: member[0].endswith("json"))
+    write_tar(tmp_path / "apart.tar", dict(apart))
+    found, expected = open_one(tmp_path / "apart.tar"), open_one(folder / "data.tar")
+    texts = {found[number]["id"]: found[number] for number in range(len(found))}
+    assert texts == {expected[number]["id"]: expected[number] for number in range(len(expected))}
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path):
+    for name in ("data.tar", "finevision.parquet"):
+        path = tmp_path / name
+        write_tar(path, members()) if name == "data.tar" else write_parquet(path, finevision())
+        found = open_one(path)
+        path.unlink()
+        with pytest.raises(InputError, match=f"there is no data file .*{name}"):
+            found[0]
+
+
 def test_a_limit_takes_the_first_of_all_shards(folder):
     pieces = [str(folder / f"piece-{number}.parquet") for number in (0, 1)]
     whole, some = open_records("pieces", pieces), open_records("pieces", pieces, limit=4)

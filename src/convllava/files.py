@@ -168,6 +168,18 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def make_output(folder: Path) -> None:
+    """Make the folder that --output names, where there is none.
+
+    Raises:
+        InputError: it cannot be one.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be a folder: {error.strerror}") from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which it replaces when the block ends well; else it is gone.

@@ -18,6 +18,7 @@ from convllava import __version__
 from convllava.bench import suites
 from convllava.bench.reading import reading
 from convllava.errors import InputError
+from convllava.files import make_output
 from convllava.geometry import Size
 from convllava.inspection import language_models, towers
 
@@ -127,10 +128,7 @@ def _prepare(output: Path, suite: str) -> None:
     """Refuse before a measurement what would fail after it."""
     if suite in DRAWN and find_spec("matplotlib") is None:
         raise InputError("drawing needs matplotlib; pip install 'convllava[bench]', or leave out --output")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be a folder: {error.strerror}") from None
+    make_output(output)
 
 
 def _write(report: dict[str, Any], output: Path) -> None:

@@ -25,7 +25,7 @@ from rich.table import Table
 from convllava.data.checking import Examination, Finding, examine
 from convllava.data.sizes import Sizes
 from convllava.errors import InputError
-from convllava.files import replacing, write_json
+from convllava.files import make_output, replacing, write_json
 from convllava.training.beginning import check_pixels, processor_of
 from convllava.training.inputs import parts_of
 from convllava.training.recipe import Recipe, dump_recipe
@@ -112,10 +112,7 @@ def check(recipe: Recipe, output: Path, workers: int = 1) -> Summary:
     jobs = _jobs(recipe)
     if not jobs:
         raise InputError(f"{recipe.name} learns from generated pages alone; there is no file to check")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be a folder: {error.strerror}") from None
+    make_output(output)
     notes = Notes(output / ".checked.jsonl", _digest(recipe, jobs))
     _examine(jobs, notes, workers)
     summary = _write(recipe, jobs, notes, output)

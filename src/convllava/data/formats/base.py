@@ -21,6 +21,10 @@ class Embedded(NamedTuple):
     content: bytes
 
 
+WINDOW_BYTES = 128 * 2**20
+"""Of blocks whose records come mixed, and which are kept meanwhile: so much, and the largest of them."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Stretches of neighbouring records that are read together: the first record's number and the bytes of each."""

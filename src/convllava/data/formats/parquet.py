@@ -17,12 +17,9 @@ import pyarrow
 import pyarrow.parquet
 
 from convllava.data import storage
-from convllava.data.formats.base import Blocks, Records, columns_of, record_of
+from convllava.data.formats.base import WINDOW_BYTES, Blocks, Records, columns_of, record_of
 from convllava.errors import InputError
 from convllava.files import one_line
-
-KEPT_BYTES = 128 * 2**20
-"""Row groups in use at a time, together with the largest of them."""
 
 
 class ParquetRecords(Records):
@@ -98,4 +95,4 @@ class _Kept:
         return sum(sizes) - max(sizes) - self.bound
 
 
-_KEPT = _Kept(KEPT_BYTES)
+_KEPT = _Kept(WINDOW_BYTES)
