@@ -12,6 +12,7 @@ from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
 from convllava import ConvLlavaVisionConfig, InputError
+from convllava.bench import reading as data
 from convllava.bench import report, suites
 from convllava.bench.timing import peak_memory, side_by_side
 from convllava.cli import app
@@ -92,6 +93,8 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
     }
     monkeypatch.setattr(suites, "language_models", lambda: {"135m": tiny, "7b": tiny})
     monkeypatch.setattr(suites, "_photograph", lambda *_: suites_photograph())
+    for name, value in (("RECORDS", 24), ("ROW_GROUP", 8), ("_PAGES", 2), ("_SIDE", 256), ("_FEW", 4)):
+        monkeypatch.setattr(data, name, value)
     for suite in report.SUITES:
         found = report.run(suite, ["T"], ["128"], "135m", False, 1, 1, tmp_path)
         assert found["rows"]

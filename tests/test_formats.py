@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -25,7 +26,9 @@ from PIL import Image
 from convllava.data import storage
 from convllava.data.conversation import SKIPPED
 from convllava.data.formats import Blocks, Records, open_records, parquet
+from convllava.data.formats.base import record_of
 from convllava.data.mixture import Mixture, Part
+from convllava.data.samples import SampleError, conversation_of
 from convllava.data.sources import FileDataset
 from convllava.errors import InputError
 from convllava.training import engine
@@ -172,6 +175,9 @@ def in_file_order(plan: Recipe) -> list[dict[str, torch.Tensor]]:
     return [dataset.item(dataset.sample(0, number)) for number in range(len(dataset.mixture.parts[0].records))]
 
 
+KEYS = st.sampled_from(
+    ["id", "image", "images", "conversations", "texts", "from", "value", "user", "assistant", "bytes", "path"]
+)
 FILES = (
     "data.jsonl",
     "onevision.parquet",
@@ -215,6 +221,24 @@ def test_a_caption_answers_a_request(tmp_path):
     assert record["id"] == "1"
     assert [turn["value"] for turn in record["conversations"]] == ["Describe the image.", "a red top"]
     assert record["image"][0].content == png("a.png")
+
+
+def test_members_of_a_sample_may_lie_apart(tmp_path, folder):
+    apart = sorted(members().items(), key=lambda member: member[0].endswith("json"))
+    write_tar(tmp_path / "apart.tar", dict(apart))
+    found, expected = open_one(tmp_path / "apart.tar"), open_one(folder / "data.tar")
+    texts = {found[number]["id"]: found[number] for number in range(len(found))}
+    assert texts == {expected[number]["id"]: expected[number] for number in range(len(expected))}
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path):
+    for name in ("data.tar", "finevision.parquet"):
+        path = tmp_path / name
+        write_tar(path, members()) if name == "data.tar" else write_parquet(path, finevision())
+        found = open_one(path)
+        path.unlink()
+        with pytest.raises(InputError, match=f"there is no data file .*{name}"):
+            found[0]
 
 
 def test_a_limit_takes_the_first_of_all_shards(folder):
@@ -333,9 +357,21 @@ def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(folder, tmp_p
     with pytest.raises(InterruptedError):
         engine.train(plan, tmp_path / "parts")
     monkeypatch.setattr(engine.StageTrainer, "training_step", step)
+    monkeypatch.setattr(FileDataset, "__getitem__", noting(places := []))
     engine.train(plan, tmp_path / "parts", resume=True)
+    assert places == list(range(2, 7))  # nothing is read that was trained on before
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 7
+
+
+def noting(places: list[int]) -> Any:
+    original = FileDataset.__getitem__
+
+    def item(self: FileDataset, index: int) -> dict[str, Any]:
+        places.append(index)
+        return original(self, index)
+
+    return item
 
 
 def test_two_workers_give_what_none_gives(folder):
@@ -451,6 +487,33 @@ def test_a_giant_image_in_a_file_is_refused_before_it_is_decoded(tmp_path):
     write_tar(tmp_path / "a.tar", {"1.png": file.getvalue(), "1.txt": b"white"})
     with pytest.raises(InputError, match=r"sample 1: 1\.png: the image has 200\.0 megapixels"):
         items_of(recipe(tmp_path, Source("a.tar"), steps=1), 1)
+
+
+JSON = st.recursive(
+    st.sampled_from([None, True, 3, 1.5, "human", "gpt", "user", "<image>", " ", "a.png", "s3://a", "", b"x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(KEYS, JSON, max_size=5), st.booleans())
+def test_any_row_is_a_conversation_or_a_sample_that_is_named(row, is_table):
+    with contextlib.suppress(SampleError):
+        found = conversation_of(record_of(row, 3) if is_table else row, 3, "images")
+        assert found.messages[-1]["role"] == "assistant"
+
+
+@given(st.lists(st.tuples(st.integers(0, 10239), st.integers(0, 255)), min_size=1, max_size=6))
+def test_a_tar_of_damaged_bytes_reads_or_is_refused(tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "damaged.tar"
+    write_tar(path, {"1.png": b"no image", "1.json": b"{}", "2.txt": b"hello"})
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        found = open_one(path)
+        assert all(isinstance(found[number], dict) for number in range(len(found)))
 
 
 def test_nothing_that_data_name_is_fetched(tmp_path):

@@ -150,12 +150,28 @@ def build(
     if lacking:
         raise InputError(f"vision: the encoder lacks {lacking[0].removeprefix('model.vision_tower.')}")
     model.generation_config = causal.generation_config
-    image_processor = ConvLlavaImageProcessorPil(
-        **{"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}
-    )
+    settings = {"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}
+    return Assembly(model, _processor(tokenizer, settings, row_separator), loaded, new, extra)
+
+
+def build_processor(
+    language: str | Path, *, pixels: Mapping[str, Any], row_separator: bool = True
+) -> ConvLlavaProcessor:
+    """The processor that `build` makes, of the tokenizer alone; the pixels' mean and deviation are CLIP's unless given.
+
+    Raises:
+        InputError: there is no tokenizer.
+    """
+    tokenizer = _tokenizer(language)
+    _add_image_token(tokenizer)
+    return _processor(tokenizer, pixels, row_separator)
+
+
+def _processor(tokenizer: Any, pixels: Mapping[str, Any], row_separator: bool) -> ConvLlavaProcessor:
     prompt = template("v1", bos="(bos_token or '')", eos="eos_token")
-    processor = ConvLlavaProcessor(image_processor, tokenizer, chat_template=prompt, row_separator=row_separator)
-    return Assembly(model, processor, loaded, new, extra)
+    return ConvLlavaProcessor(
+        ConvLlavaImageProcessorPil(**pixels), tokenizer, chat_template=prompt, row_separator=row_separator
+    )
 
 
 def rename_encoder(name: str) -> str | None:
@@ -235,9 +251,9 @@ def _shape_of(tower: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
 def _language_model(language: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         causal = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(language, padding_side="left")
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"language: {language} does not load as a causal language model: {one_line(error)}") from None
+    tokenizer = _tokenizer(language)
     head, config = causal.get_output_embeddings(), causal.config
     scales = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling")]
     if getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None) or scales != [1, 1]:
@@ -249,9 +265,17 @@ def _language_model(language: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
             f"language: the tokenizer in {language} has {len(tokenizer)} tokens where the model knows "
             f"{config.vocab_size}; a file of it is missing"
         )
+    return causal, tokenizer
+
+
+def _tokenizer(language: str | Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(language, padding_side="left")
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise InputError(f"language: {language} has no tokenizer that loads: {one_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return causal, tokenizer
+    return tokenizer
 
 
 def _add_image_token(tokenizer: Any) -> int:

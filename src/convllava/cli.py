@@ -22,6 +22,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data = typer.Typer(help="Look at the data of a recipe before it trains.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A YAML file, see recipes/.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. stages.dense.steps=100.")
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="tiny (in the package), a folder, or a hub id.")]
 ImageMode = Annotated[
     str | None,
@@ -99,13 +106,11 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, see recipes/.")],
+    recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and logs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cap every stage at so many steps.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. stages.dense.steps=100.")
-    ] = None,
+    settings: Settings = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would train, and which files are missing.")
     ] = False,
@@ -214,7 +219,7 @@ def export(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="tower, training, mixed, scale, first-token or pixels.")],
+    suite: Annotated[str, typer.Argument(help="tower, training, mixed, scale, first-token, pixels or data.")],
     towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",
     sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",
     language: Annotated[str, typer.Option(help="Shape of the language model: 135m, 0.5b, 7b.")] = "135m",
@@ -229,6 +234,43 @@ def bench(
 
     report = run(suite, towers.split(","), sides.split(","), language, peers, repeats, threads, output)
     _show(report, as_json, lambda: [table_of(report)])
+
+
+@data.command()
+def check(
+    recipe: RecipeFile,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = os.cpu_count() or 1,
+    output: Annotated[Path, typer.Option(help="Folder for report.jsonl, summary.json, sizes.png.")] = Path(
+        "runs/check"
+    ),
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every sample of a recipe's files, and tell what is wrong with them; an interrupted check goes on."""
+    from convllava.training.checking import check as run
+    from convllava.training.checking import table_of, verdict
+    from convllava.training.recipe import load_recipe
+
+    summary = run(load_recipe(recipe, settings or ()), output, workers)
+    _show(summary, as_json, lambda: [table_of(summary)])
+    if told := verdict(summary):
+        raise InputError(told)
+
+
+@data.command()
+def preview(
+    recipe: RecipeFile,
+    stage: Annotated[str | None, typer.Option(help="By its name; the first one if not given.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many, the first that the stage sees.")] = 6,
+    output: Annotated[Path, typer.Option(help="A picture.")] = Path("preview.png"),
+    settings: Settings = None,
+) -> None:
+    """Draw samples as the model will see them: pixels, visual tokens, and which text is supervised."""
+    from convllava.training.preview import preview as run
+    from convllava.training.recipe import load_recipe
+
+    run(load_recipe(recipe, settings or ()), stage, samples, output)
+    print(output)
 
 
 def _pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:

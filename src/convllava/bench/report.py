@@ -16,12 +16,14 @@ from rich.table import Table
 
 from convllava import __version__
 from convllava.bench import suites
+from convllava.bench.reading import reading
 from convllava.errors import InputError
+from convllava.files import make_output
 from convllava.geometry import Size
 from convllava.inspection import language_models, towers
 
 SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
-SUITES = ("tower", "training", "mixed", "scale", "first-token", "pixels")
+SUITES = ("tower", "training", "mixed", "scale", "first-token", "pixels", "data")
 DRAWN = ("scale", "first-token")
 """Suites of which there is a picture."""
 
@@ -88,6 +90,7 @@ def _rows(
         "scale": lambda: suites.scale(SCALE),
         "first-token": lambda: suites.first_token(names, sides, repeats, language, peers),
         "pixels": lambda: suites.pixels(sides, repeats),
+        "data": lambda: reading(repeats),
     }
     if suite not in known:
         raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
@@ -125,10 +128,7 @@ def _prepare(output: Path, suite: str) -> None:
     """Refuse before a measurement what would fail after it."""
     if suite in DRAWN and find_spec("matplotlib") is None:
         raise InputError("drawing needs matplotlib; pip install 'convllava[bench]', or leave out --output")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be a folder: {error.strerror}") from None
+    make_output(output)
 
 
 def _write(report: dict[str, Any], output: Path) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convllava.data.formats import Records
+from convllava.data.formats.base import WINDOW_BYTES
 from convllava.errors import InputError
 
 Integers = NDArray[np.int64]
-WINDOW_BYTES = 128 * 2**20
-"""Of blocks whose records come mixed, but for the last of them."""
 
 
 @dataclass(frozen=True)

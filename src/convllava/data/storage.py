@@ -40,10 +40,13 @@ def opened(address: str) -> Iterator[BinaryIO]:
     """A binary file that can seek.
 
     Raises:
-        InputError: there is none, or it cannot be opened.
+        InputError: there is none, or it cannot be opened or read.
     """
     with _attempt(address, _open) as file:
-        yield file
+        try:
+            yield file
+        except OSError as error:
+            raise InputError(f"{address} cannot be read: {one_line(error)}") from None
 
 
 def matches(pattern: str) -> bool:

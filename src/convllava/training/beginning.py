@@ -13,12 +13,13 @@ from rich.console import Console
 from transformers import CONFIG_MAPPING
 
 from convllava import checkpoints
-from convllava.building import STAGE5_DEPTH, Parts, build, build_fresh
+from convllava.building import STAGE5_DEPTH, Parts, build, build_fresh, build_processor
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.inspection import configuration_of, presets
 from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import closed_vocabulary
 from convllava.training.processes import is_first_process
 from convllava.training.recipe import ModelSpec, Recipe
@@ -55,6 +56,22 @@ def outline(recipe: Recipe) -> ConvLlavaForConditionalGeneration:
         if spec.vision_from is None:
             return _fresh(spec, recipe.seed)[0]
     return start(recipe)[0]
+
+
+def processor_of(recipe: Recipe) -> ConvLlavaProcessor:
+    """The processor that the first stage receives, without the model's weights.
+
+    Raises:
+        InputError: there is no checkpoint or tokenizer.
+    """
+    spec = recipe.model
+    if spec.checkpoint is not None:
+        return checkpoints.processor(checkpoints.find(spec.checkpoint))
+    if spec.language_from is not None:
+        pixels = preset_of(spec).get("pixels") or spec.pixels
+        return build_processor(spec.language_from, pixels=pixels, row_separator=spec.knows_places[0])
+    with torch.device("meta"):
+        return _fresh(spec, recipe.seed)[1]
 
 
 def _assemble(spec: ModelSpec, seed: int) -> Parts:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 from convllava.data import Format, storage
 from convllava.data.formats.base import Blocks, Embedded, Records, Shards
 from convllava.data.formats.tar import TarRecords
@@ -19,6 +22,8 @@ _ENDINGS: dict[str, Format] = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+_MANY = 20
+"""So many files are opened behind a progress bar."""
 _SAVED = ("state.json", "dataset_dict.json")
 """Files by which a folder of `save_to_disk` is known."""
 
@@ -45,7 +50,10 @@ def open_records(
         InputError: a file that is missing, damaged or of no known format; a package that is not installed.
     """
     files = [file for pattern in patterns for file in storage.expand(pattern)]
-    return Shards(name, [_open(file, kind or format_of(file), subset, split) for file in files], limit)
+    # A tar file's headers are all read, which takes a while where there are many.
+    console = Console(stderr=True)
+    watched = track(files, f"opening {name}", console=console, transient=True, disable=len(files) < _MANY)
+    return Shards(name, [_open(file, kind or format_of(file), subset, split) for file in watched], limit)
 
 
 def format_of(address: str) -> Format:

@@ -21,6 +21,10 @@ class Embedded(NamedTuple):
     content: bytes
 
 
+WINDOW_BYTES = 128 * 2**20
+"""Of blocks whose records come mixed, and which are kept meanwhile: so much, and the largest of them."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Stretches of neighbouring records that are read together: the first record's number and the bytes of each."""
@@ -101,12 +105,7 @@ class Shards(Records):
 def record_of(row: dict[str, Any], number: int) -> dict[str, Any]:
     """A row of a table as a record: LLaVA-OneVision's columns (`id`, `image`, `conversations`), or FineVision's
     (`images`, `texts`: a list of {user, assistant})."""
-    turns = row.get("conversations")
-    if "texts" in row:
-        speakers = (("human", "user"), ("gpt", "assistant"))
-        turns = [
-            {"from": speaker, "value": turn.get(column)} for turn in row["texts"] or [] for speaker, column in speakers
-        ]
+    turns = _turns_of(row["texts"]) if isinstance(row.get("texts"), list) else row.get("conversations")
     given = row.get("images") if "images" in row else row.get("image")
     given = given if isinstance(given, list) else [given]
     images = [_image_of(image, place) for place, image in enumerate(given, 1) if image is not None]
@@ -114,11 +113,22 @@ def record_of(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {"id": number if named is None else named, "image": images, "conversations": turns}
 
 
+def _turns_of(texts: list[Any]) -> list[Any]:
+    """FineVision's pairs as LLaVA's turns; what is no pair stays as it is, and is found wrong later."""
+    turns: list[Any] = []
+    for pair in texts:
+        if isinstance(pair, dict):
+            turns += [{"from": "human", "value": pair.get("user")}, {"from": "gpt", "value": pair.get("assistant")}]
+        else:
+            turns.append(pair)
+    return turns
+
+
 def _image_of(image: Any, place: int) -> Any:
-    """An image of a table, {bytes, path} as a rule; what else it is, a check finds wrong."""
+    """An image of a table, {bytes, path} as a rule; what is none stays as it is, and is found wrong later."""
     image = {"bytes": image} if isinstance(image, bytes) else image
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
-        return Embedded(image.get("path") or f"image {place}", image["bytes"])
+        return Embedded(str(image.get("path") or f"image {place}"), image["bytes"])
     return image.get("path") if isinstance(image, dict) else image
 
 

@@ -17,12 +17,9 @@ import pyarrow
 import pyarrow.parquet
 
 from convllava.data import storage
-from convllava.data.formats.base import Blocks, Records, columns_of, record_of
+from convllava.data.formats.base import WINDOW_BYTES, Blocks, Records, columns_of, record_of
 from convllava.errors import InputError
 from convllava.files import one_line
-
-KEPT_BYTES = 128 * 2**20
-"""Row groups in use at a time, together with the largest of them."""
 
 
 class ParquetRecords(Records):
@@ -52,8 +49,10 @@ class ParquetRecords(Records):
         group = int(np.searchsorted(self._blocks.starts, index, side="right")) - 1
         size = int(self._blocks.sizes[group])
         table = _KEPT.get((self.name, group), size, lambda: self._read(group))
-        row = table.slice(index - int(self._blocks.starts[group]), 1).to_pylist()[0]
-        return record_of(row, index)
+        rows = table.slice(index - int(self._blocks.starts[group]), 1).to_pylist()
+        if not rows:
+            raise InputError(f"{self.name}: row group {group} has fewer rows than the file says")
+        return record_of(rows[0], index)
 
     @property
     def blocks(self) -> Blocks:
@@ -96,4 +95,4 @@ class _Kept:
         return sum(sizes) - max(sizes) - self.bound
 
 
-_KEPT = _Kept(KEPT_BYTES)
+_KEPT = _Kept(WINDOW_BYTES)

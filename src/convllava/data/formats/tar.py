@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -38,7 +37,10 @@ class TarRecords(Records):
         members = [member for member in _members(address) if _ending(member[0]) in (*IMAGES, *TEXTS)]
         if not any(_ending(name) in TEXTS for name, *_ in members):
             raise InputError(f"{address} holds neither KEY.json nor KEY.txt beside its images")
-        self.samples = Packed([key, list(own)] for key, own in groupby(members, key=lambda member: _key(member[0])))
+        groups: dict[str, list[Member]] = {}
+        for member in members:
+            groups.setdefault(_key(member[0]), []).append(member)
+        self.samples = Packed(groups.items())
 
     def __len__(self) -> int:
         return len(self.samples)

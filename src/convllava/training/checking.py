@@ -1,0 +1,260 @@
+"""What is wrong with a recipe's data, before it trains: every sample of every source is read once.
+
+    convllava data check recipe.yaml --workers 8 --output runs/check
+
+`report.jsonl` has one line a problem, `summary.json` the counts, `sizes.png` how large images and sequences are. What
+was found is noted as it comes, and a check of the same recipe that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from convllava.data.checking import Examination, Finding, examine
+from convllava.data.sizes import Sizes
+from convllava.errors import InputError
+from convllava.files import make_output, replacing, write_json
+from convllava.training.beginning import check_pixels, processor_of
+from convllava.training.inputs import parts_of
+from convllava.training.recipe import Recipe, dump_recipe
+
+
+class SourceSummary(TypedDict):
+    """One source under one stage's settings: its samples, how many of them have which problem, the tokens of those that
+    can be encoded, and how many of these training would not see."""
+
+    source: str
+    stages: list[str]
+    samples: int
+    images: int
+    tokens: int
+    lost_tokens: int
+    problems: dict[str, int]
+
+
+class StageSummary(TypedDict):
+    """`bad`: samples that training would skip; `allowed`: the share of them that it bears."""
+
+    stage: str
+    samples: int
+    bad: int
+    allowed: float
+
+
+class Summary(TypedDict):
+    """Of a whole recipe; stages that learn from generated pages are left out."""
+
+    sources: list[SourceSummary]
+    stages: list[StageSummary]
+
+
+@dataclass
+class Job:
+    """A source to check, the stages that use it with the same settings, and what was found."""
+
+    source: str
+    stages: list[str]
+    examination: Examination
+    images: int = 0
+    tokens: int = 0
+    lost_tokens: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+
+    def count(self, finding: Finding) -> None:
+        self.images += len(finding.images)
+        self.tokens += finding.tokens
+        self.lost_tokens += finding.lost
+        if finding.problem is not None:
+            self.problems[finding.problem] += 1
+
+    @property
+    def bad(self) -> int:
+        """Samples that training would skip."""
+        return self.problems.total() - self.problems["cut"]
+
+    def summary(self) -> SourceSummary:
+        return {
+            "source": self.source,
+            "stages": self.stages,
+            "samples": len(self.examination),
+            "images": self.images,
+            "tokens": self.tokens,
+            "lost_tokens": self.lost_tokens,
+            "problems": dict(self.problems.most_common()),
+        }
+
+
+def check(recipe: Recipe, output: Path, workers: int = 1) -> Summary:
+    """Read every sample of every source, in parallel, and write what is wrong with them.
+
+    Args:
+        recipe: Whose data.
+        output: Folder for the three files.
+        workers: Processes that read; 0 reads in this one.
+
+    Raises:
+        InputError: a source that is missing or damaged as a whole, no source at all, or a folder that cannot be.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError("sizes.png needs matplotlib; pip install 'convllava[data]'")
+    jobs = _jobs(recipe)
+    if not jobs:
+        raise InputError(f"{recipe.name} learns from generated pages alone; there is no file to check")
+    make_output(output)
+    notes = Notes(output / ".checked.jsonl", _digest(recipe, jobs))
+    _examine(jobs, notes, workers)
+    summary = _write(recipe, jobs, notes, output)
+    notes.path.unlink()
+    return summary
+
+
+def verdict(summary: Summary) -> str | None:
+    """Why the data cannot train a stage; None where they can."""
+    for stage in summary["stages"]:
+        name, samples, bad = f"stage {stage['stage']}", stage["samples"], stage["bad"]
+        if bad == samples:
+            return f"{name}: none of its {samples:,} samples can be used; report.jsonl says why"
+        if bad > stage["allowed"] * samples:
+            return (
+                f"{name}: {bad:,} of {samples:,} samples are bad, more than data.max_skipped {stage['allowed']:g} "
+                "allows; report.jsonl lists them"
+            )
+    return None
+
+
+def _jobs(recipe: Recipe) -> list[Job]:
+    """The distinct pairs of a source and of what bears on its samples."""
+    processor = processor_of(recipe)
+    check_pixels(recipe, processor.image_processor)
+    found: dict[str, Job] = {}
+    for stage in recipe.stages:
+        processor.image_processor.change(**stage.pixels)
+        data = stage.data
+        for source in data.sources:
+            alone = dataclasses.replace(source, repeat=1.0, weight=None)
+            key = repr((alone, processor.image_processor.to_dict(), data.max_tokens, data.overlong))
+            if key not in found:
+                (part,) = parts_of(recipe, [alone])
+                examination = Examination(part, processor, data.max_tokens, data.overlong == "truncate")
+                found[key] = Job(source.name, [], examination)
+            found[key].stages.append(stage.name)
+    return list(found.values())
+
+
+def _digest(recipe: Recipe, jobs: list[Job]) -> str:
+    """Of all that findings depend on, but for what the files hold."""
+    lengths = [len(job.examination) for job in jobs]
+    return hashlib.sha256(f"{dump_recipe(recipe)}{lengths}".encode()).hexdigest()
+
+
+class Notes:
+    """The findings so far, one line each, in a file that outlives a kill.
+
+    Args:
+        path: Of the file; what it holds of another digest is thrown away.
+        digest: Of what is being checked.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.path = path
+        found = path.read_bytes() if path.exists() else b""
+        if found.partition(b"\n")[0] == digest.encode():
+            # A kill can tear the last line.
+            path.write_bytes(found[: found.rindex(b"\n") + 1])
+        else:
+            path.write_text(f"{digest}\n", encoding="utf-8")
+
+    def __iter__(self) -> Iterator[tuple[int, Finding]]:
+        """The number of the job, and what was found."""
+        with self.path.open(encoding="utf-8") as file:
+            next(file)
+            for line in file:
+                job, *values = json.loads(line)
+                yield job, Finding(*values)
+
+    def append(self, job: int, findings: list[Finding]) -> None:
+        lines = (json.dumps([job, *dataclasses.astuple(finding)]) + "\n" for finding in findings)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+def _examine(jobs: list[Job], notes: Notes, workers: int) -> None:
+    """Look at what the notes do not tell of, behind a progress bar."""
+    done = Counter(job for job, _ in notes)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        whole = sum(len(job.examination) for job in jobs)
+        task = bar.add_task("checking", total=whole, completed=done.total())
+        for number, job in enumerate(jobs):
+            bar.update(task, description=job.source)
+            for findings in examine(job.examination, workers, done[number]):
+                notes.append(number, findings)
+                bar.advance(task, len(findings))
+
+
+def _write(recipe: Recipe, jobs: list[Job], notes: Notes, output: Path) -> Summary:
+    sizes = Sizes()
+    with replacing(output / "report.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        for number, finding in notes:
+            jobs[number].count(finding)
+            sizes.add(finding)
+            if finding.problem is not None:
+                file.write(json.dumps(_line(jobs[number], finding), ensure_ascii=False) + "\n")
+    summary = _summary(recipe, jobs)
+    with replacing(output / "summary.json") as partial:
+        write_json(partial, summary)
+    with replacing(output / "sizes.png") as partial:
+        sizes.draw(partial, recipe.name)
+    return summary
+
+
+def _line(job: Job, finding: Finding) -> dict[str, Any]:
+    return {
+        "source": job.source,
+        "stages": job.stages,
+        "index": finding.index,
+        "id": finding.id,
+        "problem": finding.problem,
+        "detail": finding.detail,
+    }
+
+
+def _summary(recipe: Recipe, jobs: list[Job]) -> Summary:
+    stages: list[StageSummary] = []
+    for stage in recipe.stages:
+        own = [job for job in jobs if stage.name in job.stages]
+        if own:
+            samples, bad = sum(len(job.examination) for job in own), sum(job.bad for job in own)
+            stages.append({"stage": stage.name, "samples": samples, "bad": bad, "allowed": stage.data.max_skipped})
+    return {"sources": [job.summary() for job in jobs], "stages": stages}
+
+
+def table_of(summary: Summary) -> Table:
+    """Of each source its sizes, and under them how many samples have which problem."""
+    table = Table(title="data, as training would see them", title_justify="left")
+    table.add_column("source")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    for source in summary["sources"]:
+        table.add_section()
+        sizes = {
+            "samples": source["samples"],
+            "images": source["images"],
+            "tokens": source["tokens"],
+            "tokens that training would not see": source["lost_tokens"],
+        }
+        for row, (what, number) in enumerate([*sizes.items(), *source["problems"].items()]):
+            table.add_row("" if row else source["source"], what, f"{number:,}")
+    return table
