@@ -146,8 +146,8 @@ def _table_of(report: Plan, number: int) -> Table:
     table.add_row("trains", f"{stage['trained']:,}", "")
     table.add_section()
     sizes = cast(dict[str, float], stage["memory_gb"])
-    for kind, size in sizes.items():
-        table.add_row(kind.replace("_", " "), f"{size:,} GB", "")
+    for kind, gigabytes in sizes.items():
+        table.add_row(kind.replace("_", " "), f"{gigabytes:,} GB", "")
     each = "" if report["processes"] == 1 else f" in each of {report['processes']}"
     table.add_row("memory" + each, f"{sum(sizes.values()):,.1f} GB", "")
     return table
