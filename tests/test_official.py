@@ -20,7 +20,7 @@ from convllava import InputError, official
 from convllava.checkpoints import convert, read
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.conversation import IGNORE, encode
-from convllava.data.sources import conversation_of
+from convllava.data.samples import conversation_of
 from convllava.files import in_pieces, tensors_in
 from convllava.official.prompt import FORMATS
 from convllava.vision import ConvLlavaVisionModel
@@ -436,7 +436,7 @@ def test_files_become_the_originals_sequences(parts, human, answer):
     _, processor = parts
     turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
     images = {"image": "wide.png"} if "<image>" in human else {}
-    sample = conversation_of({"conversations": turns, **images}, 0, DATA / "images")
+    sample = conversation_of({"conversations": turns, **images}, 0, str(DATA / "images"))
     item = encode(processor, sample.messages)
     message = ("<image>\n" + human.replace("<image>", "").strip()).strip() if images else human
     system = FORMATS["v1"][1]
