@@ -81,12 +81,12 @@ def tasks(tmp_path_factory, docs) -> Path:
     return folder
 
 
-def run(tasks: Path, task: str, output: Path, *options: str):
+def run(tasks: Path, task: str, output: Path, *options: str, launcher: str = "lmms-eval"):
     """The results and the recorded samples of one run of the command line, which exits with 0 even if it fails."""
-    command = [Path(sys.executable).with_name("lmms-eval"), "--model", "convllava", "--model_args", "pretrained=tiny"]
-    command += ["--tasks", task, "--include_path", tasks, "--output_path", output, "--log_samples", *options]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tasks / "cache")}
-    done = subprocess.run(list(map(str, command)), env=os.environ | offline, capture_output=True, text=True)
+    command = f"{Path(sys.executable).parent}/{launcher} --model convllava --model_args pretrained=tiny --tasks {task}"
+    command = f"{command} --include_path {tasks} --output_path {output} --log_samples"
+    setting = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tasks / "cache"), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command.split(), *options], env=os.environ | setting, capture_output=True, text=True)
     results = list(output.rglob("*_results.json"))
     assert results, done.stdout + done.stderr
     samples = next(output.rglob(f"*_samples_{task}.jsonl")).read_text().splitlines()
@@ -117,6 +117,12 @@ def test_answers_through_lmms_eval_are_the_assistants_own(tasks, docs, answers, 
     hits = [answer == doc["answer"] for answer, doc in zip(answers, docs, strict=True)]
     assert results["exact_match,none"] == pytest.approx(sum(hits) / len(hits))
     assert sum(hits) > 0
+
+
+def test_several_processes_share_the_questions(tasks, answers, tmp_path):
+    torchrun = "torchrun --standalone --nproc-per-node 2 -m lmms_eval"
+    _, samples = run(tasks, "pages", tmp_path, launcher=torchrun)
+    assert [response(sample) for sample in sorted(samples, key=lambda sample: sample["doc_id"])] == answers
 
 
 def test_choices_through_lmms_eval_are_the_likeliest(tasks, docs, assistant, tmp_path):
