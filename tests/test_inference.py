@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from convllava import InputError, load
 from convllava.checkpoints import write
 from convllava.inference import Assistant
+from convllava.synthetic import World
 
 SETTINGS = {"max_new_tokens": 6}
 
@@ -70,6 +71,16 @@ def test_chat_places_images_where_the_parts_are(assistant):
     plain = [{"role": "user", "content": "what?"}]
     assert assistant.chat(plain, [first, second], **SETTINGS) == assistant.chat(front, [first, second], **SETTINGS)
     assert isinstance(assistant.chat(plain, **SETTINGS), str)
+
+
+def test_conversations_in_one_batch_equal_single_ones():
+    assistant = load("tiny", device="cpu")
+    first, second = (World("heldout", seed=1, size=256).sample(index).image for index in range(2))
+    read = [{"role": "user", "content": "Read the page."}]
+    conversations = [(read, [first, second]), ([{"role": "user", "content": "What?"}], []), (read, [second])]
+    batched = assistant.chat_many(conversations, max_new_tokens=24)
+    assert batched == [assistant.chat(messages, images, max_new_tokens=24) for messages, images in conversations]
+    assert len(set(batched)) == 3
 
 
 def test_report_measures_the_answer(assistant):

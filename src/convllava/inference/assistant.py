@@ -180,8 +180,19 @@ class Assistant:
             conversations = [
                 ([Message(role="user", content=question)], [encoded[id(image)]]) for image, question in batch
             ]
-            inputs = self.prompts(conversations, max_new_tokens)
-            yield self._generate(inputs, {"do_sample": False, "max_new_tokens": max_new_tokens})
+            yield self.chat_many(conversations, max_new_tokens=max_new_tokens)
+
+    def chat_many(
+        self,
+        conversations: Sequence[tuple[Sequence[Message], Sequence[ImageSource | EncodedImage]]],
+        *,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> list[str]:
+        """`chat` for several conversations, (messages, images) each, which are answered in one batch."""
+        encoded = [(messages, [self.encode(image) for image in images]) for messages, images in conversations]
+        inputs = self.prompts(encoded, max_new_tokens)
+        return self._generate(inputs, {"do_sample": False, **generation, "max_new_tokens": max_new_tokens})
 
     @torch.inference_mode()
     def encode(self, image: ImageSource | EncodedImage) -> EncodedImage:

@@ -11,20 +11,25 @@ _OPENING = """\
 {%- macro text_of(message) -%}
     {%- if message['content'] is string -%}{{- message['content'] -}}
     {%- else -%}
-        {%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list -%}
         {%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
-        {%- for image in images -%}{{- '<image>' ~ ('' if loop.last and not texts else ' \\n') -}}{%- endfor -%}
+        {%- for part in message['content'] if part['type'] == 'image' -%}
+            {{- '<image>' ~ ('' if loop.last and not texts else ' \\n') -}}
+        {%- endfor -%}
         {{- texts -}}
     {%- endif -%}
 {%- endmacro -%}
+{%- set turns = messages -%}
+{%- set system = 'SYSTEM' -%}
 {%- if messages[0]['role'] == 'system' -%}
-    {%- set system, turns = text_of(messages[0]), messages[1:] -%}
-{%- else -%}
-    {%- set system, turns = 'SYSTEM', messages -%}
+    {%- set turns = messages[1:] -%}
+    {%- set system = text_of(messages[0]) -%}
 {%- endif -%}
 """
 """The original tokenises what follows an image alone, so that it begins with a space of its own: the space after
-`<image>`. The one after the token that begins a text is that of the beginning of a text."""
+`<image>`. The one after the token that begins a text is that of the beginning of a text.
+
+vLLM takes a template for one that knows nothing of images unless it finds a loop over the messages, or over what one
+variable is set to of them, and in it a loop over the parts."""
 
 _BODIES = {
     "vicuna": """\

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from convllava.geometry import Size
 
@@ -36,9 +38,11 @@ def patches(maps: Tensor, side: int) -> Tensor:
     return tiles.permute(0, 1, 3, 5, 2, 4).reshape(-1, channels * side * side)
 
 
-def as_linear(convolution: nn.Module, matrix: Tensor) -> Tensor:
-    """A convolution whose stride is its kernel is a linear layer over patches."""
-    assert isinstance(convolution, nn.Conv2d)
+def as_linear(convolution: Any, matrix: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel is a linear layer over patches.
+
+    Any module with such a weight and bias will do: engines put classes of their own in the place of Conv2d.
+    """
     return F.linear(matrix, convolution.weight.flatten(1), convolution.bias)
 
 

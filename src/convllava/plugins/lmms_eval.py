@@ -1,0 +1,220 @@
+"""Our models in lmms-eval: `lmms-eval --model convllava --model_args pretrained=MODEL --tasks ...` (docs/harnesses.md).
+
+lmms-eval knows two kinds of model. A chat model is given the messages of a task; a simple one is given a text and
+pictures. Answers are scored (`loglikelihood`) with simple models alone: `--force_simple`.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.progress import make_progress
+
+from convllava.errors import InputError
+from convllava.inference import Message, load
+from convllava.inference.assistant import EncodedImage
+from convllava.inference.likelihood import log_likelihoods
+
+Result = TypeVar("Result")
+Conversation = tuple[list[Message], list[EncodedImage]]
+_PASSED_ON = ("num_beams", "repetition_penalty")
+_OF_SAMPLING = ("temperature", "top_p", "top_k")
+
+
+class _ConvLlava(lmms):
+    """What both kinds have in common.
+
+    Args:
+        pretrained: `tiny`, a folder or a hub id.
+        batch_size: Requests that are answered together.
+        device: Where to run; None takes this process's accelerator, or the CPU.
+        max_batch_size: Of lmms-eval's automatic batch sizes, which there are none of here.
+        pixels: Settings of the image processor in place of the checkpoint's, such as mode=short_side,side=1536.
+
+    Raises:
+        InputError: nothing loadable goes by that name, or a setting is bad.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **pixels: Any,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or not int(batch_size):
+            raise InputError(f"batch_size={batch_size}: give the number of requests that are answered together")
+        self.batch_size = int(batch_size)
+        self.assistant = load(pretrained, device=device or str(PartialState().device), pixels=pixels)
+        self._encoded: tuple[Any, list[EncodedImage]] = (None, [])
+
+    @property
+    def device(self) -> Any:
+        """Where lmms-eval gathers the results of several processes."""
+        return self.assistant.model.device
+
+    @abstractmethod
+    def _generation_kwargs(self, request: Instance) -> dict[str, Any]:
+        """The settings with which a task wants its answer."""
+
+    @abstractmethod
+    def _conversation(self, request: Instance) -> Conversation:
+        """What is asked."""
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answers, up to the first of the texts that a task names in `until`."""
+        return self._in_batches(requests, self._generation_kwargs, self._generate)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+        """Of each answer, minus the sum of its tokens' log probabilities, and whether the model would say it.
+
+        lmms-eval's models return losses here, of which its tasks take the smallest.
+        """
+        return self._in_batches(requests, lambda request: {}, self._score)
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Raise InputError."""
+        raise InputError("tasks of several rounds (generate_until_multi_round) are not supported")
+
+    def _in_batches(
+        self,
+        requests: Sequence[Instance],
+        settings_of: Callable[[Instance], dict[str, Any]],
+        work: Callable[[list[Instance], dict[str, Any]], list[Result]],
+    ) -> list[Result]:
+        """Results in the order of the requests; a batch has one set of settings."""
+        results: dict[int, Result] = {}
+        with make_progress(len(requests), "answering", disable=self.rank != 0) as bar:
+            for settings, batch in _batches(list(map(settings_of, requests)), self.batch_size):
+                results |= zip(batch, work([requests[index] for index in batch], settings), strict=True)
+                bar.update(len(batch))
+        return [results[index] for index in range(len(requests))]
+
+    def _generate(self, requests: list[Instance], settings: dict[str, Any]) -> list[str]:
+        conversations = [self._conversation(request) for request in requests]
+        answers = self.assistant.chat_many(conversations, **_generation(settings))
+        return [_cut(answer, settings.get("until")) for answer in answers]
+
+    def _score(self, requests: list[Instance], settings: dict[str, Any]) -> list[Any]:
+        items = []
+        for request in requests:
+            messages, images = self._text_and_images(request)
+            items.append((images, messages, self._answer(request)))
+        # lmms-eval makes a string of any tuple that does not come as a GenerationResult.
+        return [GenerationResult((-score.total, score.is_greedy)) for score in log_likelihoods(self.assistant, items)]
+
+    def _answer(self, request: Instance) -> str:
+        target = request.args[1]
+        return target(self._doc(request)) if callable(target) else target
+
+    def _doc(self, request: Instance) -> Any:
+        doc_id, task, split = request.args[3:6]
+        return self.task_dict[task][split][doc_id]
+
+    def _text_and_images(self, request: Instance) -> Conversation:
+        """Of a request in the simple form: text, something, doc_to_visual, doc_id, task, split."""
+        if len(request.args) < 6:
+            raise InputError(f"{request.task_name}: answers without their question (acc_mutual_info) are not scored")
+        text, _, doc_to_visual, *place = request.args
+        images = self._encode(place, lambda: doc_to_visual(self._doc(request)) if doc_to_visual else [])
+        parts = _interleave(text, self.assistant.processor.image_token, len(images))
+        return [Message(role="user", content=parts)], images
+
+    def _encode(self, place: Sequence[Any], images: Callable[[], Sequence[Any] | None]) -> list[EncodedImage]:
+        """Encode the images of a document once for all requests in a row that ask about it."""
+        if self._encoded[0] != place:
+            self._encoded = (place, [self.assistant.encode(image) for image in images() or ()])
+        return self._encoded[1]
+
+
+class ConvLlavaSimple(_ConvLlava):
+    """A text and pictures; the pictures stand where the text has as many `<image>` marks, else before it."""
+
+    is_simple = True
+
+    def _generation_kwargs(self, request: Instance) -> dict[str, Any]:
+        return request.args[1]
+
+    def _conversation(self, request: Instance) -> Conversation:
+        return self._text_and_images(request)
+
+
+class ConvLlavaChat(_ConvLlava):
+    """Messages whose parts are texts and images."""
+
+    is_simple = False
+
+    def _generation_kwargs(self, request: Instance) -> dict[str, Any]:
+        return request.args[2]
+
+    def _conversation(self, request: Instance) -> Conversation:
+        asked = request.args[1](self._doc(request))
+        turns = [(message["role"], _parts(message["content"])) for message in asked]
+        images = [part["image"] for _, parts in turns for part in parts if part["type"] == "image"]
+        messages = [Message(role=role, content=parts) for role, parts in turns]
+        return messages, self._encode(request.args[3:6], lambda: images)
+
+
+def _batches(settings: Sequence[dict[str, Any]], size: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Settings and the indices of at most `size` requests that share them."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, own in enumerate(settings):
+        groups[json.dumps(own, sort_keys=True)].append(index)
+    for indices in groups.values():
+        for start in range(0, len(indices), size):
+            yield settings[indices[0]], indices[start : start + size]
+
+
+def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """lmms-eval's settings as `generate` takes them; as with its own models, a temperature above 0 means sampling."""
+    samples = settings.get("do_sample") is not False and float(settings.get("temperature") or 0) > 0
+    names = (*_PASSED_ON, *(_OF_SAMPLING if samples else ()))
+    passed = {name: settings[name] for name in names if settings.get(name) is not None}
+    return {**passed, "do_sample": samples, "max_new_tokens": int(settings.get("max_new_tokens") or 256)}
+
+
+def _cut(answer: str, until: str | Sequence[str] | None) -> str:
+    """What stands before the first of the texts that end an answer."""
+    for end in [until] if isinstance(until, str) else until or ():
+        answer = answer.partition(end)[0] if end else answer
+    return answer
+
+
+def _parts(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """lmms-eval's parts of a message as transformers writes them.
+
+    Raises:
+        InputError: a part is neither text nor an image.
+    """
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part["type"] not in ("text", "image"):
+            raise InputError(f"the task asks about {part['type']}; the model takes text and images")
+        if part["type"] == "image":
+            parts.append({"type": "image", "image": part["url"]})
+        elif part["text"].strip():
+            parts.append({"type": "text", "text": part["text"]})
+    return parts
+
+
+def _interleave(text: str, mark: str, images: int) -> list[dict[str, Any]]:
+    """A text as parts, images where its marks are, or all before it where it does not have as many marks."""
+    pieces = text.split(mark)
+    if len(pieces) - 1 != images:
+        pieces = [""] * images + [text]
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece.strip() else []
+    return parts
