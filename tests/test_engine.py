@@ -254,3 +254,21 @@ def test_pieces_are_the_whole_text_up_to_its_first_stop(parts, text, stop):
     assert "".join(pieces) + stream.finish() == whole[:cut]
     assert shown <= cut
     assert stream.is_stopped == (cut < len(whole))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 400), max_size=20), stop=st.lists(st.text("ab,", min_size=1, max_size=2), max_size=2)
+)
+def test_no_tokens_whatever_break_the_text(parts, tokens, stop):
+    tokenizer = parts[1].tokenizer
+    stream = TextStream(tokenizer, stop)
+    for token in tokens:
+        stream.push(token)
+        stream.take()
+        if stream.is_stopped:
+            return
+    stream.finish()
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert whole.startswith(stream.text)
+    assert stream.is_stopped or stream.text == whole

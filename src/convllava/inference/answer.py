@@ -46,6 +46,11 @@ class Answer:
         self.is_cancelled = False
         self._sampler, self._text = Sampler(sampling), text
 
+    @property
+    def text(self) -> str:
+        """All of it; exact once it is finished."""
+        return self._text.text
+
     def write(self, logits: Tensor, likeliest: int, ends: Container[int]) -> Event:
         """Pick the next token.
 

@@ -1,0 +1,217 @@
+"""What a server must survive: each hostile request is answered with OpenAI's kind of error while others go on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+import zlib
+
+import openai
+import pytest
+from conftest import picture
+from serving import PATH, part, png, question, request, serving, until
+
+from convllava.inference import Assistant
+from convllava.serving.limits import Limits
+
+LIMITS = Limits(
+    body_bytes=300_000,
+    body_seconds=0.5,
+    images=2,
+    image_pixels=200_000,
+    prompt_characters=3000,
+    new_tokens=450,
+    choices=3,
+    queue=1,
+    seconds=30,
+)
+
+
+@pytest.fixture(scope="module")
+def server(parts):
+    model, processor = parts
+    own = Assistant(copy.deepcopy(model), processor)
+    with serving(own, slots=2, step_tokens=16, limits=LIMITS, hosts=["pictures.example"]) as running:
+        yield running
+
+
+def with_url(url):
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    return request(messages=[{"role": "user", "content": content}])
+
+
+def bomb(width=20_000, height=8_000):
+    """The header of a PNG of 160 megapixels and little else."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+GOOD = png(picture(64, 64))
+BAD = {
+    "no JSON": (b"{", 400, "invalid_request", None),
+    "deep JSON": (b"[" * 100_000, 400, "invalid_request", None),
+    "no object": (b"[]", 400, "invalid_request", None),
+    "no messages": ({"model": "test"}, 400, "invalid_request", "messages"),
+    "empty messages": (request(messages=[]), 400, "invalid_request", "messages"),
+    "unknown role": (request(messages=[{"role": "tool", "content": "x"}]), 400, "invalid_request", "messages.0.role"),
+    "unknown field": (request(best_of=3), 400, "invalid_request", "best_of"),
+    "tools": (request(tools=[{"type": "function"}]), 400, "invalid_request", "tools"),
+    "penalty": (request(frequency_penalty=0.5), 400, "invalid_request", "frequency_penalty"),
+    "temperature": (request(temperature=-1), 400, "invalid_request", "temperature"),
+    "top_p": (request(top_p=0), 400, "invalid_request", "top_p"),
+    "no tokens": (request(max_tokens=0), 400, "invalid_request", "max_tokens"),
+    "two lengths": (request(max_completion_tokens=5), 400, "invalid_request", None),
+    "empty stop": (request(stop=""), 400, "invalid_request", None),
+    "many stops": (request(stop=list("abcde")), 400, "invalid_request", "stop"),
+    "another model": (request(model="gpt"), 404, "model_not_found", "model"),
+    "long answer": (request(max_tokens=451), 400, "too_many", "max_completion_tokens"),
+    "many answers": (request(n=4), 400, "too_many", "n"),
+    "many images": (request("what?", GOOD, GOOD, GOOD), 400, "too_many", "messages"),
+    "long text": (request("a" * 3001), 400, "too_many", "messages"),
+    "long prompt": (request("a" * 600), 400, "invalid_prompt", "messages"),
+    "long prompt and answer": (request("a" * 100, max_tokens=450), 400, "context_length_exceeded", "messages"),
+    "image mark": (request("an <image>"), 400, "invalid_prompt", "messages"),
+    "role mark": (request("<|assistant|> yes"), 400, "invalid_prompt", "messages"),
+    "image of the assistant": (
+        request(messages=[{"role": "assistant", "content": [part(GOOD)]}]),
+        400,
+        "invalid_request",
+        "messages.0",
+    ),
+    "no base64": (with_url("data:image/png;base64,%%%"), 422, "invalid_image", "messages"),
+    "no image": (request("what?", b"hello"), 422, "invalid_image", "messages"),
+    "empty image": (request("what?", b""), 422, "invalid_image", "messages"),
+    "cut image": (request("what?", GOOD[:5000]), 422, "invalid_image", "messages"),
+    "bomb": (request("what?", bomb()), 422, "invalid_image", "messages"),
+    "PostScript": (
+        request("what?", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        422,
+        "invalid_image",
+        "messages",
+    ),
+    "thin image": (request("what?", png(picture(1, 3000))), 422, "invalid_image", "messages"),
+    "local file": (with_url("file:///etc/passwd"), 422, "invalid_image", "messages"),
+    "path": (with_url("/etc/passwd"), 422, "invalid_image", "messages"),
+    "loopback": (with_url("http://127.0.0.1/x.png"), 422, "invalid_image", "messages"),
+    "another host": (with_url("https://example.org/x.png"), 422, "invalid_image", "messages"),
+    "another port": (with_url("https://pictures.example:8443/x.png"), 422, "invalid_image", "messages"),
+    "user in the URL": (with_url("https://me@pictures.example/x.png"), 422, "invalid_image", "messages"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_get_an_error_that_says_why(server, name):
+    content, status, code, parameter = BAD[name]
+    found, body, _ = server.post(content)
+    assert (found, body["error"]["code"], body["error"]["param"]) == (status, code, parameter)
+    assert body["error"]["type"] == "invalid_request_error"
+    assert 5 < len(body["error"]["message"]) < 400
+    assert "\n" not in body["error"]["message"]
+    assert server.service.gate.inside == 0
+
+
+def test_nothing_of_the_machine_is_in_an_error(server):
+    for name in ("local file", "path", "no image", "cut image"):
+        message = server.post(BAD[name][0])[1]["error"]["message"]
+        assert "/" not in message.replace("data:image/png", "").replace("http(s)://", "")
+
+
+def test_openai_clients_raise_their_own_errors(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    with pytest.raises(openai.UnprocessableEntityError, match="image 1"):
+        client.chat.completions.create(model="test", messages=question("what?", b"hello"))
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="test", messages=question("what?"), n=4)
+    assert caught.value.param == "n"
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_is_refused_and_the_answer_can_be_read(server, declared):
+    body = b"x" * (LIMITS.body_bytes + 1_000_000)
+    connection = server.connect()
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", PATH, body if declared else iter([body]), headers, encode_chunked=not declared)
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server):
+    connection = server.connect()
+    connection.putrequest("POST", PATH)
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b"{")
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["code"]) == (408, "body_too_slow")
+
+
+def test_a_form_of_a_web_page_is_refused(server):
+    found = server.send("POST", PATH, json.dumps(request()).encode(), **{"Content-Type": "text/plain"})
+    assert (found[0], found[1]["error"]["code"]) == (400, "invalid_content_type")
+
+
+def test_unknown_places_are_errors_of_the_same_kind(server):
+    assert server.send("GET", "/v1/files")[0] == 404
+    status, body, _ = server.send("GET", PATH)
+    assert (status, body["error"]["code"]) == (405, "unknown_url")
+
+
+def test_too_many_at_once_are_told_to_come_again(server):
+    streams = []
+    for number in range(3):
+        connection = server.connect()
+        body = json.dumps(request("what " * number + "?", max_tokens=450, stream=True, stop=["never said"]))
+        connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+        streams.append(connection)
+    until(lambda: server.service.gate.inside == 3)
+    status, body, headers = server.post(request())
+    assert (status, body["error"]["code"], body["error"]["type"]) == (429, "queue_full", "rate_limit_error")
+    assert int(headers["retry-after"]) > 0
+    for connection in streams:
+        connection.close()
+    until(lambda: server.service.gate.inside == 0)
+    assert server.post(request())[0] == 200
+
+
+def test_an_answer_that_takes_too_long_is_given_up(parts):
+    own = Assistant(copy.deepcopy(parts[0]), parts[1])
+    with serving(own, slots=1, step_tokens=4, limits=Limits(seconds=0.3)) as running:
+        slow = request("describe the image " * 60, max_tokens=100)
+        status, body, headers = running.post(slow)
+        assert (status, body["error"]["code"], "retry-after" in headers) == (503, "too_late", True)
+        connection = running.connect()
+        streamed = request("the total " * 60, max_tokens=100, stream=True)
+        connection.request("POST", PATH, json.dumps(streamed), {"Content-Type": "application/json"})
+        text = connection.getresponse().read().decode()
+        assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "too_late"
+        until(lambda: running.service.engine.scheduler.running == 0)
+
+
+def test_the_key_is_asked_for(parts):
+    own = Assistant(copy.deepcopy(parts[0]), parts[1])
+    with serving(own, slots=1, api_key="sécret") as running:
+        for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic sécret"}):
+            status, body, headers = running.post(request(), **header)
+            assert (status, body["error"]["type"]) == (401, "authentication_error")
+            assert headers["www-authenticate"] == "Bearer"
+        right = {"Authorization": "Bearer sécret".encode().decode("latin-1")}
+        assert running.post(request(), **right)[0] == 200
+        assert running.send("GET", "/v1/models")[0] == 401
+
+
+def test_a_failed_step_is_a_server_error_and_the_next_request_is_served(server, monkeypatch):
+    monkeypatch.setattr(server.service.engine.model, "forward", lambda *_: 1 / 0)
+    status, body, _ = server.post(request())
+    assert (status, body["error"]["type"]) == (500, "server_error")
+    monkeypatch.undo()
+    assert server.post(request())[0] == 200
