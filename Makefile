@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 demo: $(VENV)/.demo
 	$(RUN)/convllava demo --output runs/demo
@@ -15,6 +15,9 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
+
+soak: $(VENV)/.dev
+	$(RUN)/python tests/soak.py --minutes $(or $(MINUTES),5)
 
 clean:
 	rm -rf $(VENV) runs

@@ -46,9 +46,9 @@ class Running:
 
 
 @contextmanager
-def serving(assistant: Assistant, **options: Any) -> Iterator[Running]:
+def serving(assistant: Assistant, name: str = "test", **options: Any) -> Iterator[Running]:
     """A running server; it is drained in the end."""
-    server = make_server(assistant, "test", port=0, **options)
+    server = make_server(assistant, name, port=0, **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started or not thread.is_alive())

@@ -258,11 +258,13 @@ def _import_serving() -> Any:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="tower, training, mixed, scale, first-token or pixels.")],
+    suite: Annotated[
+        str, typer.Argument(help="tower, training, mixed, scale, first-token, pixels, decoding or serving.")
+    ],
     towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",
     sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",
     language: Annotated[str, typer.Option(help="Shape of the language model: 135m, 0.5b, 7b.")] = "135m",
-    peers: Annotated[bool, typer.Option("--peers", help="first-token: other models' encoders too.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="first-token, serving: what others do, too.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each, taken in turns.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of one operation.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Folder for SUITE.json and SUITE.png.")] = None,
