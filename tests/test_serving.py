@@ -11,8 +11,10 @@ import pytest
 from conftest import picture
 from serving import Running, part, png, question, request, serving, until
 
+from convllava import InputError
 from convllava.inference import Assistant
 from convllava.serving.replies import TokenTexts
+from convllava.serving.server import make_server, serve
 
 TEXTS = ("what is red?", "describe the image", "what?", "what is the total at the top left of the image?")
 
@@ -228,3 +230,16 @@ def assert_refuses(running: Running, client) -> None:
         ask(client, "what?")
     assert (caught.value.status_code, caught.value.code) == (503, "draining")
     assert running.send("GET", "/ready")[:2] == (503, {"status": "draining"})
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(server):
+    port = int(server.url.rsplit(":", 1)[1])
+    with pytest.raises(InputError, match=f"port {port}: Address already in use; choose another"):
+        serve("no such model", port=port)
+    with pytest.raises(InputError, match=r"nothing can listen at 192\.0\.2\.1, port"):
+        serve("no such model", host="192.0.2.1")
+
+
+def test_an_empty_key_is_refused(assistant):
+    with pytest.raises(InputError, match="the API key is empty"):
+        make_server(assistant, "test", api_key=" ")

@@ -6,6 +6,7 @@ convllava serve --model tiny
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from collections.abc import Callable, Collection, Mapping
 from ipaddress import ip_address
@@ -132,6 +133,7 @@ def serve(
     threads: int | None = None,
     *,
     host: str = "127.0.0.1",
+    port: int = 8000,
     api_key: str | None = None,
     **options: Any,
 ) -> None:
@@ -140,18 +142,31 @@ def serve(
     Args:
         model, pixels: As of `convllava.load`.
         threads: Of one operation; None leaves it to torch.
-        host, api_key, options: As of `make_server`.
+        host, port, api_key, options: As of `make_server`.
 
     Raises:
-        InputError: the model does not load or cannot be served this way, or a setting is bad.
+        InputError: the place is taken, the model does not load or cannot be served this way, or a setting is bad.
     """
+    place = _bind(host, port)  # before the model is loaded, which takes longer than to find out that it is in vain
     if threads is not None:
         torch.set_num_threads(threads)
     assistant = load(model, pixels=pixels)
     if api_key is None and not _is_loopback(host):
         print(f"convllava: {host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
     name = Path(model).name if Path(model).is_dir() else model  # a client has no business with our folders
-    make_server(assistant, name, host=host, api_key=api_key, announce=_announce(name), **options).run()
+    server = make_server(assistant, name, api_key=api_key, announce=_announce(name), **options)
+    server.run(sockets=[place])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((host, port))
+    except OSError as error:
+        place.close()
+        raise InputError(f"nothing can listen at {host}, port {port}: {error.strerror}; choose another") from None
+    return place
 
 
 def _announce(name: str) -> Callable[[str], None]:
