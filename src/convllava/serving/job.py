@@ -11,7 +11,7 @@ from typing import Any
 
 from convllava.inference.answer import Event
 from convllava.serving.refusal import RefusalError
-from convllava.serving.replies import Choice, Replies, TokenTexts
+from convllava.serving.replies import Choice, Replies
 from convllava.serving.service import Prepared, Service
 
 
@@ -29,8 +29,7 @@ class Job:
         self._service, self._arrived = service, arrived
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        texts = TokenTexts(service.assistant.processor.tokenizer)
-        self._replies = Replies(service.name, bool(self.request.logprobs), texts)
+        self._replies = Replies(service.name, bool(self.request.logprobs), service.token_texts)
         self._answers = [
             service.engine.submit(
                 prepared.prompt,

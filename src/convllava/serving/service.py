@@ -23,6 +23,7 @@ from convllava.serving.gate import Gate
 from convllava.serving.limits import Limits
 from convllava.serving.metrics import Metrics
 from convllava.serving.refusal import RefusalError
+from convllava.serving.replies import TokenTexts
 from convllava.serving.schema import ChatRequest, parse
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
@@ -63,6 +64,7 @@ class Service:
         self.assistant, self.name, self.engine, self.encoder, self.limits = assistant, name, engine, encoder, limits
         self.gate = Gate(limits.queue + len(engine.scheduler.slots))
         self.metrics = Metrics(engine, encoder, self.gate)
+        self.token_texts = TokenTexts(assistant.processor.tokenizer)
         self._fetcher = Fetcher(hosts, limits.fetch_bytes, limits.fetch_seconds)
         # Headers and prompts are looked at apart from pixels, so that a bad request hears of it while others decode.
         self._checking = ThreadPoolExecutor(1, "check")
