@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -116,7 +117,7 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
 def started_here(command, port, name):
     """A server of this process in place of one that would have to start."""
     with serving_here(load(command[command.index("--model") + 1]), name=name) as running:
-        yield running.url.removeprefix("http://"), name
+        yield serving._Running(running.url.removeprefix("http://"), name, os.getpid())
 
 
 original_photograph = suites._photograph

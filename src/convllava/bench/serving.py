@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +34,14 @@ CLIENTS = (1, 4, 8)
 TOKENS = 32
 QUESTION = "what does it say"
 _STARTING_SECONDS = 300
-_PEER = "import convllava; from transformers.cli.transformers import main; main()"
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What some work took: seconds by the clock, and of processors in the process that did it."""
+
+    wall: float
+    cpu: float
 
 
 def serving(tower: str, language: str, side: int, repeats: int, peers: bool) -> Iterator[dict[str, Any]]:
@@ -51,30 +59,36 @@ def serving(tower: str, language: str, side: int, repeats: int, peers: bool) -> 
         if peers:
             servers["transformers serve"] = _stock(Path(folder) / "model")
         running = {name: stack.enter_context(_started(*server)) for name, server in servers.items()}
-        works: dict[tuple[str, int], Callable[[], float]] = {("generate", 1): _generating(assistant, side, 1)}
-        for name, (url, model) in running.items():
-            works |= {(name, clients): _asking(url, model, side, clients) for clients in CLIENTS}
-        seconds = _in_turns(works, repeats)
-    alone = seconds["generate", 1]
-    for (name, clients), taken in seconds.items():
+        works: dict[tuple[str, int], Callable[[], _Taken]] = {("generate", 1): _generating(assistant, side)}
+        for name, server in running.items():
+            works |= {(name, clients): _asking(server, side, clients) for clients in CLIENTS}
+        taken = _in_turns(works, repeats)
+    alone = taken["generate", 1]
+    for (name, clients), found in taken.items():
         yield {
             "way": name,
             "clients": clients,
-            "seconds": round(taken, 2),
-            "over_one_client": round(taken / seconds[name, 1], 2),
-            "requests_per_generate": round(clients * alone / taken, 2),
+            "seconds": round(found.wall, 2),
+            "cpu_seconds": round(found.cpu, 2),
+            "over_one_client": round(found.wall / taken[name, 1].wall, 2),
+            "cpu_over_one_client": round(found.cpu / taken[name, 1].cpu, 2),
+            "cpu_per_request_over_generate": round(found.cpu / clients / alone.cpu, 2),
         }
 
 
-def _in_turns(works: dict[tuple[str, int], Callable[[], float]], repeats: int) -> dict[tuple[str, int], float]:
-    """Median wall-clock seconds of each, after one call that does not count."""
-    for work in works.values():
-        work()
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in works}
+def _in_turns(works: dict[tuple[str, int], Callable[[], _Taken]], repeats: int) -> dict[tuple[str, int], _Taken]:
+    """Medians of each, after one client of each way who does not count."""
+    for (_, clients), work in works.items():
+        if clients == 1:
+            work()
+    found: dict[tuple[str, int], list[_Taken]] = {key: [] for key in works}
     for _ in range(repeats):
         for key, work in works.items():
-            seconds[key].append(work())
-    return {key: statistics.median(found) for key, found in seconds.items()}
+            found[key].append(work())
+    return {
+        key: _Taken(statistics.median(one.wall for one in taken), statistics.median(one.cpu for one in taken))
+        for key, taken in found.items()
+    }
 
 
 def _write(folder: Path, tower: str, language: str, side: int) -> Assistant:
@@ -104,12 +118,26 @@ def _stock(folder: Path) -> _Server:
         raise InputError("--peers needs transformers serve; pip install 'transformers[serving]' requests")
     port = _free_port()
     options = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    return [sys.executable, "-c", _PEER, *options], port, str(folder)
+    return [sys.executable, "-m", "convllava.bench.stock_server", *options], port, str(folder)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A server: its address, the name of its model, and its process."""
+
+    url: str
+    model: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Of the process so far (man 5 proc; counted in hundredths)."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def _started(command: Sequence[str], port: int, model: str) -> Iterator[tuple[str, str]]:
-    """A server in a process of its own: its address and the model's name."""
+def _started(command: Sequence[str], port: int, model: str) -> Iterator[_Running]:
+    """A server in a process of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with (
         tempfile.TemporaryFile() as log,
@@ -117,7 +145,7 @@ def _started(command: Sequence[str], port: int, model: str) -> Iterator[tuple[st
     ):
         try:
             _await(process, port, log)
-            yield f"127.0.0.1:{port}", model
+            yield _Running(f"127.0.0.1:{port}", model, process.pid)
         finally:
             process.terminate()
 
@@ -140,26 +168,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _generating(assistant: Assistant, side: int, count: int) -> Callable[[], float]:
-    def work() -> float:
-        images = [_image(side) for _ in range(count)]
-        started = time.perf_counter()
-        for image in images:
-            assistant.ask(image, QUESTION, max_new_tokens=TOKENS)
-        return time.perf_counter() - started
+def _generating(assistant: Assistant, side: int) -> Callable[[], _Taken]:
+    def work() -> _Taken:
+        image = _image(side)
+        wall, cpu = time.perf_counter(), time.process_time()
+        assistant.ask(image, QUESTION, max_new_tokens=TOKENS)
+        return _Taken(time.perf_counter() - wall, time.process_time() - cpu)
 
     return work
 
 
-def _asking(url: str, model: str, side: int, clients: int) -> Callable[[], float]:
+def _asking(server: _Running, side: int, clients: int) -> Callable[[], _Taken]:
     """As many clients as there are, each with an image that the server has not seen."""
 
-    def work() -> float:
-        bodies = [_body(model, _image(side)) for _ in range(clients)]
+    def work() -> _Taken:
+        bodies = [_body(server.model, _image(side)) for _ in range(clients)]
         with ThreadPoolExecutor(clients) as pool:
-            started = time.perf_counter()
-            list(pool.map(lambda body: _answer(url, body), bodies))
-            return time.perf_counter() - started
+            wall, cpu = time.perf_counter(), server.cpu_seconds()
+            list(pool.map(lambda body: _answer(server.url, body), bodies))
+            return _Taken(time.perf_counter() - wall, server.cpu_seconds() - cpu)
 
     return work
 
