@@ -6,6 +6,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from convllava import InputError
 from convllava.serving import fetching
@@ -42,6 +44,12 @@ from convllava.serving.fetching import Fetcher, is_public
 )
 def test_only_the_open_internet_is_public(address, public):
     assert is_public(address) is public
+
+
+@given(st.ip_addresses(v=4))
+def test_an_address_of_ipv4_is_as_public_in_the_clothes_of_ipv6(address):
+    assert is_public(f"::ffff:{address}") == is_public(str(address))
+    assert not is_public(f"64:ff9b::{address}")
 
 
 class _Pages(BaseHTTPRequestHandler):

@@ -8,10 +8,14 @@ import json
 import openai
 import pytest
 from hostile import BAD
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import PATH, question, request, serving, until
 
 from convllava.inference import Assistant
 from convllava.serving.limits import Limits
+from convllava.serving.refusal import RefusalError
+from convllava.serving.schema import ChatRequest, parse
 
 LIMITS = Limits(
     body_bytes=300_000,
@@ -151,3 +155,33 @@ def test_good_answers_go_on_among_bad_requests(server, parts):
     assert statuses == [status for _, status, *_ in BAD.values()]
     served = first + "".join(piece.choices[0].delta.content or "" for piece in pieces)
     assert served == Assistant(*parts).chat([{"role": "user", "content": text}], max_new_tokens=length)
+
+
+def test_what_the_chat_template_refuses_is_the_client_s_to_mend(server, monkeypatch):
+    refusing = "{{ raise_exception('a system message stands first') }}"
+    monkeypatch.setattr(server.service.assistant.processor, "chat_template", refusing)
+    status, body, _ = server.post(request())
+    assert (status, body["error"]["code"]) == (400, "invalid_prompt")
+    assert "stands first" in body["error"]["message"]
+
+
+_FIELDS = [*ChatRequest.model_fields, "role", "content", "type", "text", "image_url", "url", "other"]
+_VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(_VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_FIELDS), inner))
+)
+def test_no_json_whatever_breaks_the_parser(content):
+    valid = {"model": "test", "messages": question("what?")}
+    for body in (content, valid | content if isinstance(content, dict) else content):
+        assert outcome(body) in (200, 400)
+
+
+def outcome(content: object) -> int:
+    try:
+        parse(json.dumps(content).encode())
+    except RefusalError as refusal:
+        return refusal.status if "\n" not in refusal.message else 0
+    return 200

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from jinja2 import TemplateError
 from transformers import BatchFeature
 
 from convllava.errors import InputError
@@ -114,7 +115,7 @@ class Service:
         """The digest of an image's file, and its tokens."""
         try:
             data = await self._bytes(url)
-            digest = digest_of(data)
+            digest = await _in(self._checking, digest_of, data)
             if known := self.encoder.known(digest):
                 return digest, known
             await _in(self._checking, self._check_header, data)
@@ -142,7 +143,7 @@ class Service:
         digests, images = [digest for digest, _ in found], [image for _, image in found]
         try:
             prompt = build_prompt(self.assistant, messages, images, digests)
-        except InputError as error:
+        except (InputError, TemplateError) as error:  # a template may refuse an order of messages
             raise RefusalError(400, str(error), "invalid_prompt", "messages") from None
         longest = self._longest(request, len(prompt.keys))
         return Prepared(request.model_copy(update={"messages": []}), prompt, longest)
