@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 HARNESS := .venv-harness
 VLLM := .venv-vllm
 
-.PHONY: demo test test-harness test-vllm lint clean
+.PHONY: demo test test-harness test-vllm lint soak clean
 
 demo: $(VENV)/.demo
 	$(RUN)/convllava demo --output runs/demo
@@ -25,6 +25,9 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
+
+soak: $(VENV)/.dev
+	$(RUN)/python tests/soak.py --minutes $(or $(MINUTES),5)
 
 clean:
 	rm -rf $(VENV) $(HARNESS) $(VLLM) runs

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import fresh
+from serving import serving as serving_here
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
-from convllava import ConvLlavaVisionConfig, InputError
+from convllava import ConvLlavaVisionConfig, InputError, load
+from convllava.bench import decoding, report, serving, suites
 from convllava.bench import reading as data
-from convllava.bench import report, suites
 from convllava.bench.timing import peak_memory, side_by_side
 from convllava.cli import app
 from convllava.costs import prefill_flops, projector_flops, tower_flops
@@ -85,13 +88,19 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(suites, "SMALL", small)
     monkeypatch.setattr(report, "SCALE", (Size(64, 64), Size(128, 128), Size(256, 64)))
     tiny = {
+        "model_type": "llama",
         "vocab_size": 32,
         "hidden_size": 32,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    monkeypatch.setattr(suites, "language_models", lambda: {"135m": tiny, "7b": tiny})
+    for module in (suites, decoding, serving):
+        monkeypatch.setattr(module, "language_models", lambda: {"135m": tiny, "7b": tiny})
+    monkeypatch.setattr(decoding, "BATCHES", (1, 3))
+    monkeypatch.setattr(serving, "towers", lambda: {"T": small})
+    monkeypatch.setattr(serving, "CLIENTS", (1, 2))
+    monkeypatch.setattr(serving, "_started", started_here)
     monkeypatch.setattr(suites, "_photograph", lambda *_: suites_photograph())
     for name, value in (("RECORDS", 24), ("ROW_GROUP", 8), ("_PAGES", 2), ("_SIDE", 256), ("_FEW", 4)):
         monkeypatch.setattr(data, name, value)
@@ -103,7 +112,15 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
     assert (tmp_path / "scale.png").stat().st_size > 1000
     assert (tmp_path / "first-token.png").stat().st_size > 1000
     assert json.loads((tmp_path / "tower.json").read_text())["rows"][0]["difference"] < 1e-4
+    assert all(row["same_tokens"] for row in json.loads((tmp_path / "decoding.json").read_text())["rows"])
     assert json.loads((tmp_path / "pixels.json").read_text())["rows"][0]["equal"] is True
+
+
+@contextmanager
+def started_here(command, port, name):
+    """A server of this process in place of one that would have to start."""
+    with serving_here(load(command[command.index("--model") + 1]), name=name) as running:
+        yield serving._Running(running.url.removeprefix("http://"), name, os.getpid())
 
 
 original_photograph = suites._photograph

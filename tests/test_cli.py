@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import openai
 import pytest
 from conftest import picture
 from PIL import Image
@@ -129,3 +131,26 @@ def test_train_without_an_output_says_so_and_prints_no_json():
     recipe = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
     refusal(run("train", recipe), "--output is missing")
     refusal(run("train", recipe, "--output", "out", "--json"), "--json is for --dry-run")
+
+
+def ask_until_refused(client: openai.OpenAI, asked: dict) -> None:
+    while True:
+        client.chat.completions.create(**asked, max_tokens=1)
+
+
+def test_a_server_finishes_what_runs_when_it_is_told_to_end(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "convllava", "serve", "--port", "0"], stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if line.startswith("serving"))
+        client = openai.OpenAI(base_url=line.split()[-1], api_key="any", max_retries=0)
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "what?"}]}
+        pieces = client.chat.completions.create(**asked, stream=True, n=8, temperature=2, max_tokens=60, seed=1)
+        next(pieces)
+        server.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.InternalServerError, match="going down"):
+            ask_until_refused(client, asked)
+        ends = [choice.finish_reason for piece in pieces for choice in piece.choices if choice.finish_reason]
+        assert len(ends) == 8
+        assert server.wait(20) == 0

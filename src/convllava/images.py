@@ -83,6 +83,20 @@ def _load(source: ImageSource, max_image_pixels: int, draft: Draft | None) -> Im
     raise InputError("not an image; give a path, bytes, a binary stream, a Pillow image or a numpy array")
 
 
+def check_header(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> str:
+    """Look at the header of encoded bytes alone, in no time whatever they may hold.
+
+    Returns:
+        The format, as Pillow calls it.
+
+    Raises:
+        InputError: as `load_image` would raise for what a header tells.
+    """
+    with _open_image(BytesIO(data)) as image:
+        _check_pixels(Size(image.height, image.width), max_image_pixels)
+        return image.format or ""
+
+
 def is_loaded(source: object) -> bool:
     """Whether `load_image` would only copy this: a plain RGB image with nothing to turn or to lay on white."""
     return type(source) is Image.Image and source.mode == "RGB" and not source.info

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convllava import __version__
-from convllava.bench import suites
+from convllava.bench import decoding, serving, suites
 from convllava.bench.reading import reading
 from convllava.errors import InputError
 from convllava.files import make_output
@@ -23,7 +23,7 @@ from convllava.geometry import Size
 from convllava.inspection import language_models, towers
 
 SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
-SUITES = ("tower", "training", "mixed", "scale", "first-token", "pixels", "data")
+SUITES = ("tower", "training", "mixed", "scale", "first-token", "pixels", "decoding", "serving", "data")
 DRAWN = ("scale", "first-token")
 """Suites of which there is a picture."""
 
@@ -91,6 +91,8 @@ def _rows(
         "first-token": lambda: suites.first_token(names, sides, repeats, language, peers),
         "pixels": lambda: suites.pixels(sides, repeats),
         "data": lambda: reading(repeats),
+        "decoding": lambda: decoding.decoding(language, repeats),
+        "serving": lambda: serving.serving(names[0], language, sides[0], repeats, peers),
     }
     if suite not in known:
         raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")

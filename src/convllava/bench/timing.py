@@ -5,18 +5,19 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from convllava.errors import InputError
 
 Work = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 
-def side_by_side(works: Mapping[str, Work], repeats: int) -> dict[str, float]:
+def side_by_side(works: Mapping[Name, Work], repeats: int) -> dict[Name, float]:
     """Median CPU seconds (of all threads together) of each, called in turns after one call that does not count.
 
     CPU time and turns, because other processes come and go: a ratio of two medians is then of the two works, and not of
@@ -24,7 +25,7 @@ def side_by_side(works: Mapping[str, Work], repeats: int) -> dict[str, float]:
     """
     for work in works.values():
         work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    seconds: dict[Name, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
             started = time.process_time()

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import BatchFeature, TextIteratorStreamer
 
 from convllava import checkpoints
 from convllava.errors import InputError
@@ -199,12 +199,17 @@ class Assistant:
         """Run tower and projector on one image; one that has been through them is returned."""
         if isinstance(image, EncodedImage):
             return image
-        inputs = self.processor.image_processor(load_image(image), return_tensors="pt")
-        features = self.model.get_image_features(
-            inputs["pixel_values"].to(self.model.device, self.model.dtype), inputs["image_sizes"], return_dict=True
-        )
-        height, width = inputs["image_sizes"][0].tolist()
-        return EncodedImage(self.processor.replace_image_token(inputs, 0), features.pooler_output[0], (height, width))
+        return self.encode_pixels([self.processor.image_processor(load_image(image), return_tensors="pt")])[0]
+
+    @torch.inference_mode()
+    def encode_pixels(self, images: Sequence[BatchFeature]) -> list[EncodedImage]:
+        """Run tower and projector on images of any shapes together, each as the image processor returned it alone."""
+        pixels = [image["pixel_values"][0].to(self.model.device, self.model.dtype) for image in images]
+        features = self.model.get_image_features(pixels, return_dict=True)
+        sizes = [tuple(image["image_sizes"][0].tolist()) for image in images]
+        placeholders = [self.processor.replace_image_token(image.data, 0) for image in images]
+        tokens = [tokens.clone() for tokens in features.pooler_output]  # a view would keep all of them in memory
+        return [EncodedImage(*parts) for parts in zip(placeholders, tokens, sizes, strict=True)]
 
     def prompts(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[EncodedImage]]], max_new_tokens: int

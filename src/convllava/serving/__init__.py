@@ -1,0 +1,1 @@
+"""A server that any OpenAI client can send pictures to."""

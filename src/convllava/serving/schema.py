@@ -1,0 +1,161 @@
+"""What a request for a completion may say; what would change the answer and is not known here is never ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from convllava.inference.assistant import Message
+from convllava.inference.sampling import Sampling
+from convllava.serving.refusal import RefusalError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Strict):
+    """`detail` is accepted and has no effect: the server's settings decide how many pixels the tower sees."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(_Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _images_are_the_users(self) -> ChatMessage:
+        if self.role != "user" and self.image_urls():
+            raise ValueError("only messages of the user may have images")
+        return self
+
+    def image_urls(self) -> list[str]:
+        parts = [] if isinstance(self.content, str) else self.content
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
+    def texts(self) -> list[str]:
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content if isinstance(part, TextPart)]
+
+    def as_message(self) -> Message:
+        """As `Assistant.chat` takes it, an image part without its image."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        texts = [{"type": "text", "text": part.text} if isinstance(part, TextPart) else None for part in self.content]
+        return {"role": role, "content": [part or {"type": "image"} for part in texts]}
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(_Strict):
+    """The fields of OpenAI's API that mean something here, and some that say nothing: those of the last group."""
+
+    model: str
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # With the one value that is true of this server.
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none"] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs has a meaning with logprobs only")
+        if "" in self.stops():
+            raise ValueError("stop has an empty text")
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options has a meaning with stream only")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of an answer, where the request says it."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def image_urls(self) -> list[str]:
+        return [url for message in self.messages for url in message.image_urls()]
+
+    def characters(self) -> int:
+        return sum(len(text) for message in self.messages for text in message.texts())
+
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, choice: int, max_new_tokens: int, temperature: float) -> Sampling:
+        """How one of the answers is written; `temperature` is that of a request which names none."""
+        return Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            stop=self.stops(),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+def parse(body: bytes) -> ChatRequest:
+    """A request's body.
+
+    Raises:
+        RefusalError: it is no JSON, lacks something, or has something that is not known here.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in _UNIONS)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "this server does not know the parameter; leave it out"
+    raise RefusalError(400, f"{where}: {message}" if where else message, "invalid_request", where or None)
+
+
+_UNIONS = ("str", "constrained-str", "list[str]", "text", "image_url")

@@ -1,0 +1,180 @@
+"""Starting, and ending without cutting anybody off.
+
+convllava serve --model tiny
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Callable, Collection, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+
+from convllava.errors import InputError
+from convllava.inference import Assistant, load
+from convllava.inference.encoder import ImageEncoder
+from convllava.inference.engine import Engine
+from convllava.serving.app import create_app
+from convllava.serving.gate import Gate
+from convllava.serving.limits import Limits
+from convllava.serving.service import Service
+
+_CONNECTIONS = 512
+"""Open at a time, idle ones included; beyond them uvicorn itself answers 503."""
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGTERM or SIGINT it finishes what runs and refuses what comes; on the second it ends at once.
+
+    Args:
+        config: Of uvicorn.
+        gate: That says whether anything runs.
+        seconds: It waits at most so long.
+        announce: Called with the address, once there is one.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, gate: Gate, seconds: float, announce: Callable[[str], None] = lambda _: None
+    ) -> None:
+        super().__init__(config)
+        self._gate, self._seconds, self._announce = gate, seconds, announce
+        self._deadline: float | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce(self.address)
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as the beginning of a URL."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._gate.is_draining:
+            super().handle_exit(sig, frame)
+        else:
+            self.drain()
+
+    def drain(self) -> None:
+        """End when nothing runs any more."""
+        self._gate.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        if await super().on_tick(counter):
+            return True
+        if not self._gate.is_draining:
+            return False
+        now = asyncio.get_running_loop().time()
+        self._deadline = self._deadline or now + self._seconds
+        return self._gate.inside == 0 or now > self._deadline
+
+
+def make_server(
+    assistant: Assistant,
+    name: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    hosts: Collection[str] = (),
+    limits: Limits | None = None,
+    slots: int = 8,
+    context: int | None = None,
+    step_tokens: int = 128,
+    cache_bytes: int = 256 * 2**20,
+    announce: Callable[[str], None] = lambda _: None,
+) -> DrainingServer:
+    """A server of one model, not yet running.
+
+    Args:
+        assistant: The model; it answers nobody else from now on.
+        name: By which clients ask for it.
+        host, port: Where to listen; port 0 takes a free one.
+        api_key: That clients must bring.
+        hosts: From which images behind URLs may be fetched.
+        limits: Of a request; None takes the defaults.
+        slots, context, step_tokens: Of `Engine`.
+        cache_bytes: Of encoded images that are remembered.
+        announce: Called with the address, once there is one.
+
+    Raises:
+        InputError: as `Engine`, or the key is empty.
+    """
+    if api_key is not None and not api_key.strip():
+        raise InputError("the API key is empty; give one or leave the option out")
+    limits = limits or Limits()
+    engine = Engine(assistant, slots, context, step_tokens)
+    service = Service(assistant, name, engine, ImageEncoder(assistant, cache_bytes), limits, hosts)
+    config = uvicorn.Config(
+        create_app(service, api_key),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=1,
+    )
+    return DrainingServer(config, service.gate, limits.seconds, announce)
+
+
+def serve(
+    model: str = "tiny",
+    pixels: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    **options: Any,
+) -> None:
+    """Serve a model until a signal ends it.
+
+    Args:
+        model, pixels: As of `convllava.load`.
+        threads: Of one operation; None leaves it to torch.
+        host, port, api_key, options: As of `make_server`.
+
+    Raises:
+        InputError: the place is taken, the model does not load or cannot be served this way, or a setting is bad.
+    """
+    place = _bind(host, port)  # before the model is loaded, which takes longer than to find out that it is in vain
+    if threads is not None:
+        torch.set_num_threads(threads)
+    assistant = load(model, pixels=pixels)
+    if api_key is None and not _is_loopback(host):
+        print(f"convllava: {host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
+    name = Path(model).name if Path(model).is_dir() else model  # a client has no business with our folders
+    server = make_server(assistant, name, api_key=api_key, announce=_announce(name), **options)
+    server.run(sockets=[place])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((host, port))
+    except OSError as error:
+        place.close()
+        raise InputError(f"nothing can listen at {host}, port {port}: {error.strerror}; choose another") from None
+    return place
+
+
+def _announce(name: str) -> Callable[[str], None]:
+    return lambda address: print(f"serving {name} at {address}/v1", file=sys.stderr, flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,107 @@
+"""Images wait together, are encoded together, and are not encoded again while they are remembered."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import picture
+
+from convllava.inference import Assistant
+from convllava.inference.assistant import EncodedImage
+from convllava.inference.encoder import FeatureCache, ImageEncoder, digest_of
+
+
+class Paused:
+    """An assistant whose tower waits to be let go, so that a test decides what waits together."""
+
+    def __init__(self, assistant):
+        self.assistant, self.passes = assistant, []
+        self.entered, self.go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def encode_pixels(self, pixels):
+        self.passes.append(len(pixels))
+        self.entered.release()
+        self.go.acquire(timeout=20)
+        return self.assistant.encode_pixels(pixels)
+
+
+@pytest.fixture
+def assistant(parts):
+    return Assistant(*parts)
+
+
+@pytest.fixture
+def paused(assistant):
+    return Paused(assistant)
+
+
+@pytest.fixture
+def encoder(paused):
+    encoder = ImageEncoder(paused, batch_pixels=64 * 64 * 6)
+    yield encoder
+    paused.go.release(100)
+    encoder.close()
+
+
+def submit(encoder, assistant, number):
+    image = picture(64, 64 * (1 + number % 3), number)
+    return encoder.submit(str(number), assistant.processor.image_processor(image, return_tensors="pt"))
+
+
+def test_images_that_wait_are_encoded_together_as_alone(encoder, paused, assistant):
+    first = submit(encoder, assistant, 0)
+    paused.entered.acquire(timeout=20)
+    futures = [submit(encoder, assistant, number) for number in (1, 2, 3, 4)]
+    paused.go.release(10)
+    for number, future in enumerate([first, *futures]):
+        expected = assistant.encode(picture(64, 64 * (1 + number % 3), number))
+        torch.testing.assert_close(future.result(20).tokens, expected.tokens, rtol=1e-4, atol=1e-5)
+    assert paused.passes == [1, 3, 1]  # 2 + 3 + 1 parts of 64 x 64 pixels, and no room for two more
+
+
+def test_an_image_that_is_asked_for_twice_is_encoded_once(encoder, paused, assistant):
+    first = submit(encoder, assistant, 0)
+    paused.entered.acquire(timeout=20)
+    again, twice = submit(encoder, assistant, 0), [submit(encoder, assistant, 1) for _ in range(2)]
+    paused.go.release(10)
+    assert first.result(20) is again.result(20) is encoder.known("0")
+    assert twice[0].result(20) is twice[1].result(20) is submit(encoder, assistant, 1).result(20)
+    assert (encoder.stats.images, encoder.stats.passes, encoder.stats.hits) == (2, 2, 1)
+
+
+def test_an_image_nobody_waits_for_any_more_is_left_out(encoder, paused, assistant):
+    first = submit(encoder, assistant, 0)
+    paused.entered.acquire(timeout=20)
+    given_up, wanted = submit(encoder, assistant, 1), submit(encoder, assistant, 2)
+    assert first.cancel()
+    assert given_up.cancel()
+    paused.go.release(10)
+    wanted.result(20)
+    assert encoder.known("1") is None
+
+
+def test_who_waits_hears_of_a_failure_and_the_next_image_is_encoded(encoder, paused, assistant):
+    bad = encoder.submit("bad", {"image_sizes": torch.tensor([[64, 64]])})
+    paused.go.release(10)
+    with pytest.raises(KeyError):
+        bad.result(20)
+    assert submit(encoder, assistant, 0).result(20).tokens.shape[1] == 32
+
+
+def test_the_oldest_images_are_forgotten_first():
+    cache = FeatureCache(max_bytes=3 * 40)
+    images = {name: EncodedImage("", torch.zeros(10), (64, 64)) for name in "abcde"}
+    for name in "abc":
+        cache.put(name, images[name])
+    cache.get("a")
+    for name in "dd":
+        cache.put(name, images[name])
+    assert [cache.get(name) for name in "abcd"] == [images["a"], None, images["c"], images["d"]]
+    cache.put("large", EncodedImage("", torch.zeros(100), (64, 64)))
+    assert cache.bytes == 0
+
+
+def test_digests_tell_files_apart():
+    assert digest_of(b"a") == digest_of(b"a") != digest_of(b"b")

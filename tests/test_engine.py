@@ -1,0 +1,274 @@
+"""Continuous batching: every answer is what it would be alone, whatever else is being written."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import fresh, picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convllava import InputError, load
+from convllava.inference import Assistant
+from convllava.inference.answer import Event
+from convllava.inference.engine import Engine
+from convllava.inference.prompt import build_prompt
+from convllava.inference.sampling import Sampler, Sampling
+from convllava.inference.text import TextStream
+
+QUESTIONS = ("what is red?", "describe the image", "what?", "what is the total at the top left of the image?")
+
+
+@pytest.fixture(scope="module")
+def assistant(parts):
+    return Assistant(*parts)
+
+
+class Writer:
+    """An engine whose steps a test takes itself."""
+
+    def __init__(self, assistant, **options):
+        self.assistant, self.engine = assistant, Engine(assistant, by_columns=False, **options)
+
+    def ask(self, question, image=None, **sampling):
+        """Submit a question about a picture, if any, by its number; the events arrive in the list that is returned."""
+        images = [] if image is None else [self.assistant.encode(numbered(image))]
+        messages = [{"role": "user", "content": question}]
+        events: list[Event] = []
+        prompt = build_prompt(self.assistant, messages, images, [str(image)] * len(images))
+        answer = self.engine.submit(prompt, Sampling(**({"max_new_tokens": 8} | sampling)), events.append)
+        return answer, events
+
+    def finish(self):
+        while self.engine.step():
+            pass
+
+
+def numbered(image):
+    return picture(64, 64 * (1 + image % 3), image)
+
+
+def text_of(events):
+    return "".join(event.text for event in events)
+
+
+def offline(assistant, question, image, count=8):
+    images = [] if image is None else [numbered(image)]
+    return assistant.chat([{"role": "user", "content": question}], images, max_new_tokens=count)
+
+
+@pytest.mark.parametrize("mix", range(6))
+def test_greedy_answers_are_the_same_in_any_company(assistant, mix):
+    dice = random.Random(mix)
+    writer = Writer(assistant, slots=dice.randint(1, 4), step_tokens=dice.choice([5, 16, 128]))
+    asked = []
+    for _ in range(10):
+        question, image, count = dice.choice(QUESTIONS), dice.choice([None, 0, 1, 2]), dice.randint(1, 10)
+        _, events = writer.ask(question, image, max_new_tokens=count)
+        asked.append((question, image, count, events))
+        for _ in range(dice.randint(0, 3)):
+            writer.engine.step()
+    writer.finish()
+    for question, image, count, events in asked:
+        assert text_of(events) == offline(assistant, question, image, count)
+    assert writer.engine.scheduler.running == writer.engine.scheduler.waiting == 0
+
+
+def test_the_weights_in_the_package_answer_as_alone():
+    assistant = load("tiny")
+    writer = Writer(assistant, slots=3, step_tokens=32)
+    asked = [(question, image) for question in QUESTIONS[:3] for image in (0, 1)]
+    events = [writer.ask(*one)[1] for one in asked]
+    writer.finish()
+    assert [text_of(found) for found in events] == [offline(assistant, *one) for one in asked]
+
+
+def test_weights_by_columns_answer_the_same():
+    assistant = Assistant(*fresh())
+    expected = [offline(assistant, question, 1) for question in QUESTIONS]
+    writer = Writer(assistant)
+    writer.engine = Engine(assistant)
+    events = [writer.ask(question, 1)[1] for question in QUESTIONS]
+    writer.finish()
+    assert [text_of(found) for found in events] == expected
+
+
+def test_a_long_prompt_stalls_nobody(assistant):
+    writer = Writer(assistant, slots=3, step_tokens=12)
+    _, short = writer.ask("what?", max_new_tokens=30)
+    writer.engine.step()
+    writer.engine.step()
+    _, long = writer.ask("describe the image " * 30, max_new_tokens=2)
+    _, late = writer.ask("what is red?", max_new_tokens=2)
+    for _ in range(4):
+        before = len(short)
+        writer.engine.step()
+        assert len(short) == before + 1
+    assert late
+    assert not long
+
+
+def test_a_second_question_reuses_the_first_one_s_keys_and_values(assistant):
+    writer = Writer(assistant, slots=2)
+    _, events = writer.ask("what is red?", 1)
+    writer.finish()
+    history = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is red?"}]},
+        {"role": "assistant", "content": text_of(events)},
+    ]
+    expected = assistant.chat([*history, {"role": "user", "content": "what?"}], [numbered(1)], max_new_tokens=8)
+    images, prompt = [assistant.encode(numbered(1))], [*history, {"role": "user", "content": "what?"}]
+    found: list[Event] = []
+    answer = writer.engine.submit(
+        build_prompt(assistant, prompt, images, ["1"]), Sampling(max_new_tokens=8), found.append
+    )
+    writer.finish()
+    assert answer.cached > 5
+    assert text_of(found) == expected
+    other = writer.ask("what is red?", 4)[0]  # as wide, but another picture
+    writer.finish()
+    assert other.cached <= 2
+
+
+def test_the_same_prompt_is_read_once(assistant):
+    writer = Writer(assistant, slots=4, step_tokens=16)
+    asked = [writer.ask(QUESTIONS[3], 1) for _ in range(3)]
+    writer.finish()
+    assert [answer.cached for answer, _ in asked] == [0] + [len(asked[0][0].prompt.keys) - 1] * 2
+    assert len({text_of(events) for _, events in asked}) == 1
+
+
+def test_a_conversation_keeps_its_slot_while_another_is_free(assistant):
+    writer = Writer(assistant, slots=2)
+    first, _ = writer.ask("describe the image " * 10, 1)
+    writer.finish()
+    writer.ask("what?")
+    writer.finish()
+    again, _ = writer.ask("describe the image " * 10, 1)
+    writer.finish()
+    assert again.cached == len(first.prompt.keys) - 1
+
+
+def test_a_seed_draws_the_same_in_any_company(assistant):
+    writer = Writer(assistant, slots=4)
+    drawn = {"temperature": 1.0, "seed": 7, "max_new_tokens": 12}
+    _, alone = writer.ask("what?", **drawn)
+    writer.finish()
+    asked = [writer.ask(QUESTIONS[place % 4], place % 3, temperature=1.0, seed=place)[1] for place in range(3)]
+    _, together = writer.ask("what?", **drawn)
+    _, other = writer.ask("what?", **(drawn | {"seed": 8}))
+    writer.finish()
+    assert text_of(together) == text_of(alone) != text_of(other)
+    assert all(events[-1].finish for events in asked)
+
+
+def test_the_likeliest_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.75, seed=0))
+    drawn = torch.tensor([sampler.pick(logits) for _ in range(2000)]).bincount(minlength=4) / 2000
+    torch.testing.assert_close(drawn, torch.tensor([0.625, 0.375, 0, 0]), atol=0.04, rtol=0)
+    assert Sampler(Sampling(temperature=5.0, top_p=0.01, seed=0)).pick(logits) == 0
+
+
+def test_logarithms_of_probability_are_the_model_s_own(assistant):
+    writer = Writer(assistant)
+    answer, events = writer.ask("what is red?", logprobs=3, max_new_tokens=4)
+    writer.finish()
+    tokens = [token for event in events for token in event.tokens]
+    ids = torch.tensor([*answer.prompt.keys, *(token.token for token in tokens)])
+    with torch.inference_mode():
+        logprobs = assistant.model(ids[None]).logits[0].log_softmax(-1)
+    for place, token in enumerate(tokens, start=len(answer.prompt.keys) - 1):
+        assert token.logprob == pytest.approx(float(logprobs[place, token.token]), abs=1e-4)
+        assert [found for found, _ in token.top] == logprobs[place].topk(3).indices.tolist()
+
+
+def test_a_cancelled_answer_leaves_its_place(assistant):
+    writer = Writer(assistant, slots=1)
+    running, events = writer.ask("what?", max_new_tokens=200)
+    queued, _ = writer.ask("what is red?")
+    _, last = writer.ask("describe the image")
+    writer.engine.step()
+    writer.engine.cancel(running)
+    writer.engine.cancel(queued)
+    seen = len(events)
+    writer.finish()
+    assert len(events) == seen
+    assert text_of(last) == offline(assistant, "describe the image", None)
+
+
+def test_a_failed_step_fails_its_answers_and_no_others(assistant, monkeypatch):
+    writer = Writer(assistant)
+    done = []
+    monkeypatch.setattr(writer.engine.model, "forward", lambda *_: 1 / 0)
+    _, events = writer.ask("what?")
+    monkeypatch.setattr(writer.engine, "_wait", lambda: not done and (done.append(1) or True))
+    writer.engine._run()
+    assert [event.finish for event in events] == ["error"]
+    monkeypatch.undo()
+    _, events = writer.ask("what?")
+    writer.finish()
+    assert text_of(events) == offline(assistant, "what?", None)
+
+
+def test_the_thread_writes_and_closes(assistant):
+    writer = Writer(assistant)
+    writer.engine.start()
+    _, events = writer.ask("what?", max_new_tokens=400)
+    writer.engine.close()
+    assert events[-1].finish in ("error", "length", "stop")
+    with pytest.raises(InputError, match="closed"):
+        writer.ask("what?")
+
+
+def test_what_does_not_fit_is_refused(assistant):
+    with pytest.raises(InputError, match=r"the context is 512; shorten"):
+        Writer(assistant).ask("what?", max_new_tokens=510)
+    with pytest.raises(InputError, match="too few for 8 slots"):
+        Engine(assistant, step_tokens=8)
+    with pytest.raises(InputError, match="not between 2 and the model's 512"):
+        Engine(assistant, context=1000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(st.sampled_from("abc ré日"), max_size=30),
+    stop=st.lists(st.text("abc é", min_size=1, max_size=4), max_size=3),
+)
+def test_pieces_are_the_whole_text_up_to_its_first_stop(parts, text, stop):
+    tokenizer = parts[1].tokenizer
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream, pieces, shown = TextStream(tokenizer, stop), [], 0
+    for token in tokens:
+        stream.push(token)
+        pieces.append(stream.take())
+        if stream.is_stopped:
+            break
+        shown += len(pieces[-1])
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    # Every token is a character here, and the stop that is complete first decides.
+    seen = next((whole[:end] for end in range(len(whole) + 1) if any(one in whole[:end] for one in stop)), whole)
+    cut = min([place for one in stop if (place := seen.find(one)) >= 0], default=len(whole))
+    assert "".join(pieces) + stream.finish() == whole[:cut]
+    assert shown <= cut
+    assert stream.is_stopped == (cut < len(whole))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 400), max_size=20), stop=st.lists(st.text("ab,", min_size=1, max_size=2), max_size=2)
+)
+def test_no_tokens_whatever_break_the_text(parts, tokens, stop):
+    tokenizer = parts[1].tokenizer
+    stream = TextStream(tokenizer, stop)
+    for token in tokens:
+        stream.push(token)
+        stream.take()
+        if stream.is_stopped:
+            return
+    stream.finish()
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert whole.startswith(stream.text)
+    assert stream.is_stopped or stream.text == whole

@@ -1,0 +1,158 @@
+"""Images behind URLs: from named hosts, at public addresses, whatever names, answers and redirects say."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convllava import InputError
+from convllava.serving import fetching
+from convllava.serving.fetching import Fetcher, is_public
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("::ffff:93.184.215.14", True),
+        ("127.0.0.1", False),
+        ("127.9.9.9", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:169.254.169.254", False),
+        ("::127.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_only_the_open_internet_is_public(address, public):
+    assert is_public(address) is public
+
+
+@given(st.ip_addresses(v=4))
+def test_an_address_of_ipv4_is_as_public_in_the_clothes_of_ipv6(address):
+    assert is_public(f"::ffff:{address}") == is_public(str(address))
+    assert not is_public(f"64:ff9b::{address}")
+
+
+class _Pages(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers["Host"]))
+        status, body, headers = self.server.pages[self.path]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site():
+    """A site of this machine."""
+    server = HTTPServer(("127.0.0.1", 0), _Pages)
+    server.asked, server.pages = [], {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def fetcher(site, monkeypatch):
+    """One that may fetch from `good.example` and `moved.example`, which are names of the site."""
+    port = site.server_address[1]
+    monkeypatch.setattr(fetching, "_PORTS", {"http": port, "https": port})
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
+    resolve(monkeypatch, {"good.example": ["127.0.0.1"], "moved.example": ["127.0.0.1"]})
+    return Fetcher(["good.example", "moved.example", "bad.example", "mixed.example"], max_bytes=1000, seconds=1)
+
+
+def resolve(monkeypatch, names):
+    def getaddrinfo(host, port, *_, **__):
+        if host not in names and host != "127.0.0.1":
+            raise OSError("no such name")
+        return [(2, 1, 6, "", (address, port)) for address in names.get(host, [host])]
+
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.fixture
+def connected(monkeypatch):
+    """Where connections go: to addresses and never to names, since a name could mean something else by then."""
+    original, places = fetching.socket.create_connection, []
+
+    def create_connection(address, *rest):
+        places.append(address[0])
+        return original(address, *rest)
+
+    monkeypatch.setattr(fetching.socket, "create_connection", create_connection)
+    return places
+
+
+def test_an_image_is_fetched_in_the_name_of_its_host(fetcher, site, connected):
+    site.pages["/a.png?b=c"] = (200, b"image", {})
+    assert fetcher.fetch("http://good.example/a.png?b=c") == b"image"
+    assert connected == ["127.0.0.1"]
+    assert site.asked[0][1].partition(":")[0] == "good.example"
+
+
+def test_redirects_lead_to_allowed_hosts_only(fetcher, site, connected):
+    site.pages["/"] = (200, b"image", {})
+    site.pages["/moved"] = (302, b"", {"Location": "http://moved.example/"})
+    site.pages["/local"] = (302, b"", {"Location": "http://127.0.0.1/"})
+    site.pages["/file"] = (302, b"", {"Location": "file:///etc/passwd"})
+    site.pages["/again"] = (302, b"", {"Location": "/again"})
+    assert fetcher.fetch("http://good.example/moved") == b"image"
+    with pytest.raises(InputError, match=r"no image is fetched from 127\.0\.0\.1"):
+        fetcher.fetch("http://good.example/local")
+    with pytest.raises(InputError, match="an image is a data: URI"):
+        fetcher.fetch("http://good.example/file")
+    with pytest.raises(InputError, match="redirects too often"):
+        fetcher.fetch("http://good.example/again")
+    assert set(connected) == {"127.0.0.1"}
+
+
+def test_names_with_any_address_that_is_not_public_are_refused(fetcher, site, monkeypatch):
+    resolve(monkeypatch, {"bad.example": ["10.0.0.1"], "mixed.example": ["127.0.0.1", "::1"]})
+    for host in ("bad.example", "mixed.example"):
+        with pytest.raises(InputError, match="its address is not public"):
+            fetcher.fetch(f"http://{host}/")
+    with pytest.raises(InputError, match="does not give the image"):
+        fetcher.fetch("http://good.example/")
+    assert not site.asked
+
+
+def test_bad_answers_are_refused(fetcher, site):
+    site.pages["/large"] = (200, b"x" * 1001, {})
+    site.pages["/absent"] = (404, b"", {})
+    site.pages["/short"] = (200, b"x", {"Content-Length": "50"})
+    for path, message in (("large", "more than"), ("absent", "answers 404"), ("short", "broke off")):
+        with pytest.raises(InputError, match=message):
+            fetcher.fetch(f"http://good.example/{path}")
+
+
+def test_without_hosts_nothing_is_fetched():
+    with pytest.raises(InputError, match="send the image as data:"):
+        Fetcher([], 1000, 1).fetch("https://example.org/a.png")
+    with pytest.raises(InputError, match="malformed"):
+        Fetcher([], 1000, 1).fetch("http://[::1/")

@@ -1,0 +1,187 @@
+"""What a server must survive: each hostile request is answered with OpenAI's kind of error while others go on."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import openai
+import pytest
+from hostile import BAD
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import PATH, question, request, serving, until
+
+from convllava.inference import Assistant
+from convllava.serving.limits import Limits
+from convllava.serving.refusal import RefusalError
+from convllava.serving.schema import ChatRequest, parse
+
+LIMITS = Limits(
+    body_bytes=300_000,
+    body_seconds=0.5,
+    images=2,
+    image_pixels=200_000,
+    prompt_characters=3000,
+    new_tokens=450,
+    choices=3,
+    queue=1,
+    seconds=30,
+)
+
+
+@pytest.fixture(scope="module")
+def server(parts):
+    model, processor = parts
+    own = Assistant(copy.deepcopy(model), processor)
+    with serving(own, slots=2, step_tokens=16, limits=LIMITS, hosts=["pictures.example"]) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_get_an_error_that_says_why(server, name):
+    content, status, code, parameter = BAD[name]
+    found, body, _ = server.post(content)
+    assert (found, body["error"]["code"], body["error"]["param"]) == (status, code, parameter)
+    assert body["error"]["type"] == "invalid_request_error"
+    assert 5 < len(body["error"]["message"]) < 400
+    assert "\n" not in body["error"]["message"]
+    assert server.service.gate.inside == 0
+
+
+def test_nothing_of_the_machine_is_in_an_error(server):
+    for name in ("local file", "path", "no image", "cut image"):
+        message = server.post(BAD[name][0])[1]["error"]["message"]
+        assert "/" not in message.replace("data:image/png", "").replace("http(s)://", "")
+
+
+def test_openai_clients_raise_their_own_errors(server):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    with pytest.raises(openai.UnprocessableEntityError, match="image 1"):
+        client.chat.completions.create(model="test", messages=question("what?", b"hello"))
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="test", messages=question("what?"), n=4)
+    assert caught.value.param == "n"
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_is_refused_and_the_answer_can_be_read(server, declared):
+    body = b"x" * (LIMITS.body_bytes + 1_000_000)
+    connection = server.connect()
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", PATH, body if declared else iter([body]), headers, encode_chunked=not declared)
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server):
+    connection = server.connect()
+    connection.putrequest("POST", PATH)
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b"{")
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["code"]) == (408, "body_too_slow")
+
+
+def test_a_form_of_a_web_page_is_refused(server):
+    found = server.send("POST", PATH, json.dumps(request()).encode(), **{"Content-Type": "text/plain"})
+    assert (found[0], found[1]["error"]["code"]) == (400, "invalid_content_type")
+
+
+def test_unknown_places_are_errors_of_the_same_kind(server):
+    assert server.send("GET", "/v1/files")[0] == 404
+    status, body, _ = server.send("GET", PATH)
+    assert (status, body["error"]["code"]) == (405, "unknown_url")
+
+
+def test_too_many_at_once_are_told_to_come_again(server):
+    streams = []
+    for number in range(3):
+        connection = server.connect()
+        body = json.dumps(request("what " * number + "?", max_tokens=450, stream=True, stop=["never said"]))
+        connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+        streams.append(connection)
+    until(lambda: server.service.gate.inside == 3)
+    status, body, headers = server.post(request())
+    assert (status, body["error"]["code"], body["error"]["type"]) == (429, "queue_full", "rate_limit_error")
+    assert int(headers["retry-after"]) > 0
+    for connection in streams:
+        connection.close()
+    until(lambda: server.service.gate.inside == 0)
+    assert server.post(request())[0] == 200
+
+
+def test_an_answer_that_takes_too_long_is_given_up(parts):
+    own = Assistant(copy.deepcopy(parts[0]), parts[1])
+    with serving(own, slots=1, step_tokens=4, limits=Limits(seconds=0.3)) as running:
+        slow = request("describe the image " * 60, max_tokens=100)
+        status, body, headers = running.post(slow)
+        assert (status, body["error"]["code"], "retry-after" in headers) == (503, "too_late", True)
+        connection = running.connect()
+        streamed = request("the total " * 60, max_tokens=100, stream=True)
+        connection.request("POST", PATH, json.dumps(streamed), {"Content-Type": "application/json"})
+        text = connection.getresponse().read().decode()
+        assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "too_late"
+        until(lambda: running.service.engine.scheduler.running == 0)
+
+
+def test_the_key_is_asked_for(parts):
+    own = Assistant(copy.deepcopy(parts[0]), parts[1])
+    with serving(own, slots=1, api_key="sécret") as running:
+        for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic sécret"}):
+            status, body, headers = running.post(request(), **header)
+            assert (status, body["error"]["type"]) == (401, "authentication_error")
+            assert headers["www-authenticate"] == "Bearer"
+        right = {"Authorization": "Bearer sécret".encode().decode("latin-1")}
+        assert running.post(request(), **right)[0] == 200
+        assert running.send("GET", "/v1/models")[0] == 401
+
+
+def test_a_failed_step_is_a_server_error_and_the_next_request_is_served(server, monkeypatch):
+    monkeypatch.setattr(server.service.engine.model, "forward", lambda *_: 1 / 0)
+    status, body, _ = server.post(request())
+    assert (status, body["error"]["type"]) == (500, "server_error")
+    monkeypatch.undo()
+    assert server.post(request())[0] == 200
+
+
+def test_good_answers_go_on_among_bad_requests(server, parts):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    text, length = "describe the image", 200
+    pieces = client.chat.completions.create(**request(text, max_tokens=length, stream=True))
+    first = next(pieces).choices[0].delta.content or ""
+    statuses = [server.post(content)[0] for content, *_ in BAD.values()]
+    assert statuses == [status for _, status, *_ in BAD.values()]
+    served = first + "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert served == Assistant(*parts).chat([{"role": "user", "content": text}], max_new_tokens=length)
+
+
+def test_what_the_chat_template_refuses_is_the_client_s_to_mend(server, monkeypatch):
+    refusing = "{{ raise_exception('a system message stands first') }}"
+    monkeypatch.setattr(server.service.assistant.processor, "chat_template", refusing)
+    status, body, _ = server.post(request())
+    assert (status, body["error"]["code"]) == (400, "invalid_prompt")
+    assert "stands first" in body["error"]["message"]
+
+
+_FIELDS = [*ChatRequest.model_fields, "role", "content", "type", "text", "image_url", "url", "other"]
+_VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(_VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_FIELDS), inner))
+)
+def test_no_json_whatever_breaks_the_parser(content):
+    valid = {"model": "test", "messages": question("what?")}
+    for body in (content, valid | content if isinstance(content, dict) else content):
+        assert outcome(body) in (200, 400)
+
+
+def outcome(content: object) -> int:
+    try:
+        parse(json.dumps(content).encode())
+    except RefusalError as refusal:
+        return refusal.status if "\n" not in refusal.message else 0
+    return 200
