@@ -54,7 +54,8 @@ def test_a_cell_larger_than_the_csv_modules_limit_is_read(tmp_path):
 
 def test_texts_with_tabs_quotes_and_line_ends_do_not_shift_the_images(tmp_path):
     rows = [
-        {"index": n, "question": 'a\t"b"\nc é', "A": "x", "B": "y", "answer": "A", "image": base64_png(n)} for n in (3, 4)
+        {"index": n, "question": 'a\t"b"\nc é', "A": "x", "B": "y", "answer": "A", "image": base64_png(n)}
+        for n in (3, 4)
     ]
     questions = load("seedbench", write_tsv(tmp_path / "seed.tsv", rows))
     assert [question.text for question in questions] == ['a\t"b"\nc é'] * 2
@@ -190,7 +191,13 @@ def test_refcoco_has_corners_in_json_lines_and_sides_in_parquet(tmp_path):
 
 def test_ocrbench_and_realworldqa_and_mmvet_bring_what_their_rules_need(tmp_path):
     ocr = [
-        {"dataset": "HME100k", "question_type": "Handwritten", "question": "q", "answer": ["x"], "image": parquet_image()},
+        {
+            "dataset": "HME100k",
+            "question_type": "Handwritten",
+            "question": "q",
+            "answer": ["x"],
+            "image": parquet_image(),
+        },
         {"dataset": "IIIT5K", "question_type": "Regular", "question": "q", "answer": ["y"], "image": parquet_image()},
     ]
     formula, regular = load("ocrbench", write_parquet(tmp_path / "OCRBench.parquet", ocr))
@@ -236,7 +243,10 @@ def broken_rows(**changes):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"index": 1, "A": "x", "answer": "A"}], r"row 1 of m.tsv lacks the column question .*; it has A, answer, index"),
+        (
+            [{"index": 1, "A": "x", "answer": "A"}],
+            r"row 1 of m.tsv lacks the column question .*; it has A, answer, index",
+        ),
         ([{"index": 1, "question": "q", "A": "x"}], r"row 1 of m.tsv lacks the column answers or answer"),
         ([{"index": 1, "question": "q", "answer": "A"}], r"row 1 of m.tsv has no options"),
         (broken_rows(answer="E"), r"row 2 of m.tsv: the answer is 'E', and the options are AB"),
@@ -251,7 +261,7 @@ def test_a_bad_row_is_named_with_what_is_wrong(tmp_path, rows, message):
 def test_damaged_files_are_one_line(tmp_path):
     path = write_tsv(tmp_path / "m.tsv", circular_rows())
     path.write_bytes(path.read_bytes()[:-40].rsplit(b"\t", 1)[0] + b"\n")
-    with pytest.raises(InputError, match="row 4 of m.tsv has .* is the file cut short"):
+    with pytest.raises(InputError, match=r"row 4 of m.tsv has .* is the file cut short"):
         load("mmbench", path)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match="not a readable Parquet file"):
@@ -260,7 +270,7 @@ def test_damaged_files_are_one_line(tmp_path):
     with pytest.raises(InputError, match="is not JSON"):
         load("docvqa", tmp_path / "x.json")
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"b": \n')
-    with pytest.raises(InputError, match="line 2 of .* is not JSON"):
+    with pytest.raises(InputError, match=r"line 2 of .* is not JSON"):
         load("docvqa", tmp_path / "x.jsonl")
     (tmp_path / "y.tsv").write_bytes(b"index\tquestion\n1\t\xff\n")
     with pytest.raises(InputError, match="not UTF-8"):
@@ -268,7 +278,7 @@ def test_damaged_files_are_one_line(tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
         load("mmbench", tmp_path / "nowhere")
     (tmp_path / "z.csv").touch()
-    with pytest.raises(InputError, match="z.csv: a benchmark's file ends in .tsv"):
+    with pytest.raises(InputError, match=r"z.csv: a benchmark's file ends in .tsv"):
         load("mmbench", tmp_path / "z.csv")
 
 
@@ -286,7 +296,7 @@ def test_a_damaged_image_is_found_when_it_is_looked_at_and_tells_its_row(tmp_pat
     rows = broken_rows(image=base64_png(2)[:4000])
     questions = load("mmbench", write_tsv(tmp_path / "m.tsv", [*rows, circular_rows()[0] | {"index": 9, "image": "5"}]))
     assert questions[0].pictures[0].load()
-    with pytest.raises(InputError, match="row 2 of m.tsv: the image is damaged"):
+    with pytest.raises(InputError, match=r"row 2 of m.tsv: the image is damaged"):
         questions[1].pictures[0].load()
     with pytest.raises(InputError, match="the image is that of index 5, and no row has it"):
         questions[2].pictures[0].load()

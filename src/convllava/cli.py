@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,6 +11,8 @@ import typer
 
 from convllava import __version__
 from convllava.errors import InputError
+from convllava.evaluation.cli import app as evaluation
+from convllava.options import AsJson, ImageMode, MaxPixels, Model, ShortSide, pixels, print_json, show
 
 app = typer.Typer(
     name="convllava",
@@ -21,15 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Option("--model", "-m", help="tiny (in the package), a folder, or a hub id.")]
-ImageMode = Annotated[
-    str | None,
-    typer.Option(help="native, square, short_side or crop, in place of what the model was trained with."),
-]
-ShortSide = Annotated[int | None, typer.Option(min=1, help="Pixels of the short side, for --image-mode short_side.")]
-MaxPixels = Annotated[int | None, typer.Option(min=1, help="Most pixels of an image, where its aspect ratio is kept.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")]
+app.add_typer(evaluation, name="eval")
 
 
 def main() -> None:
@@ -76,9 +68,9 @@ def ask(
     """Answer a question about an image; the answer streams."""
     from convllava.inference import load
 
-    assistant = load(model, pixels=_pixels(image_mode, short_side, max_pixels))
+    assistant = load(model, pixels=pixels(image_mode, short_side, max_pixels))
     if as_json:
-        _print_json(assistant.report(image, question, max_new_tokens=max_new_tokens))
+        print_json(assistant.report(image, question, max_new_tokens=max_new_tokens))
         return
     for piece in assistant.ask(image, question, stream=True, max_new_tokens=max_new_tokens):
         print(piece, end="", flush=True)
@@ -130,7 +122,7 @@ def _show_plan(recipe: Any, as_json: bool) -> None:
     from convllava.training.plan import explain_missing, plan, tables_of
 
     report = plan(recipe)
-    _show(report, as_json, lambda: tables_of(report))
+    show(report, as_json, lambda: tables_of(report))
     if not as_json:
         print(explain_missing(report) or "no file is missing")
 
@@ -160,29 +152,7 @@ def info(
     from convllava.inspection import inspect, tables_of
 
     report = inspect(name)
-    _show(report, as_json, lambda: tables_of(report))
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Model = "tiny",
-    samples: Annotated[int, typer.Option(min=2, help="Held-out pages.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the pages.")] = 1,
-    size: Annotated[int, typer.Option(help="Square root of the pages' area in pixels.")] = 448,
-    simple: Annotated[bool, typer.Option("--simple", help="The simpler world of recipes/tiny-quick.yaml.")] = False,
-    image_mode: ImageMode = None,
-    short_side: ShortSide = None,
-    max_pixels: MaxPixels = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a model on held-out pages of the generated world, beside the same model with the wrong image."""
-    from convllava.evaluation.synthetic import measure, table_of
-    from convllava.inference import load
-    from convllava.synthetic import World
-
-    assistant = load(model, pixels=_pixels(image_mode, short_side, max_pixels))
-    report = measure(assistant, World("heldout", seed=seed, size=size, simple=simple), samples)
-    _show(report, as_json, lambda: [table_of(report, f"{model} on {samples} held-out pages")])
+    show(report, as_json, lambda: tables_of(report))
 
 
 @app.command()
@@ -214,15 +184,7 @@ def bench(
     from convllava.bench.report import run, table_of
 
     report = run(suite, towers.split(","), sides.split(","), language, peers, repeats, threads, output)
-    _show(report, as_json, lambda: [table_of(report)])
-
-
-def _pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:
-    """The options as settings of the image processor."""
-    if short_side is not None and image_mode != "short_side":
-        raise InputError("--short-side has a meaning with --image-mode short_side only")
-    settings = {"mode": image_mode, "side": short_side, "max_pixels": max_pixels}
-    return {name: value for name, value in settings.items() if value is not None}
+    show(report, as_json, lambda: [table_of(report)])
 
 
 def _import_training() -> Any:
@@ -231,18 +193,3 @@ def _import_training() -> Any:
     except ImportError as error:
         raise InputError(f"training needs {error.name}; pip install 'convllava[train]'") from None
     return run
-
-
-def _show(report: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
-    """A report for a program or for a person."""
-    if as_json:
-        _print_json(report)
-        return
-    from rich.console import Console
-
-    for table in tables():
-        Console().print(table)
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, ensure_ascii=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -100,8 +100,9 @@ def score(
     aids: Aids | None = None,
     *,
     seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Result:
-    """Judge answers by the benchmark's rule.
+    """Judge answers by the benchmark's rule; `progress` is called with the share of questions judged.
 
     Raises:
         InputError: none of the answers is to one of the questions, or the benchmark needs a judge and has none.
@@ -117,7 +118,7 @@ def score(
             f"none of the {len(given)} answers is to a question of {benchmark.name}: the first is to {unknown[0]!r}, "
             f"and the first question is {questions[0].id!r}"
         )
-    judged, broken = _judged(benchmark, questions, given, aids)
+    judged, broken = _judged(benchmark, questions, given, aids, progress)
     failed = {item["id"] for item in broken} | (known - set(given))
     return {
         "benchmark": benchmark.name,
@@ -138,10 +139,14 @@ def score(
 
 
 def _judged(
-    benchmark: Benchmark, questions: Sequence[Question], given: Mapping[str, Answer], aids: Aids
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    given: Mapping[str, Answer],
+    aids: Aids,
+    progress: Callable[[float], None],
 ) -> tuple[list[Judged], list[Broken]]:
     judged, broken = [], []
-    for question in questions:
+    for number, question in enumerate(questions, start=1):
         verdict = Verdict(0.0, None)
         answer = given.get(question.id, {"id": question.id})
         try:
@@ -154,6 +159,7 @@ def _judged(
                 raise
             broken.append(Broken(id=question.id, reason=str(error)))
         judged.append(Judged(question.id, question.categories, question.group, question.truths[0], *verdict))
+        progress(number / len(questions))
     return judged, broken
 
 

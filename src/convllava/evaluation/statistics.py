@@ -35,7 +35,10 @@ def interval(
     draws = np.random.default_rng(seed)
     labels = np.asarray(strata)
     parts = [np.flatnonzero(labels == label) for label in sorted(set(strata))]
-    found = [statistic(np.concatenate([draws.choice(part, len(part)) for part in parts])) for _ in range(resamples)]
+    found = [
+        statistic(np.concatenate([part[draws.integers(len(part), size=len(part))] for part in parts]))
+        for _ in range(resamples)
+    ]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

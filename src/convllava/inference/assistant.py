@@ -180,8 +180,18 @@ class Assistant:
             conversations = [
                 ([Message(role="user", content=question)], [encoded[id(image)]]) for image, question in batch
             ]
-            inputs = self.prompts(conversations, max_new_tokens)
-            yield self._generate(inputs, {"do_sample": False, "max_new_tokens": max_new_tokens})
+            yield self.respond(conversations, max_new_tokens=max_new_tokens)
+
+    def respond(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[EncodedImage]]], *, max_new_tokens: int = 64
+    ) -> list[str]:
+        """The next message of each conversation, as one batch; images as for `chat`, encoded before.
+
+        Raises:
+            InputError: as for `prompts`.
+        """
+        inputs = self.prompts(conversations, max_new_tokens)
+        return self._generate(inputs, {"do_sample": False, "max_new_tokens": max_new_tokens})
 
     @torch.inference_mode()
     def encode(self, image: ImageSource | EncodedImage) -> EncodedImage:

@@ -1,0 +1,102 @@
+"""What the commands of `convllava eval` do, for Python callers as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from convllava import checkpoints
+from convllava.errors import InputError
+from convllava.evaluation.benchmarks import benchmark_named
+from convllava.evaluation.judging import ChatJudge
+from convllava.evaluation.report import pairs_table, tables_of
+from convllava.evaluation.rules import Aids, Judge
+from convllava.evaluation.running import Options, run, run_questions
+from convllava.evaluation.scoring import Result, read_answers
+from convllava.evaluation.scoring import score as score_answers
+from convllava.evaluation.sources import find_benchmarks, load_questions
+from convllava.evaluation.sweep import describe_world
+from convllava.evaluation.synthetic import table_of
+from convllava.evaluation.world import SYNTHETIC, as_report, world_questions
+from convllava.inference import load
+from convllava.synthetic import World
+
+
+def judge_at(url: str | None, model: str | None) -> Judge | None:
+    """The judge that two options name; InputError where one of them is missing."""
+    if (url is None) != (model is None):
+        raise InputError("--judge-url and --judge-model go together: the server, and the model there that judges")
+    return None if url is None or model is None else ChatJudge(url, model)
+
+
+def run_files(
+    name: str, model: str, pixels: Mapping[str, Any], data: Path, options: Options, output: Path | None
+) -> dict[str, Any]:
+    """Run a benchmark on files; with the name all, each that a folder holds.
+
+    Returns:
+        `running.run`'s report; of all, `benchmarks` with a report each, and `refused` with the reasons of the others.
+
+    Raises:
+        InputError: as `running.run`; of all, where nothing could be run.
+    """
+    found = find_benchmarks(data) if name == "all" else {benchmark_named(name).name: data}
+    assistant = load(model, pixels=pixels)
+    if name != "all":
+        return run(benchmark_named(name), model, assistant, data, options, output)
+    reports, refused = {}, {}
+    for each, path in found.items():
+        try:
+            folder = None if output is None else output / each
+            reports[each] = run(benchmark_named(each), model, assistant, path, options, folder)
+        except InputError as error:
+            refused[each] = str(error)
+    if not reports:
+        raise InputError("; ".join(refused.values()))
+    return {"benchmarks": reports, "refused": refused}
+
+
+def run_synthetic(
+    model: str, pixels: Mapping[str, Any], world: World, samples: int, options: Options, output: Path | None
+) -> dict[str, Any]:
+    """Run the generated world as a benchmark: `running.run`'s report together with that of `synthetic.evaluate`."""
+    questions = world_questions(world, samples)
+    source = {"world": describe_world(world), "samples": samples}
+    report = run_questions(SYNTHETIC, model, load(model, pixels=pixels), questions, options, output, source)
+    return report | as_report(report, samples)
+
+
+def score_file(
+    name: str, data: Path, answers: Path, options: Options, model: str | None, judge: Judge | None
+) -> Result:
+    """Score a file of answers; `model` is whose image geometry their boxes are in."""
+    benchmark = benchmark_named(name)
+    given = read_answers(answers)
+    questions = load_questions(
+        benchmark,
+        data,
+        images=options.images,
+        split=options.split,
+        categories=options.categories,
+        limit=options.limit,
+    )
+    placement = None if model is None else checkpoints.processor(checkpoints.find(model)).image_processor.placement
+    return score_answers(benchmark, questions, given, Aids(placement, judge), seed=options.seed)
+
+
+def tables_of_all(result: Mapping[str, Any]) -> Iterator[Table | str]:
+    """Any of the reports for the terminal."""
+    if "benchmarks" in result:
+        for report in result["benchmarks"].values():
+            yield from tables_of(report)
+        yield from (f"{name} was not run: {reason}" for name, reason in result["refused"].items())
+        return
+    if "tasks" in result:
+        yield table_of(result, f"{result['model']['name']} on {result['samples']} held-out pages")  # type: ignore[arg-type]
+    else:
+        yield from tables_of(result)
+    if result["efficiency"]:
+        yield pairs_table("efficiency, medians of single questions", result["efficiency"])

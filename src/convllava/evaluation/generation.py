@@ -1,0 +1,131 @@
+"""A model's answers to questions, in batches that are the same whether a run was interrupted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from convllava.errors import InputError
+from convllava.evaluation.journal import Journal
+from convllava.evaluation.likelihood import likeliest_letter
+from convllava.evaluation.prompts import conversation
+from convllava.evaluation.questions import Picture, Question
+from convllava.evaluation.scoring import Answer
+from convllava.inference.assistant import Assistant, EncodedImage, Message
+
+Asked = tuple[Sequence[Message], Sequence[EncodedImage]]
+CHOICES = ("generate", "likelihood")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked.
+
+    Attributes:
+        templates: See `prompts.templates_of`.
+        max_new_tokens: Longest answer.
+        choices: One of `CHOICES`: read the letter in a written answer, or take the letter with the highest likelihood.
+        batch_size: Questions that are answered together.
+    """
+
+    templates: dict[str, str]
+    max_new_tokens: int
+    choices: str = "generate"
+    batch_size: int = 16
+
+
+class Encoder:
+    """Images through the tower, each once while questions about it follow each other; counts their visual tokens."""
+
+    def __init__(self, assistant: Assistant) -> None:
+        self.assistant = assistant
+        self.kept: dict[Picture, EncodedImage] = {}
+        self.recent: dict[Picture, EncodedImage] = {}
+        self.tokens: dict[Picture, int] = {}
+
+    def __call__(self, picture: Picture) -> EncodedImage:
+        found = self.recent.get(picture) or self.kept.get(picture)
+        found = found or self.assistant.encode(picture.load())
+        self.recent[picture] = found
+        self.tokens[picture] = len(found.tokens)
+        return found
+
+    def turn(self) -> None:
+        """Forget the images of all batches but the last."""
+        self.kept, self.recent = self.recent, {}
+
+
+def answer_all(
+    assistant: Assistant,
+    questions: Sequence[Question],
+    asking: Asking,
+    journal: Journal,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Encoder:
+    """Answer what the journal has no answer to. A question that cannot be asked gets the reason in place of an answer.
+
+    A batch with any question left is done again as a whole: which questions share a batch bears on the last bits of
+    their numbers.
+
+    Returns:
+        The encoder, for what it counted.
+    """
+    encoder = Encoder(assistant)
+    for start in range(0, len(questions), asking.batch_size):
+        batch = questions[start : start + asking.batch_size]
+        if any(question.id not in journal.entries for question in batch):
+            journal.add(_answered(batch, asking, encoder))
+            encoder.turn()
+        progress((start + len(batch)) / len(questions))
+    return encoder
+
+
+def _answered(batch: Sequence[Question], asking: Asking, encoder: Encoder) -> list[Answer]:
+    """In the order of the batch."""
+    found: dict[str, Answer] = {}
+    ready: list[tuple[Question, Asked]] = []
+    for question in batch:
+        try:
+            ready.append((question, ask(question, asking.templates, encoder)))
+        except InputError as error:
+            found[question.id] = {"id": question.id, "error": str(error)}
+    for answer in _replies(ready, asking, encoder.assistant):
+        found[answer["id"]] = answer
+    return [found[question.id] for question in batch]
+
+
+def ask(question: Question, templates: dict[str, str], encode: Callable[[Picture], EncodedImage]) -> Asked:
+    """The conversation, with its images encoded.
+
+    Raises:
+        InputError: an image is missing or damaged.
+    """
+    messages, pictures = conversation(question, templates)
+    return messages, [encode(picture) for picture in pictures]
+
+
+def _replies(ready: Sequence[tuple[Question, Asked]], asking: Asking, assistant: Assistant) -> list[Answer]:
+    """Together, or one by one where a prompt among them cannot be had, such as one that is too long."""
+    by_likelihood = [item for item in ready if asking.choices == "likelihood" and item[0].options]
+    written = [item for item in ready if item not in by_likelihood]
+    singles = [_single(item, asking, assistant) for item in by_likelihood]
+    try:
+        texts = (
+            assistant.respond([asked for _, asked in written], max_new_tokens=asking.max_new_tokens) if written else []
+        )
+    except InputError:
+        return singles + [_single(item, asking, assistant) for item in written]
+    return singles + [
+        {"id": question.id, "answer": text.strip()} for (question, _), text in zip(written, texts, strict=True)
+    ]
+
+
+def _single(item: tuple[Question, Asked], asking: Asking, assistant: Assistant) -> Answer:
+    question, (messages, images) = item
+    try:
+        if asking.choices == "likelihood" and question.options:
+            return {"id": question.id, "answer": likeliest_letter(assistant, messages, images, question.letters)}
+        (text,) = assistant.respond([(messages, images)], max_new_tokens=asking.max_new_tokens)
+    except InputError as error:
+        return {"id": question.id, "error": str(error)}
+    return {"id": question.id, "answer": text.strip()}
