@@ -12,8 +12,12 @@ from typing import Any
 
 import pyarrow
 from conftest import picture
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from pyarrow.parquet import write_table
+
+patient = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+"""For properties: a busy machine is no failure."""
 
 
 def png(seed: int = 0, height: int = 64, width: int = 64) -> bytes:

@@ -11,6 +11,7 @@ from benchmark_files import (
     circular_rows,
     mme_rows,
     parquet_image,
+    patient,
     write_image,
     write_lines,
     write_parquet,
@@ -68,6 +69,7 @@ def test_a_list_of_answers_in_a_cell_is_several_truths(tmp_path):
     assert load("docvqa", write_tsv(tmp_path / "d.tsv", rows))[0].truths == ("a", "b's")
 
 
+@patient
 @given(st.lists(st.text(max_size=8), max_size=4), st.text(max_size=12))
 def test_a_written_list_is_read_back_and_any_other_text_is_itself(items, text):
     assert listed(repr(items)) == items
@@ -131,6 +133,22 @@ def test_mmmu_in_parquet_puts_the_images_it_names_into_the_question(tmp_path):
     assert sum_of.options == ()
     assert sum_of.truths == ("5", "five")
     assert same(sum_of, 2)
+
+
+def test_mmmu_in_a_tsv_file_has_a_list_of_images_in_one_cell(tmp_path):
+    images = repr([base64_png(1), base64_png(2)])
+    row = {"index": 5, "question": "Is <image 2> red?", "A": "yes", "B": "no", "answer": "A", "image": images}
+    (question,) = load("mmmu", write_tsv(tmp_path / "MMMU_DEV_VAL.tsv", [row]))
+    assert question.details["marks"] == (2,)
+    assert len(question.pictures) == 1
+    assert same(question, 2)
+
+
+def test_a_limit_keeps_rotations_and_pairs_together(tmp_path):
+    choices = write_tsv(tmp_path / "MMBench.tsv", circular_rows())
+    assert [question.id for question in load("mmbench", choices, limit=1)] == ["7", "1000007"]
+    pairs = write_parquet(tmp_path / "MME.parquet", mme_rows())
+    assert len(load("mme", pairs, limit=2)) == 4
 
 
 def test_textvqa_docvqa_infovqa_and_chartqa_come_as_json_beside_a_folder(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from benchmark_files import patient
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ def test_vqa_accuracy_leaves_each_of_ten_answers_out(agreeing, score):
     assert metrics.vqa_accuracy("Stop.", truths) == pytest.approx(score)
 
 
+@patient
 @given(texts, st.lists(texts, min_size=10, max_size=10))
 def test_vqa_accuracy_is_a_share_and_one_more_who_agrees_never_lowers_it(answer, truths):
     before = metrics.vqa_accuracy(answer, truths)
@@ -68,6 +70,7 @@ def test_anls_keeps_one_half_and_cuts_what_is_below(answer, truths, score):
     assert metrics.anls(answer, truths) == pytest.approx(score)
 
 
+@patient
 @given(texts, texts)
 def test_similarity_is_symmetric_and_bounded_and_one_for_equal_texts(a, b):
     assert metrics.similarity(a, b) == pytest.approx(metrics.similarity(b, a))
@@ -75,12 +78,14 @@ def test_similarity_is_symmetric_and_bounded_and_one_for_equal_texts(a, b):
     assert metrics.similarity(a, a) == 1
 
 
+@patient
 @given(texts, texts, texts)
 def test_edit_distance_obeys_the_triangle(a, b, c):
     assert metrics.edit_distance(a, c) <= metrics.edit_distance(a, b) + metrics.edit_distance(b, c)
     assert metrics.edit_distance(a, b) >= abs(len(a) - len(b))
 
 
+@patient
 @given(texts, st.lists(texts, min_size=1, max_size=3), texts)
 def test_another_truth_never_lowers_anls(answer, truths, more):
     assert metrics.anls(answer, [*truths, more]) >= metrics.anls(answer, truths)
@@ -108,6 +113,7 @@ def test_chartqa_takes_percentages_as_numbers(answer, truth, right):
     assert metrics.chart_match(answer, truth) is right
 
 
+@patient
 @given(st.floats(1, 1e6), st.floats(0, 0.2))
 def test_chartqa_tolerates_five_percent_and_no_more(target, share):
     right = metrics.chart_match(repr(target * (1 + share)), repr(target))
@@ -160,6 +166,7 @@ def test_a_choice_is_read_or_left_unread_but_never_guessed(answer, letter):
     assert parsing.choice(answer, OPTIONS, "ABCD") == letter
 
 
+@patient
 @given(texts, st.lists(texts, max_size=5))
 def test_parsers_take_any_text(answer, options):
     question = choice_question(tuple(options))

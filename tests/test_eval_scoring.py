@@ -11,12 +11,13 @@ from benchmark_files import (
     circular_rows,
     mme_rows,
     parquet_image,
+    patient,
     write_image,
     write_lines,
     write_parquet,
     write_tsv,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -203,6 +204,7 @@ def test_the_table_names_what_went_wrong(tmp_path):
 verdicts = st.lists(st.sampled_from(["yes", "no", None]), min_size=1, max_size=12)
 
 
+@patient
 @given(verdicts, st.integers(0, 2**32))
 def test_popes_measures_are_shares_and_f1_lies_between_precision_and_recall(parsed, seed):
     truths = ["yes" if seed >> place & 1 else "no" for place in range(len(parsed))]
@@ -216,6 +218,7 @@ def test_popes_measures_are_shares_and_f1_lies_between_precision_and_recall(pars
     assert low - 1e-9 <= found["f1"] <= high + 1e-9 or found["f1"] == 0
 
 
+@patient
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_circular_accuracy_never_exceeds_that_of_the_unrotated(hits):
     judged = [Judged(f"{place}", (), str(place % 3), "A", float(hit), "A") for place, hit in enumerate(hits)]
@@ -223,7 +226,7 @@ def test_circular_accuracy_never_exceeds_that_of_the_unrotated(hits):
     assert found["circular"] <= found["vanilla"]
 
 
-@settings(deadline=None, max_examples=25)
+@patient
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_intervals_lie_within_the_values_and_are_the_same_again(values):
     low, high = mean_interval(values, resamples=200)

@@ -29,7 +29,7 @@ Data = Annotated[Path | None, typer.Option(help="Its file, or a folder with it; 
 Images = Annotated[Path | None, typer.Option(help="Folder of images in files of their own, if not that of the data.")]
 Split = Annotated[str | None, typer.Option(help="Part of the names of the files to take, such as validation.")]
 Category = Annotated[list[str] | None, typer.Option(help="Only questions of this category; may be repeated.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many of the first questions.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many of the first questions, with their rotations.")]
 JudgeUrl = Annotated[str | None, typer.Option(help="Of an OpenAI-compatible server, such as http://localhost:8000/v1.")]
 JudgeModel = Annotated[str | None, typer.Option(help="The model there that judges, for mmvet.")]
 Seed = Annotated[int, typer.Option(help="Of the generated pages.")]

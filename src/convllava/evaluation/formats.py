@@ -19,7 +19,7 @@ from convllava.evaluation.questions import NoPicture, Picture, PictureFile, Ques
 from convllava.evaluation.rows import Row, find_image, listed
 from convllava.evaluation.tables import read_rows
 
-_IDS = ("index", "questionId", "question_id", "id", "data_id")
+_IDS = ("index", "id", "questionId", "question_id", "data_id")
 _TEXTS = ("question", "text", "query", "sent", "expression")
 _TRUTHS = ("answers", "answer", "label")
 _IMAGES = ("image", "img_path", "image_local_name", "image_path", "imgname", "imagename", "image_id")
@@ -221,9 +221,10 @@ def _of_mmmu(question: Question, row: Row, path: Path | None) -> list[Question]:
     """Images stand where the text has <image 1>, <image 2>, ...; the subject is in the id (validation_Art_1)."""
     written = "\n".join((question.text, *question.options))
     marks = sorted({int(number) for number in re.findall(r"<image (\d)>", written)})
-    columns = [f"image_{mark}" for mark in marks]
-    if columns and all(row.pictures.get(column) for column in columns):
-        pictures = tuple(row.pictures[column][0] for column in columns)
+    numbered = dict(enumerate(question.pictures, start=1))  # a list in one column
+    numbered |= {mark: row.pictures[f"image_{mark}"][0] for mark in marks if row.pictures.get(f"image_{mark}")}
+    if marks and set(marks) <= set(numbered):
+        pictures = tuple(numbered[mark] for mark in marks)
         question = replace(question, pictures=pictures, details={"marks": tuple(marks)})
     subject = re.fullmatch(r"[a-z]+_(.+)_\d+", question.id)
     if not question.categories and subject:

@@ -34,7 +34,7 @@ def load_questions(
         images: Folder of images that lie in files of their own; by default the folder of the data.
         split: Part of the names of the files to take, such as validation.
         categories: Take questions of these alone.
-        limit: Take so many of the first.
+        limit: Take so many of the first; the rotations of a choice, or the pair about an image, are one.
 
     Raises:
         InputError: there is no such file, or several that do not belong together; an unknown category; what
@@ -50,7 +50,12 @@ def load_questions(
                 f"no question of {data} is of the category {category!r}; known: {', '.join(known) or 'none'}"
             )
     chosen = [item for item in questions if not categories or set(categories) & set(item.categories)]
-    return chosen[:limit]
+    kept = set(list(dict.fromkeys(_group(item) for item in chosen))[:limit])
+    return [item for item in chosen if _group(item) in kept]
+
+
+def _group(question: Question) -> tuple[bool, str]:
+    return bool(question.group), question.group or question.id
 
 
 def find_tables(benchmark: Benchmark, data: Path, split: str | None) -> list[Path]:

@@ -104,7 +104,7 @@ def mme(groups: Groups) -> dict[str, float]:
     """MME: accuracy per question, accuracy+ per image with both its questions right, and their sums in points.
 
     A subtask gives 100 * (accuracy + accuracy+); perception is the sum of ten, cognition of four, total of both. An
-    image that has not two questions here, as after `--limit`, is not right as a pair.
+    image that has not two questions here, as in a part of the file, is not right as a pair.
 
     Source: arXiv 2306.13394, section 2.2, and its `calculation.py`.
     """

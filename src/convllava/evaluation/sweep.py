@@ -22,7 +22,7 @@ from convllava.geometry import Size
 from convllava.inference import Assistant
 from convllava.synthetic import Sample, World
 
-EDGES = (0, 6, 8, 10, 12, 15, 19, 24, 32, 48, 96)
+EDGES = (0, 8, 12, 15, 19, 24, 28, 32, 38, 48, 64, 96, 192)
 """Of the bins, in pixels that the tower sees."""
 FEWEST = 5
 """Answers that a bin needs to be shown."""
