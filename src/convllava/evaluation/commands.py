@@ -12,9 +12,10 @@ from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.evaluation.benchmarks import benchmark_named
 from convllava.evaluation.judging import ChatJudge
+from convllava.evaluation.questions import Question
 from convllava.evaluation.report import pairs_table, tables_of
 from convllava.evaluation.rules import Aids, Judge
-from convllava.evaluation.running import Options, run, run_questions
+from convllava.evaluation.running import Options, questions_of, run_questions
 from convllava.evaluation.scoring import Result, read_answers
 from convllava.evaluation.scoring import score as score_answers
 from convllava.evaluation.sources import find_benchmarks, load_questions
@@ -43,20 +44,33 @@ def run_files(
     Raises:
         InputError: as `running.run`; of all, where nothing could be run.
     """
-    found = find_benchmarks(data) if name == "all" else {benchmark_named(name).name: data}
-    assistant = load(model, pixels=pixels)
     if name != "all":
-        return run(benchmark_named(name), model, assistant, data, options, output)
-    reports, refused = {}, {}
-    for each, path in found.items():
-        try:
-            folder = None if output is None else output / each
-            reports[each] = run(benchmark_named(each), model, assistant, path, options, folder)
-        except InputError as error:
-            refused[each] = str(error)
-    if not reports:
+        benchmark = benchmark_named(name)
+        questions = questions_of(benchmark, data, options)
+        assistant = load(model, pixels=pixels)
+        return run_questions(benchmark, model, assistant, questions, options, output, {"data": str(data)})
+    ready, refused = _ready(find_benchmarks(data), options)
+    if not ready:
         raise InputError("; ".join(refused.values()))
+    assistant = load(model, pixels=pixels)
+    reports = {}
+    for each, (path, questions) in ready.items():
+        folder, source = None if output is None else output / each, {"data": str(path)}
+        reports[each] = run_questions(benchmark_named(each), model, assistant, questions, options, folder, source)
     return {"benchmarks": reports, "refused": refused}
+
+
+def _ready(
+    found: Mapping[str, Path], options: Options
+) -> tuple[dict[str, tuple[Path, list[Question]]], dict[str, str]]:
+    """The benchmarks that can be run, with their files and questions, and the reasons why others cannot."""
+    ready, refused = {}, {}
+    for name, path in found.items():
+        try:
+            ready[name] = path, questions_of(benchmark_named(name), path, options)
+        except InputError as error:
+            refused[name] = str(error)
+    return ready, refused
 
 
 def run_synthetic(

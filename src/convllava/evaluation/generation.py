@@ -106,26 +106,32 @@ def ask(question: Question, templates: dict[str, str], encode: Callable[[Picture
 
 def _replies(ready: Sequence[tuple[Question, Asked]], asking: Asking, assistant: Assistant) -> list[Answer]:
     """Together, or one by one where a prompt among them cannot be had, such as one that is too long."""
-    by_likelihood = [item for item in ready if asking.choices == "likelihood" and item[0].options]
-    written = [item for item in ready if item not in by_likelihood]
-    singles = [_single(item, asking, assistant) for item in by_likelihood]
+    alone = [item for item in ready if _is_by_likelihood(item[0], asking)]
+    together = [item for item in ready if not _is_by_likelihood(item[0], asking)]
+    singles = [_single(item, asking, assistant) for item in alone]
+    if not together:
+        return singles
     try:
-        texts = (
-            assistant.respond([asked for _, asked in written], max_new_tokens=asking.max_new_tokens) if written else []
-        )
+        texts = assistant.respond([asked for _, asked in together], max_new_tokens=asking.max_new_tokens)
     except InputError:
-        return singles + [_single(item, asking, assistant) for item in written]
-    return singles + [
-        {"id": question.id, "answer": text.strip()} for (question, _), text in zip(written, texts, strict=True)
-    ]
+        return singles + [_single(item, asking, assistant) for item in together]
+    return singles + [_answer(question, text) for (question, _), text in zip(together, texts, strict=True)]
+
+
+def _is_by_likelihood(question: Question, asking: Asking) -> bool:
+    return asking.choices == "likelihood" and bool(question.options)
+
+
+def _answer(question: Question, text: str) -> Answer:
+    return {"id": question.id, "answer": text.strip()}
 
 
 def _single(item: tuple[Question, Asked], asking: Asking, assistant: Assistant) -> Answer:
     question, (messages, images) = item
     try:
-        if asking.choices == "likelihood" and question.options:
-            return {"id": question.id, "answer": likeliest_letter(assistant, messages, images, question.letters)}
+        if _is_by_likelihood(question, asking):
+            return _answer(question, likeliest_letter(assistant, messages, images, question.letters))
         (text,) = assistant.respond([(messages, images)], max_new_tokens=asking.max_new_tokens)
     except InputError as error:
         return {"id": question.id, "error": str(error)}
-    return {"id": question.id, "answer": text.strip()}
+    return _answer(question, text)

@@ -23,7 +23,7 @@ from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.prompts import check_template, templates_of
 from convllava.evaluation.questions import Question
 from convllava.evaluation.rules import Aids, Judge
-from convllava.evaluation.scoring import checked_answer, score
+from convllava.evaluation.scoring import Result, checked_answer, score
 from convllava.evaluation.sources import load_questions
 from convllava.files import write_json
 from convllava.inference import Assistant
@@ -84,9 +84,22 @@ def run(
     Raises:
         InputError: files, options or the output folder are not as they must be.
     """
+    questions = questions_of(benchmark, data, options)
+    return run_questions(benchmark, model, assistant, questions, options, output, {"data": str(data)})
+
+
+def questions_of(benchmark: Benchmark, data: Path, options: Options) -> list[Question]:
+    """The questions of a run, once all that could stop it later has been looked at; no model is needed.
+
+    Raises:
+        InputError: as `run`.
+    """
     if benchmark.needs_judge and options.judge is None:
         raise InputError(f"{benchmark.name} needs a judge; name one with --judge-url and --judge-model")
-    questions = load_questions(
+    if options.choices not in CHOICES:
+        raise InputError(f"--choices is {options.choices!r}; choose one of {', '.join(CHOICES)}")
+    _asking(benchmark, options)
+    return load_questions(
         benchmark,
         data,
         images=options.images,
@@ -94,7 +107,6 @@ def run(
         categories=options.categories,
         limit=options.limit,
     )
-    return run_questions(benchmark, model, assistant, questions, options, output, {"data": str(data)})
 
 
 def run_questions(
@@ -107,21 +119,14 @@ def run_questions(
     source: dict[str, Any],
 ) -> dict[str, Any]:
     """`run` on questions that are there already; `source` is what they came from, for the settings."""
-    if options.choices not in CHOICES:
-        raise InputError(f"--choices is {options.choices!r}; choose one of {', '.join(CHOICES)}")
     asking = _asking(benchmark, options)
     settings = _settings(benchmark, model, assistant, asking, options) | source | {"questions": _digest(questions)}
     journal, started = Journal(output, settings), time.monotonic()
     with progress_bar(benchmark.name) as progress:
         answer_all(assistant, questions, asking, journal, progress)
     seconds = round(time.monotonic() - started, 1)
-    judge = remembered(options.judge, Journal(output, settings, JUDGEMENTS)) if options.judge else None
-    aids = Aids(assistant.processor.image_processor.placement, judge)
-    answers = [checked_answer(entry, "an answer") for entry in journal.entries.values()]
-    with progress_bar("scoring") as progress:
-        result = score(benchmark, questions, answers, aids, seed=options.seed, progress=progress)
     report = {
-        **result,
+        **_scored(benchmark, assistant, questions, journal, options, Journal(output, settings, JUDGEMENTS)),
         "model": describe(model, assistant),
         "versions": versions(),
         "settings": settings,
@@ -132,6 +137,21 @@ def run_questions(
     if output is not None:
         write_json(output / RESULT, report)
     return report
+
+
+def _scored(
+    benchmark: Benchmark,
+    assistant: Assistant,
+    questions: Sequence[Question],
+    answers: Journal,
+    options: Options,
+    judgements: Journal,
+) -> Result:
+    judge = remembered(options.judge, judgements) if options.judge else None
+    aids = Aids(assistant.processor.image_processor.placement, judge)
+    given = [checked_answer(entry, "an answer") for entry in answers.entries.values()]
+    with progress_bar("scoring") as progress:
+        return score(benchmark, questions, given, aids, seed=options.seed, progress=progress)
 
 
 def remembered(judge: Judge, journal: Journal) -> Judge:
