@@ -15,13 +15,12 @@ from convllava.evaluation.judging import ChatJudge
 from convllava.evaluation.questions import Question
 from convllava.evaluation.report import pairs_table, tables_of
 from convllava.evaluation.rules import Aids, Judge
-from convllava.evaluation.running import Options, questions_of, run_questions
+from convllava.evaluation.running import Options, chosen_questions, questions_of, run_questions
 from convllava.evaluation.scoring import Result, read_answers
 from convllava.evaluation.scoring import score as score_answers
-from convllava.evaluation.sources import find_benchmarks, load_questions
-from convllava.evaluation.sweep import describe_world
+from convllava.evaluation.sources import find_benchmarks
 from convllava.evaluation.synthetic import table_of
-from convllava.evaluation.world import SYNTHETIC, as_report, world_questions
+from convllava.evaluation.world import SYNTHETIC, as_report, describe_world, world_questions
 from convllava.inference import load
 from convllava.synthetic import World
 
@@ -89,14 +88,7 @@ def score_file(
     """Score a file of answers; `model` is whose image geometry their boxes are in."""
     benchmark = benchmark_named(name)
     given = read_answers(answers)
-    questions = load_questions(
-        benchmark,
-        data,
-        images=options.images,
-        split=options.split,
-        categories=options.categories,
-        limit=options.limit,
-    )
+    questions = chosen_questions(benchmark, data, options)
     placement = None if model is None else checkpoints.processor(checkpoints.find(model)).image_processor.placement
     return score_answers(benchmark, questions, given, Aids(placement, judge), seed=options.seed)
 

@@ -27,6 +27,7 @@ class Efficiency(TypedDict):
     """
 
     questions: int
+    pixels: float | None
     visual_tokens: float | None
     prompt_tokens: float | None
     seconds_to_first_token: float | None
@@ -35,7 +36,16 @@ class Efficiency(TypedDict):
     peak_memory_mb: float
     device: str
     threads: int
-    pixels: float | None
+
+
+_MEASURED = (
+    "pixels",
+    "visual_tokens",
+    "prompt_tokens",
+    "seconds_to_first_token",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+)
 
 
 class _Clock(BaseStreamer):
@@ -59,38 +69,37 @@ def measure(assistant: Assistant, questions: Sequence[Question], asking: Asking)
             rows.append(_row(assistant, question, asking))
         except InputError:
             continue  # it is among the broken ones of the result
-    rows = rows[1:]
-
-    def median(name: str) -> float | None:
-        found = [row[name] for row in rows if name in row]
-        return round(statistics.median(found), 4) if found else None
-
+    medians = {name: _median([row[name] for row in rows[1:] if name in row]) for name in _MEASURED}
     return {
-        "questions": len(rows),
-        "visual_tokens": median("visual_tokens"),
-        "prompt_tokens": median("prompt_tokens"),
-        "seconds_to_first_token": median("seconds_to_first_token"),
-        "prefill_tokens_per_second": median("prefill_tokens_per_second"),
-        "decode_tokens_per_second": median("decode_tokens_per_second"),
+        "questions": len(rows[1:]),
+        **medians,  # type: ignore[typeddict-item]  # the rest of the keys
         "peak_memory_mb": round(_peak_memory(assistant.model.device), 1),
         "device": str(assistant.model.device),
         "threads": torch.get_num_threads(),
-        "pixels": median("pixels"),
     }
+
+
+def _moments(assistant: Assistant, inputs: dict[str, Any], max_new_tokens: int) -> list[float]:
+    """When the prompt went in, and when each token came out."""
+    clock = _Clock()
+    with torch.inference_mode():
+        assistant.model.generate(  # type: ignore[misc]  # its self is a protocol
+            **inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=clock
+        )
+    return clock.moments
+
+
+def _median(found: Sequence[float]) -> float | None:
+    return round(statistics.median(found), 4) if found else None
 
 
 def _row(assistant: Assistant, question: Question, asking: Asking) -> dict[str, float]:
     images = {picture: picture.load() for picture in question.pictures}
     started = time.perf_counter()
     encoded = {picture: assistant.encode(image) for picture, image in images.items()}
-    asked = ask(question, asking.templates, encoded.__getitem__)
-    inputs = assistant.prompts([asked], asking.max_new_tokens)
-    clock, prefill = _Clock(), time.perf_counter()
-    with torch.inference_mode():
-        assistant.model.generate(  # type: ignore[misc]  # its self is a protocol
-            **inputs, do_sample=False, max_new_tokens=asking.max_new_tokens, streamer=clock
-        )
-    _, first, *rest = clock.moments
+    inputs = assistant.prompts([ask(question, asking.templates, encoded.__getitem__)], asking.max_new_tokens)
+    prefill = time.perf_counter()
+    _, first, *rest = _moments(assistant, inputs, asking.max_new_tokens)
     row = {
         "visual_tokens": sum(len(image.tokens) for image in encoded.values()),
         "pixels": sum(image.size[0] * image.size[1] for image in encoded.values()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from convllava.evaluation.journal import Journal
 from convllava.evaluation.plots import plot_severities
 from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.running import describe, versions
-from convllava.evaluation.scoring import rounded
+from convllava.evaluation.scoring import accuracy_of, rounded
 from convllava.evaluation.statistics import mean_interval
-from convllava.evaluation.sweep import describe_world
 from convllava.evaluation.synthetic import judge
+from convllava.evaluation.world import describe_world
 from convllava.files import write_json
 from convllava.inference import Assistant
 from convllava.synthetic import Sample, Turn, World
@@ -50,22 +50,23 @@ def robustness(model: str, assistant: Assistant, world: World, samples: int, out
             if name not in journal.entries:
                 journal.add([{"id": name, "hits": _hits(assistant, pages, kind, severity)}])
             progress(number / len(cases))
-    clean = journal.entries["none/0"]["hits"]
-    report: dict[str, Any] = settings | {
-        "model": describe(model, assistant),
-        "versions": versions(),
-        "clean": _accuracy(clean),
-        "rows": [
-            {"kind": kind.kind, "severity": severity, "value": kind.values[severity - 1]}
-            | _accuracy(hits)
-            | _loss(clean, hits)
-            for kind, severity in cases[1:]
-            for hits in [journal.entries[f"{kind.kind}/{severity}"]["hits"]]
-        ],
-    }
+    hits = {name: entry["hits"] for name, entry in journal.entries.items()}
+    report: dict[str, Any] = settings | {"model": describe(model, assistant), "versions": versions()} | _rows(hits)
     write_json(output / "robustness.json", report)
     plot_severities(report["clean"]["accuracy"], report["rows"], output / "robustness.png")
     return report
+
+
+def _rows(hits: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    """What was right on clean pages, and for each kind and severity; hits are by "kind/severity"."""
+    clean = hits["none/0"]
+    rows = []
+    for kind in DISTURBANCES:
+        for severity, value in zip(SEVERITIES, kind.values, strict=True):
+            found = hits[f"{kind.kind}/{severity}"]
+            case = {"kind": kind.kind, "severity": severity, "value": value}
+            rows.append(case | accuracy_of(found) | _loss(clean, found))
+    return {"clean": accuracy_of(clean), "rows": rows}
 
 
 def _asked(page: Sample) -> Sample:
@@ -81,11 +82,6 @@ def _hits(assistant: Assistant, pages: Sequence[Sample], kind: Disturbance, seve
 def _disturbed(page: Sample, kind: Disturbance, severity: int) -> Sample:
     turns = tuple(Turn(turn.task, kind.question(turn.question, severity), turn.answer) for turn in page.turns)
     return replace(page, image=kind.page(page.image, severity), turns=turns)
-
-
-def _accuracy(hits: Sequence[bool]) -> dict[str, Any]:
-    low, high = mean_interval([float(hit) for hit in hits])
-    return {"n": len(hits), "accuracy": rounded(sum(hits) / len(hits)), "low": rounded(low), "high": rounded(high)}
 
 
 def _loss(clean: Sequence[bool], hits: Sequence[bool]) -> dict[str, float]:

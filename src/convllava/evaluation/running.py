@@ -99,6 +99,11 @@ def questions_of(benchmark: Benchmark, data: Path, options: Options) -> list[Que
     if options.choices not in CHOICES:
         raise InputError(f"--choices is {options.choices!r}; choose one of {', '.join(CHOICES)}")
     _asking(benchmark, options)
+    return chosen_questions(benchmark, data, options)
+
+
+def chosen_questions(benchmark: Benchmark, data: Path, options: Options) -> list[Question]:
+    """`sources.load_questions` with the options' choice of them."""
     return load_questions(
         benchmark,
         data,

@@ -11,7 +11,7 @@ from convllava.errors import InputError
 from convllava.evaluation.benchmarks import Benchmark
 from convllava.evaluation.questions import Question
 from convllava.evaluation.rules import Aids, Verdict
-from convllava.evaluation.statistics import interval
+from convllava.evaluation.statistics import interval, mean_interval
 from convllava.evaluation.summaries import Judged, groups_of
 from convllava.evaluation.tables import parse_json
 
@@ -110,16 +110,10 @@ def score(
     aids = aids or Aids()
     if benchmark.needs_judge and aids.judge is None:
         raise InputError(f"{benchmark.name} needs a judge; name one with --judge-url and --judge-model")
-    given = {answer["id"]: answer for answer in answers}
-    known = {question.id for question in questions}
-    unknown = [name for name in given if name not in known]
-    if given and len(unknown) == len(given):
-        raise InputError(
-            f"none of the {len(given)} answers is to a question of {benchmark.name}: the first is to {unknown[0]!r}, "
-            f"and the first question is {questions[0].id!r}"
-        )
+    given, unknown = _matched(benchmark, questions, answers)
     judged, broken = _judged(benchmark, questions, given, aids, progress)
-    failed = {item["id"] for item in broken} | (known - set(given))
+    missing = [question.id for question in questions if question.id not in given]
+    failed = {*missing, *(item["id"] for item in broken)}
     return {
         "benchmark": benchmark.name,
         "questions": len(questions),
@@ -127,7 +121,7 @@ def score(
         **_numbers(benchmark, judged, seed),  # type: ignore[typeddict-item]  # three of the keys
         "categories": by_category(benchmark, judged),
         "unparsed": [item.id for item in judged if item.parsed is None and item.id not in failed],
-        "missing": [question.id for question in questions if question.id not in given],
+        "missing": missing,
         "unknown": unknown,
         "broken": broken,
         "absent": [part for part in benchmark.parts if not any(part in item.categories for item in judged)],
@@ -136,6 +130,20 @@ def score(
             for item in benchmark.units(groups_of(judged))
         ],
     }
+
+
+def _matched(
+    benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Answer]
+) -> tuple[dict[str, Answer], list[str]]:
+    """The answers by id, and the ids that no question has."""
+    given, known = {answer["id"]: answer for answer in answers}, {question.id for question in questions}
+    unknown = [name for name in given if name not in known]
+    if given and len(unknown) == len(given):
+        raise InputError(
+            f"none of the {len(given)} answers is to a question of {benchmark.name}: the first is to {unknown[0]!r}, "
+            f"and the first question is {questions[0].id!r}"
+        )
+    return given, unknown
 
 
 def _judged(
@@ -190,6 +198,12 @@ def by_category(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, dic
         | {name: rounded(value) for name, value in benchmark.summarise(groups_of(items)).items()}
         for category, items in sorted(parts.items())
     }
+
+
+def accuracy_of(hits: Sequence[bool]) -> dict[str, Any]:
+    """The share of hits, of how many (`n`), and the interval that 95 % of bootstrap draws fall in, `low` to `high`."""
+    low, high = mean_interval([float(hit) for hit in hits])
+    return {"n": len(hits), "accuracy": rounded(sum(hits) / len(hits)), "low": rounded(low), "high": rounded(high)}
 
 
 def rounded(value: float) -> float:

@@ -13,18 +13,17 @@ from convllava.evaluation.journal import Journal
 from convllava.evaluation.plots import plot_heights
 from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.running import describe, versions
-from convllava.evaluation.scoring import rounded
-from convllava.evaluation.statistics import mean_interval
+from convllava.evaluation.scoring import accuracy_of
 from convllava.evaluation.synthetic import judge
-from convllava.evaluation.world import text_height
+from convllava.evaluation.world import describe_world, text_height
 from convllava.files import write_json
 from convllava.geometry import Size
 from convllava.inference import Assistant
 from convllava.synthetic import Sample, World
 
-EDGES = (0, 8, 12, 15, 19, 24, 28, 32, 38, 48, 64, 96, 192)
+EDGES = (0, 12, 16, 20, 24, 28, 32, 38, 46, 56, 80, 160)
 """Of the bins, in pixels that the tower sees."""
-FEWEST = 5
+FEWEST = 20
 """Answers that a bin needs to be shown."""
 READING = ("read", "field", "table")
 """Tasks whose answers are printed on the page."""
@@ -62,17 +61,12 @@ def sweep(
     report: dict[str, Any] = settings | {
         "model": describe(model, assistant),
         "versions": versions(),
-        "resolutions": [{"side": side} | _accuracy(answers) for side, answers in found.items()],
+        "resolutions": [{"side": side} | accuracy_of([hit for _, hit in answers]) for side, answers in found.items()],
         "rows": [row for side, answers in found.items() for row in _by_height(side, answers)],
     }
     write_json(output / "sweep.json", report)
     plot_heights(report["rows"], output / "sweep.png")
     return report
-
-
-def describe_world(world: World) -> dict[str, Any]:
-    """What its pages depend on."""
-    return {"split": world.split, "seed": world.seed, "size": world.size, "simple": world.simple}
 
 
 def _printed(page: Sample) -> Sample:
@@ -102,10 +96,6 @@ def _by_height(side: int, answers: Sequence[tuple[float, bool]]) -> Iterator[dic
         inside = [answer for answer in answers if low <= answer[0] < high]
         if len(inside) >= FEWEST:
             height = sum(height for height, _ in inside) / len(inside)
-            yield {"side": side, "from": low, "to": high, "height": round(height, 1)} | _accuracy(inside)
-
-
-def _accuracy(answers: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    hits = [float(hit) for _, hit in answers]
-    low, high = mean_interval(hits)
-    return {"n": len(hits), "accuracy": rounded(sum(hits) / len(hits)), "low": rounded(low), "high": rounded(high)}
+            yield {"side": side, "from": low, "to": high, "height": round(height, 1)} | accuracy_of(
+                [hit for _, hit in inside]
+            )

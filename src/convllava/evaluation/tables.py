@@ -37,7 +37,7 @@ def read_rows(path: Path, images: Path) -> list[Row]:
     return rows
 
 
-def read_json(path: Path, images: Path) -> list[Row]:
+def read_records(path: Path, images: Path) -> list[Row]:
     """A list, an object with the list under `data`, an object of objects by id, or JSON lines under either suffix."""
     rows = []
     for number, record in enumerate(_records(path), start=1):
@@ -72,5 +72,5 @@ def parse_json(line: str, where: str) -> Any:
         raise InputError(f"{where} is not JSON: {error}") from None
 
 
-_READERS = {".tsv": read_tsv, ".parquet": read_parquet, ".json": read_json, ".jsonl": read_json}
+_READERS = {".tsv": read_tsv, ".parquet": read_parquet, ".json": read_records, ".jsonl": read_records}
 SUFFIXES = tuple(_READERS)

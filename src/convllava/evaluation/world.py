@@ -78,6 +78,11 @@ def _about(picture: PagePicture, index: int, turns: tuple[Turn, ...], ending: st
         )
 
 
+def describe_world(world: World) -> dict[str, Any]:
+    """What its pages depend on."""
+    return {"split": world.split, "seed": world.seed, "size": world.size, "simple": world.simple}
+
+
 def as_report(result: dict[str, Any], samples: int) -> Report:
     """A result of `SYNTHETIC` in the form of `synthetic.evaluate`."""
     found = result["categories"]
