@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from convllava import InputError
 from convllava.cli import app
 from convllava.evaluation import summaries
 from convllava.evaluation.benchmarks import BENCHMARKS
+from convllava.evaluation.cli import Name
 from convllava.evaluation.questions import NoPicture, Question
 from convllava.evaluation.rules import Aids
 from convllava.evaluation.scoring import score
@@ -190,6 +192,12 @@ def test_an_unknown_benchmark_names_those_there_are(tmp_path):
     arguments = ["eval", "score", "--benchmark", "mmbunch", "--data", "x", "--answers", "y"]
     with pytest.raises(InputError, match=r"no benchmark 'mmbunch'; choose one of mme, mmbench, .*infovqa"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_the_page_and_the_help_name_every_benchmark():
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for text in (page, " ".join(Name.__metadata__[0].help.split())):
+        assert all(re.search(rf"(?<!\w){re.escape(name)}(?![\w+])", text) for name in BENCHMARKS)
 
 
 def test_the_table_names_what_went_wrong(tmp_path):
