@@ -33,16 +33,18 @@ def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=dpi)
-    yield axes
-    axes.grid(alpha=0.25, which="both")
-    axes.set_title(title, loc="left", fontsize=8, color=MUTED)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.tight_layout()
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
-    plt.close(figure)
+    try:
+        yield axes
+        axes.grid(alpha=0.25, which="both")
+        axes.set_title(title, loc="left", fontsize=8, color=MUTED)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        figure.tight_layout()
+        partial = path.with_name(f"{path.name}.partial")
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+    finally:
+        plt.close(figure)
 
 
 def _scale(axes: Any, report: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from convllava.inference.assistant import Assistant
 
 
 class Efficiency(TypedDict):
-    """Medians over some questions, asked one at a time; None where none of them could be.
+    """Medians over some questions, asked one at a time; None where it cannot be told.
 
     `seconds_to_first_token` counts from the image in memory: pixels, tower, projector, prefill. `prefill_tokens_per_
     second` is the language model's part of it, and `decode_tokens_per_second` all tokens after the first.
@@ -33,7 +32,7 @@ class Efficiency(TypedDict):
     seconds_to_first_token: float | None
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     device: str
     threads: int
 
@@ -73,7 +72,7 @@ def measure(assistant: Assistant, questions: Sequence[Question], asking: Asking)
     return {
         "questions": len(rows[1:]),
         **medians,  # type: ignore[typeddict-item]  # the rest of the keys
-        "peak_memory_mb": round(_peak_memory(assistant.model.device), 1),
+        "peak_memory_mb": _peak_memory(assistant.model.device),
         "device": str(assistant.model.device),
         "threads": torch.get_num_threads(),
     }
@@ -112,8 +111,12 @@ def _row(assistant: Assistant, question: Question, asking: Asking) -> dict[str, 
     return row
 
 
-def _peak_memory(device: torch.device) -> float:
+def _peak_memory(device: torch.device) -> float | None:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on a Mac
-    return highest / 1e6 if sys.platform == "darwin" else highest * 1024 / 1e6
+    return round(highest / 1e6 if sys.platform == "darwin" else highest * 1024 / 1e6, 1)
