@@ -105,6 +105,11 @@ def _checked(names: Sequence[str], sides: Sequence[str], language: str) -> list[
             raise InputError(f"there is no tower {name!r}; choose of {', '.join(towers())}")
     if language not in language_models():
         raise InputError(f"there is no language model {language!r}; choose one of {', '.join(language_models())}")
+    return parse_sides(sides)
+
+
+def parse_sides(sides: Sequence[str]) -> list[int]:
+    """Sides of squares in pixels, as the command line has them; InputError for what is no multiple of 64."""
     if not all(side.isdecimal() and int(side) and int(side) % 64 == 0 for side in sides):
         raise InputError(f"--sides {','.join(sides)}: give multiples of 64, separated by commas")
     return [int(side) for side in sides]

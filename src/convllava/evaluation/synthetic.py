@@ -8,12 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from convllava.errors import InputError
 from convllava.evaluation.metrics import box_match, exact_match, relaxed_match
+from convllava.evaluation.progress import progress_bar
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
 from convllava.synthetic import TASKS, Sample, Turn, World
@@ -85,10 +84,8 @@ def evaluate(
 
 def measure(assistant: Assistant, world: World, samples: int) -> Report:
     """`evaluate` behind a progress bar."""
-    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=1.0)
-        return evaluate(assistant, world, samples, progress=lambda share: bar.update(task, completed=share))
+    with progress_bar("measuring") as progress:
+        return evaluate(assistant, world, samples, progress=progress)
 
 
 def judge(

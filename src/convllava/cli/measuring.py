@@ -1,0 +1,30 @@
+"""Measure speed and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convllava.cli.options import AsJson, show
+
+
+def bench(
+    suite: Annotated[
+        str, typer.Argument(help="tower, training, mixed, scale, first-token, pixels, decoding, serving or data.")
+    ],
+    towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",
+    sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",
+    language: Annotated[str, typer.Option(help="Shape of the language model: 135m, 0.5b, 7b.")] = "135m",
+    peers: Annotated[bool, typer.Option("--peers", help="first-token, serving: what others do, too.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each, taken in turns.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of one operation.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Folder for SUITE.json and SUITE.png.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory side by side with a baseline."""
+    from convllava.bench.report import run, table_of
+
+    report = run(suite, towers.split(","), sides.split(","), language, peers, repeats, threads, output)
+    show(report, as_json, lambda: [table_of(report)])

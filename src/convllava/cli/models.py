@@ -1,0 +1,61 @@
+"""Models on disk: what they are made of, and writing them again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convllava.cli.options import AsJson, show
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="A published architecture such as convllava-1536-7b, or a checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is made of and what it costs, without allocating it."""
+    from convllava.inspection import inspect, tables_of
+
+    report = inspect(name)
+    show(report, as_json, lambda: tables_of(report))
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint: a folder or a hub id.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    to: Annotated[str, typer.Option(help="convllava, or official: the layout of the original code.")] = "convllava",
+    base: Annotated[str | None, typer.Option(help="What a LoRA of the original code was trained on.")] = None,
+) -> None:
+    """Write a published checkpoint as ours, ours as a published one, or either in another precision."""
+    from convllava import checkpoints
+
+    source = source if Path(source).is_dir() else checkpoints.find(source)
+    if note := checkpoints.convert(source, destination, dtype, to=to, base=base):
+        print(note, file=sys.stderr)
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder of a stage that trained an adapter.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    base: Annotated[str | None, typer.Option(help="What it was trained on, if that is elsewhere now.")] = None,
+) -> None:
+    """Write an adapter and its base as one plain checkpoint."""
+    from convllava import checkpoints
+
+    checkpoints.merge(adapter, destination, dtype, base)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="tiny, a folder, or a hub id.")],
+    path: Annotated[Path, typer.Argument(help="A file that ends in .onnx, or in .xml for OpenVINO.")],
+) -> None:
+    """Write vision tower and projector for other runtimes, with any height and width, checked against the model."""
+    from convllava.export import export as run
+    from convllava.inference import load
+
+    difference = run(load(model, device="cpu").model, path)
+    print(f"{path}: differs by at most {difference:.1e} from the model")

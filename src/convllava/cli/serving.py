@@ -1,0 +1,67 @@
+"""Serve a model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from convllava.cli.options import ImageMode, MaxPixels, Model, ShortSide, pixels
+from convllava.errors import InputError
+
+
+def serve(
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="CONVLLAVA_API_KEY", help="That clients must bring; better as the variable.")
+    ] = None,
+    allow_urls: Annotated[str, typer.Option(help="Hosts to fetch images from, separated by commas.")] = "",
+    slots: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 8,
+    context: Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer.")] = None,
+    step_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of one step.")] = 128,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of one operation; else torch decides.")] = None,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Of encoded images that are remembered.")] = 256,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Of a request.")] = 20,
+    max_images: Annotated[int, typer.Option(min=0, help="In one request.")] = 8,
+    max_megapixels: Annotated[float, typer.Option(min=0.01, help="Of an image before it is decoded.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 1024,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait for a slot.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 300,
+    image_mode: ImageMode = None,
+    short_side: ShortSide = None,
+    max_pixels: MaxPixels = None,
+) -> None:
+    """Answer OpenAI clients over HTTP; see docs/serving.md."""
+    run, limits = _import_serving()
+    run(
+        model,
+        pixels(image_mode, short_side, max_pixels),
+        threads,
+        host=host,
+        port=port,
+        api_key=api_key,
+        hosts=[name.strip() for name in allow_urls.split(",") if name.strip()],
+        slots=slots,
+        context=context,
+        step_tokens=step_tokens,
+        cache_bytes=cache_mb * 2**20,
+        limits=limits(
+            body_bytes=max_body_mb * 2**20,
+            images=max_images,
+            image_pixels=int(max_megapixels * 1e6),
+            new_tokens=max_new_tokens,
+            queue=max_queue,
+            seconds=timeout,
+        ),
+    )
+
+
+def _import_serving() -> Any:
+    try:
+        from convllava.serving.limits import Limits
+        from convllava.serving.server import serve as run
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}; pip install 'convllava[serve]'") from None
+    return run, Limits

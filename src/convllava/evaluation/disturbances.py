@@ -1,0 +1,108 @@
+"""What may happen to a page or to a question before a model meets it, four severities of each kind."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image, ImageEnhance, ImageFilter
+
+_WHITE = (255, 255, 255)
+_REWORDINGS = (
+    (r"\bcolour\b", "color"),
+    (r"\bpicture\b", "image"),
+    (r"^How many (.+?) (?:are there|do you see)\?$", r"Tell me the count of \1."),
+    (r"^What (?:is|are) (.+?)\?$", r"Tell me \1."),
+    (r"^Which (.+?) (is|has|does) ", r"Say which \1 \2 "),
+    (r"^Read (.+?)\.$", r"Please read out \1."),
+    (r"^Where is (.+?)\?$", r"In what place is \1?"),
+    (r"^What does (.+?) say\?$", r"What do you read on \1?"),
+)
+"""Forms that the generated world's questions never take."""
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """One kind.
+
+    Attributes:
+        kind: Its name.
+        values: What severities 1 to 4 mean, for people.
+        page: Severity -> what happens to the image.
+        question: Severity -> what happens to the question.
+    """
+
+    kind: str
+    values: tuple[str, ...]
+    page: Callable[[Image.Image, int], Image.Image] = lambda image, severity: image
+    question: Callable[[str, int], str] = lambda text, severity: text
+
+
+def rotated(image: Image.Image, severity: int) -> Image.Image:
+    """Counter-clockwise about the middle; what comes in at the corners is white."""
+    degrees = (2, 5, 10, 20)[severity - 1]
+    return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=_WHITE)
+
+
+def blurred(image: Image.Image, severity: int) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur((0.5, 1.0, 1.5, 2.5)[severity - 1]))
+
+
+def compressed(image: Image.Image, severity: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=(50, 30, 15, 5)[severity - 1])
+    return Image.open(buffer).convert("RGB")
+
+
+def darkened(image: Image.Image, severity: int) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance((0.75, 0.5, 0.25, 0.1)[severity - 1])
+
+
+def shrunk(image: Image.Image, severity: int) -> Image.Image:
+    """Fewer pixels; the processor brings it back to the size that the tower sees."""
+    return _resized(image, (0.8, 0.6, 0.45, 0.3)[severity - 1], (0.8, 0.6, 0.45, 0.3)[severity - 1])
+
+
+def stretched(image: Image.Image, severity: int) -> Image.Image:
+    """Wider by a factor and less high by the same, so that the area stays."""
+    factor = (1.1, 1.25, 1.5, 2.0)[severity - 1]
+    return _resized(image, factor**0.5, factor**-0.5)
+
+
+def _resized(image: Image.Image, horizontal: float, vertical: float) -> Image.Image:
+    size = (max(1, round(image.width * horizontal)), max(1, round(image.height * vertical)))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def paraphrased(text: str, severity: int) -> str:
+    """Careless, polite, reworded, and reworded within a longer request."""
+    match severity:
+        case 1:
+            return text.lower().rstrip("?.")
+        case 2:
+            return f"Please tell me: {text}"
+        case 3:
+            return reworded(text)
+        case _:
+            return f"Look at the image and answer in a few words. {reworded(text)}"
+
+
+def reworded(text: str) -> str:
+    """In other words that mean the same."""
+    for form, other in _REWORDINGS:
+        text = re.sub(form, other, text)
+    return text
+
+
+DISTURBANCES = (
+    Disturbance("rotation", ("2°", "5°", "10°", "20°"), rotated),
+    Disturbance("blur", ("0.5 px", "1 px", "1.5 px", "2.5 px"), blurred),
+    Disturbance("JPEG quality", ("50", "30", "15", "5"), compressed),
+    Disturbance("brightness", ("75 %", "50 %", "25 %", "10 %"), darkened),
+    Disturbance("scale", ("80 %", "60 %", "45 %", "30 %"), shrunk),
+    Disturbance("aspect ratio", ("1.1", "1.25", "1.5", "2"), stretched),
+    Disturbance("question", ("careless", "polite", "reworded", "both"), question=paraphrased),
+)
+SEVERITIES = (1, 2, 3, 4)

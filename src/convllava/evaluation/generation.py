@@ -1,0 +1,145 @@
+"""A model's answers to questions, in batches that are the same whether a run was interrupted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from convllava.errors import InputError
+from convllava.evaluation.journal import Journal
+from convllava.evaluation.prompts import conversation
+from convllava.evaluation.questions import Picture, Question
+from convllava.evaluation.scoring import Answer
+from convllava.inference.assistant import Assistant, EncodedImage, Message
+from convllava.inference.likelihood import log_likelihoods
+
+Asked = tuple[Sequence[Message], Sequence[EncodedImage]]
+CHOICES = ("generate", "likelihood")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked.
+
+    Attributes:
+        templates: See `prompts.templates_of`.
+        max_new_tokens: Longest answer.
+        choices: One of `CHOICES`: read the letter in a written answer, or take the letter with the highest likelihood.
+        batch_size: Questions that are answered together.
+    """
+
+    templates: dict[str, str]
+    max_new_tokens: int
+    choices: str = "generate"
+    batch_size: int = 16
+
+
+class Encoder:
+    """Images through the tower, each once while questions about it follow each other; counts their visual tokens."""
+
+    def __init__(self, assistant: Assistant) -> None:
+        self.assistant = assistant
+        self.kept: dict[Picture, EncodedImage] = {}
+        self.recent: dict[Picture, EncodedImage] = {}
+        self.tokens: dict[Picture, int] = {}
+
+    def __call__(self, picture: Picture) -> EncodedImage:
+        found = self.recent.get(picture) or self.kept.get(picture)
+        found = found or self.assistant.encode(picture.load())
+        self.recent[picture] = found
+        self.tokens[picture] = len(found.tokens)
+        return found
+
+    def turn(self) -> None:
+        """Forget the images of all batches but the last."""
+        self.kept, self.recent = self.recent, {}
+
+
+def answer_all(
+    assistant: Assistant,
+    questions: Sequence[Question],
+    asking: Asking,
+    journal: Journal,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Encoder:
+    """Answer what the journal has no answer to. A question that cannot be asked gets the reason in place of an answer.
+
+    A batch with any question left is done again as a whole: which questions share a batch bears on the last bits of
+    their numbers.
+
+    Returns:
+        The encoder, for what it counted.
+    """
+    encoder = Encoder(assistant)
+    for start in range(0, len(questions), asking.batch_size):
+        batch = questions[start : start + asking.batch_size]
+        if any(question.id not in journal.entries for question in batch):
+            journal.add(_answered(batch, asking, encoder))
+            encoder.turn()
+        progress((start + len(batch)) / len(questions))
+    return encoder
+
+
+def _answered(batch: Sequence[Question], asking: Asking, encoder: Encoder) -> list[Answer]:
+    """In the order of the batch."""
+    found: dict[str, Answer] = {}
+    ready: list[tuple[Question, Asked]] = []
+    for question in batch:
+        try:
+            ready.append((question, ask(question, asking.templates, encoder)))
+        except InputError as error:
+            found[question.id] = {"id": question.id, "error": str(error)}
+    for answer in _replies(ready, asking, encoder.assistant):
+        found[answer["id"]] = answer
+    return [found[question.id] for question in batch]
+
+
+def ask(question: Question, templates: dict[str, str], encode: Callable[[Picture], EncodedImage]) -> Asked:
+    """The conversation, with its images encoded.
+
+    Raises:
+        InputError: an image is missing or damaged.
+    """
+    messages, pictures = conversation(question, templates)
+    return messages, [encode(picture) for picture in pictures]
+
+
+def _replies(ready: Sequence[tuple[Question, Asked]], asking: Asking, assistant: Assistant) -> list[Answer]:
+    """Together, or one by one where a prompt among them cannot be had, such as one that is too long."""
+    alone = [item for item in ready if _is_by_likelihood(item[0], asking)]
+    together = [item for item in ready if not _is_by_likelihood(item[0], asking)]
+    singles = [_single(item, asking, assistant) for item in alone]
+    if not together:
+        return singles
+    try:
+        texts = assistant.chat_many([asked for _, asked in together], max_new_tokens=asking.max_new_tokens)
+    except InputError:
+        return singles + [_single(item, asking, assistant) for item in together]
+    return singles + [_answer(question, text) for (question, _), text in zip(together, texts, strict=True)]
+
+
+def _is_by_likelihood(question: Question, asking: Asking) -> bool:
+    return asking.choices == "likelihood" and bool(question.options)
+
+
+def likeliest_letter(
+    assistant: Assistant, messages: Sequence[Message], images: Sequence[EncodedImage], letters: str
+) -> str:
+    """The letter with the highest likelihood; of equal ones the first."""
+    scores = log_likelihoods(assistant, [(images, messages, letter) for letter in letters])
+    return letters[max(range(len(letters)), key=lambda number: scores[number].total)]
+
+
+def _answer(question: Question, text: str) -> Answer:
+    return {"id": question.id, "answer": text.strip()}
+
+
+def _single(item: tuple[Question, Asked], asking: Asking, assistant: Assistant) -> Answer:
+    question, (messages, images) = item
+    try:
+        if _is_by_likelihood(question, asking):
+            return _answer(question, likeliest_letter(assistant, messages, images, question.letters))
+        (text,) = assistant.chat_many([(messages, images)], max_new_tokens=asking.max_new_tokens)
+    except InputError as error:
+        return {"id": question.id, "error": str(error)}
+    return _answer(question, text)

@@ -1,0 +1,81 @@
+"""What a run finds, on disk as it comes, so that a run that was killed continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from convllava.errors import InputError
+from convllava.evaluation.tables import parse_json
+from convllava.files import read_json, write_json
+
+ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"
+Entry = Mapping[str, Any]
+"""An object with a text under `id`."""
+
+
+class Journal:
+    """The entries of one run by their ids: in memory, and in a folder where one is given.
+
+    Args:
+        folder: Holds the entries, a line each, and settings.json.
+        settings: What the entries depend on.
+        name: Of the file with the entries.
+
+    Raises:
+        InputError: the folder's entries were made with other settings, which the message tells; or it cannot be one.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], name: str = ANSWERS) -> None:
+        self.path = None if folder is None else folder / name
+        self.entries: dict[str, Entry] = {}
+        if self.path is not None:
+            _begin(self.path, settings)
+            self.entries = {entry["id"]: entry for entry in _continued(self.path)}
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Keep entries whose ids have none yet."""
+        fresh = [entry for entry in entries if entry["id"] not in self.entries]
+        self.entries |= {entry["id"]: entry for entry in fresh}
+        if self.path is not None and fresh:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in fresh))
+
+
+def _begin(entries: Path, settings: Mapping[str, Any]) -> None:
+    folder = entries.parent
+    wanted = json.loads(json.dumps(settings))  # as it will be read back
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be a folder: {error.strerror}") from None
+    path = folder / SETTINGS
+    if not path.exists():
+        if entries.exists():
+            raise InputError(f"{folder} holds {entries.name} without {SETTINGS}; choose another --output")
+        write_json(path, wanted)
+        return
+    before = read_json(path)
+    changed = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
+    if changed:
+        differences = "; ".join(f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
+        raise InputError(f"{folder} holds answers made otherwise: {differences}; choose another --output")
+
+
+def _continued(path: Path) -> list[Entry]:
+    """The entries of a run, but for a last line that was cut short, which is taken off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    lines = whole.decode("utf-8").splitlines()
+    entries = [parse_json(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+            raise InputError(f"line {number} of {path} is no entry of a run; choose another --output")
+    return entries

@@ -1,0 +1,190 @@
+"""Results compared and drawn, and the generated world swept and disturbed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import picture
+from PIL import Image
+from typer.testing import CliRunner
+
+from convllava import InputError
+from convllava.cli import app
+from convllava.evaluation.compare import compare
+from convllava.evaluation.disturbances import DISTURBANCES, SEVERITIES, reworded
+from convllava.evaluation.plots import plot_results
+from convllava.evaluation.robustness import robustness
+from convllava.evaluation.sweep import sweep
+from convllava.inference import Assistant
+from convllava.synthetic import World
+from convllava.synthetic.questions import TEMPLATES
+
+MOST_BYTES = 100_000
+"""Of a picture, the promise for docs/."""
+
+
+def result(folder, scores, **changes):
+    """A result.json with so many questions, the first half of one category."""
+    units = [
+        {"id": str(number), "categories": ["first" if number < len(scores) // 2 else "second"], "score": score}
+        for number, score in enumerate(scores)
+    ]
+    content = {
+        "benchmark": "seedbench",
+        "primary": "accuracy",
+        "score": sum(scores) / len(scores),
+        "units": units,
+        "model": {"name": "m", "parameters": {"tower": 4_000_000}},
+        "efficiency": {"seconds_to_first_token": 0.5, "pixels": 640.0**2},
+    }
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(content | changes))
+    return folder
+
+
+def test_a_comparison_pairs_questions_and_tells_the_categories_apart(tmp_path):
+    a = result(tmp_path / "a", [0] * 20 + [1] * 20)
+    b = result(tmp_path / "b", [1] * 20 + [1] * 19 + [0])
+    found = compare(a, b)
+    assert found["overall"]["difference"] == pytest.approx(19 / 40)
+    assert (found["overall"]["a"], found["overall"]["b"]) == (0.5, 0.975)
+    assert found["categories"]["first"] == {"n": 20, "a": 0, "b": 1, "difference": 1, "interval": [1, 1]}
+    low, high = found["categories"]["second"]["interval"]
+    assert low < 0 <= high
+    assert found == compare(a, b)
+    swapped = compare(b, a)["overall"]
+    assert swapped["difference"] == -found["overall"]["difference"]
+    assert swapped["interval"][0] == pytest.approx(-found["overall"]["interval"][1], abs=0.05)
+
+
+def test_equal_results_differ_by_nothing(tmp_path):
+    a, b = result(tmp_path / "a", [0, 1, 1, 0]), result(tmp_path / "b", [0, 1, 1, 0])
+    assert compare(a, b)["overall"]["interval"] == [0, 0]
+
+
+def test_results_that_cannot_be_compared_are_refused(tmp_path):
+    a = result(tmp_path / "a", [0, 1])
+    with pytest.raises(InputError, match="different questions: 1 are in one alone, such as 2"):
+        compare(a, result(tmp_path / "b", [0, 1, 1]))
+    with pytest.raises(InputError, match=r"is of seedbench and .* of mme"):
+        compare(a, result(tmp_path / "c", [0, 1], benchmark="mme"))
+    (tmp_path / "d.json").write_text("{}")
+    with pytest.raises(InputError, match=r"d.json lacks 'benchmark'"):
+        compare(a, tmp_path / "d.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        compare(a, tmp_path / "nowhere")
+
+
+def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
+    folders = [
+        result(tmp_path / str(n), [0, 1], efficiency={"seconds_to_first_token": 2.0**n, "pixels": 640.0**2})
+        for n in range(3)
+    ]
+    arguments = ["eval", "plot", *map(str, folders), "--output", str(tmp_path / "p.png")]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    assert Image.open(tmp_path / "p.png").width > 500
+    assert (tmp_path / "p.png").stat().st_size < MOST_BYTES
+    with pytest.raises(InputError, match="no time to the first token"):
+        plot_results([result(tmp_path / "x", [0, 1], efficiency=None)], tmp_path / "q.png")
+    with pytest.raises(InputError, match="draw one benchmark at a time"):
+        plot_results([folders[0], result(tmp_path / "y", [0, 1], benchmark="mme")], tmp_path / "q.png")
+    assert not (tmp_path / "q.png").exists()
+
+
+@pytest.mark.parametrize("kind", DISTURBANCES, ids=lambda kind: kind.kind)
+def test_every_severity_disturbs_and_a_higher_one_disturbs_otherwise(kind):
+    image, question = picture(96, 128), "What is the colour of the star?"
+    seen = {(image.tobytes(), image.size, question)}
+    for severity in SEVERITIES:
+        changed = kind.page(image, severity)
+        assert changed.mode == "RGB"
+        seen.add((changed.tobytes(), changed.size, kind.question(question, severity)))
+    assert len(seen) == len(SEVERITIES) + 1
+
+
+def test_stretching_keeps_the_area():
+    (aspect,) = (kind for kind in DISTURBANCES if kind.kind == "aspect ratio")
+    changed = aspect.page(picture(200, 200), 4)
+    assert changed.width / changed.height == pytest.approx(2, abs=0.05)
+    assert changed.width * changed.height == pytest.approx(200 * 200, rel=0.02)
+
+
+def test_reworded_questions_are_none_of_those_that_training_asks():
+    asked = {wording for wordings in TEMPLATES.values() for wording in wordings}
+    changed = [reworded(wording) for wording in asked]
+    assert not asked & {new for new, old in zip(changed, asked, strict=True) if new != old}
+    assert sum(new != old for new, old in zip(changed, asked, strict=True)) > len(asked) / 2
+
+
+class Reader:
+    """An assistant that answers rightly, but nothing once it has been stopped."""
+
+    def __init__(self, parts, world, samples) -> None:
+        self.inner = Assistant(*parts)
+        self.model, self.processor = self.inner.model, self.inner.processor
+        pages = [world.sample(index) for index in range(samples)]
+        self.known = {turn.question: turn.answer for page in pages for turn in page.turns}
+        self.calls = 0
+
+    def encode(self, image):
+        self.calls += 1
+        return self.inner.encode(image)
+
+    def answer_many(self, questions, batch_size):
+        yield [self.known.get(question, "none") for _, question in questions]
+
+
+def test_a_sweep_bins_printed_answers_by_their_height_as_the_tower_sees_it(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("convllava.evaluation.sweep.FEWEST", 1)
+    world = World("heldout", seed=3, size=256, kinds={"sign": 1})
+    reader = Reader(parts, world, 6)
+    report = sweep("tiny", reader, world, 6, [128, 256], tmp_path)  # type: ignore[arg-type]
+    assert [row["side"] for row in report["resolutions"]] == [128, 256]
+    assert all(row["accuracy"] > 0.5 for row in report["resolutions"])
+    middles = {
+        side: sum(row["n"] * row["height"] for row in report["rows"] if row["side"] == side)
+        / sum(row["n"] for row in report["rows"] if row["side"] == side)
+        for side in (128, 256)
+    }
+    assert middles[256] == pytest.approx(2 * middles[128], rel=0.25)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(report))
+    assert (tmp_path / "sweep.png").stat().st_size < MOST_BYTES
+    calls = reader.calls
+    assert sweep("tiny", reader, world, 6, [128, 256], tmp_path)["rows"] == report["rows"]  # type: ignore[arg-type]
+    assert reader.calls == calls
+
+
+def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
+    world = World("heldout", seed=3, size=192, simple=True)
+    reader = Reader(parts, world, 2)
+    report = robustness("tiny", reader, world, 2, tmp_path)  # type: ignore[arg-type]
+    assert report["clean"]["accuracy"] == 1
+    assert len(report["rows"]) == len(DISTURBANCES) * len(SEVERITIES)
+    for row in report["rows"]:
+        assert row["n"] == report["clean"]["n"]
+        assert row["lost"] == pytest.approx(1 - row["accuracy"])
+    assert all(row["accuracy"] == 1 for row in report["rows"] if row["kind"] != "question")
+    assert all(row["accuracy"] == 0 for row in report["rows"] if row["kind"] == "question" and row["severity"] == 2)
+    assert (tmp_path / "robustness.png").stat().st_size < MOST_BYTES
+    calls = reader.calls
+    robustness("tiny", reader, world, 2, tmp_path)  # type: ignore[arg-type]
+    assert reader.calls == calls
+
+
+def test_the_commands_write_json_and_a_picture(parts, tmp_path, monkeypatch):
+    world = World("heldout", seed=3, size=256)
+    monkeypatch.setattr("convllava.inference.load", lambda model: Reader(parts, world, 2))
+    common = ["--samples", "2", "--seed", "3", "--size", "256"]
+    for name, more in (("sweep", ["--sides", "128"]), ("robustness", [])):
+        arguments = ["eval", name, *more, "--output", str(tmp_path / name), *common]
+        found = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
+        assert found == json.loads((tmp_path / name / f"{name}.json").read_text())
+        assert (tmp_path / name / f"{name}.png").exists()
+    printed = CliRunner().invoke(
+        app, ["eval", "sweep", "--sides", "128", "--output", str(tmp_path / "sweep"), *common], catch_exceptions=False
+    )
+    assert "accuracy" in printed.stdout
+    arguments = ["eval", "sweep", "--sides", "100", "--output", str(tmp_path / "t")]
+    with pytest.raises(InputError, match="--sides 100"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
