@@ -14,7 +14,7 @@ from PIL import Image
 import convllava
 from convllava.checkpoints import SHIPPED, write
 from convllava.demo import PAGES, run_demo
-from convllava.evaluation.synthetic import evaluate
+from convllava.evaluation.generated.synthetic import evaluate
 from convllava.synthetic import World
 
 ROOT = Path(__file__).parent.parent

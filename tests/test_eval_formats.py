@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from convllava import InputError
 from convllava.evaluation.benchmarks import BENCHMARKS
-from convllava.evaluation.rows import listed
-from convllava.evaluation.sources import find_benchmarks, load_questions
+from convllava.evaluation.files.rows import listed
+from convllava.evaluation.files.sources import find_benchmarks, load_questions
 
 
 def load(name, path, **settings):

@@ -7,9 +7,9 @@ from benchmark_files import patient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convllava.evaluation import metrics, parsing
-from convllava.evaluation.normalising import normalise
 from convllava.evaluation.questions import NoPicture, Question
+from convllava.evaluation.scoring import metrics, parsing
+from convllava.evaluation.scoring.normalising import normalise
 
 texts = st.text(max_size=30)
 OPTIONS = ("a dog", "a cat", "two cats", "none of them")

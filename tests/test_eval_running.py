@@ -18,14 +18,14 @@ from convllava.checkpoints import write
 from convllava.cli import app
 from convllava.data.conversation import encode
 from convllava.evaluation.benchmarks import BENCHMARKS
+from convllava.evaluation.files.sources import load_questions
+from convllava.evaluation.generated.synthetic import evaluate
+from convllava.evaluation.generated.world import as_report, text_height, world_questions
 from convllava.evaluation.generation import Asking, answer_all, likeliest_letter
 from convllava.evaluation.journal import Journal
-from convllava.evaluation.judging import ChatJudge, score_in
 from convllava.evaluation.prompts import check_template, conversation, prompt, templates_of
 from convllava.evaluation.running import Options, run
-from convllava.evaluation.sources import load_questions
-from convllava.evaluation.synthetic import evaluate
-from convllava.evaluation.world import as_report, text_height, world_questions
+from convllava.evaluation.scoring.judging import ChatJudge, score_in
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
 from convllava.inference.likelihood import log_likelihoods
@@ -191,8 +191,8 @@ def test_the_generated_world_through_a_run_is_that_of_evaluate(assistant, tmp_pa
     questions = world_questions(world, 3)
     journal = Journal(None, {})
     answer_all(assistant, questions, Asking({"open": "{question}", "choice": ""}, 64, batch_size=3), journal)
-    from convllava.evaluation.scoring import score
-    from convllava.evaluation.world import SYNTHETIC
+    from convllava.evaluation.generated.world import SYNTHETIC
+    from convllava.evaluation.scoring.results import score
 
     result = score(SYNTHETIC, questions, list(journal.entries.values()))
     report = as_report(result | {"seconds": 0.0}, 3)

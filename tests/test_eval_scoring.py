@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 from convllava import InputError
 from convllava.cli import app
 from convllava.cli.evaluating import Name
-from convllava.evaluation import summaries
 from convllava.evaluation.benchmarks import BENCHMARKS
 from convllava.evaluation.questions import NoPicture, Question
-from convllava.evaluation.rules import Aids
-from convllava.evaluation.scoring import score
-from convllava.evaluation.statistics import interval, mean_interval
-from convllava.evaluation.summaries import Judged, groups_of
+from convllava.evaluation.scoring import summaries
+from convllava.evaluation.scoring.results import score
+from convllava.evaluation.scoring.rules import Aids
+from convllava.evaluation.scoring.statistics import interval, mean_interval
+from convllava.evaluation.scoring.summaries import Judged, groups_of
 from convllava.geometry import Size, square
 
 

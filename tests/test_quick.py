@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import convllava
-from convllava.evaluation.synthetic import evaluate
+from convllava.evaluation.generated.synthetic import evaluate
 from convllava.synthetic import World
 from convllava.training.engine import train
 from convllava.training.recipe import load_recipe

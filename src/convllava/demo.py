@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from convllava.evaluation.drawing import Answered, draw_answers
-from convllava.evaluation.synthetic import measure, table_of
+from convllava.evaluation.generated.synthetic import measure, table_of
 from convllava.inference import Assistant, load
 from convllava.synthetic import World
 

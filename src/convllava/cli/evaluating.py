@@ -161,8 +161,8 @@ def sweep(
 ) -> None:
     """Measure what a model reads by the height of the text, at several resolutions."""
     from convllava.bench.report import parse_sides
+    from convllava.evaluation.generated.sweep import sweep as run
     from convllava.evaluation.report import rows_table
-    from convllava.evaluation.sweep import sweep as run
     from convllava.inference import load
 
     report = run(model, load(model), _world(seed, size, simple), samples, parse_sides(sides.split(",")), output)
@@ -182,8 +182,8 @@ def robustness(
     as_json: AsJson = False,
 ) -> None:
     """Measure what a model loses on disturbed pages and reworded questions."""
+    from convllava.evaluation.generated.robustness import robustness as run
     from convllava.evaluation.report import rows_table
-    from convllava.evaluation.robustness import robustness as run
     from convllava.inference import load
 
     report = run(model, load(model), _world(seed, size, simple), samples, output)

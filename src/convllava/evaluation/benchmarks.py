@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from convllava.errors import InputError
-from convllava.evaluation import rules, summaries
-from convllava.evaluation.formats import MME_COGNITION, MME_PERCEPTION
-from convllava.evaluation.summaries import Groups, Judged
+from convllava.evaluation.files.formats import MME_COGNITION, MME_PERCEPTION
+from convllava.evaluation.scoring import rules, summaries
+from convllava.evaluation.scoring.summaries import Groups, Judged
 
 QUESTION = "{question}"
 SHORT = "{question}\nAnswer the question using a single word or phrase."

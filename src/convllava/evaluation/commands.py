@@ -11,16 +11,16 @@ from rich.table import Table
 from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.evaluation.benchmarks import benchmark_named
-from convllava.evaluation.judging import ChatJudge
+from convllava.evaluation.files.sources import find_benchmarks
+from convllava.evaluation.generated.synthetic import table_of
+from convllava.evaluation.generated.world import SYNTHETIC, as_report, describe_world, world_questions
 from convllava.evaluation.questions import Question
 from convllava.evaluation.report import pairs_table, tables_of
-from convllava.evaluation.rules import Aids, Judge
 from convllava.evaluation.running import Options, chosen_questions, questions_of, run_questions
-from convllava.evaluation.scoring import Result, read_answers
-from convllava.evaluation.scoring import score as score_answers
-from convllava.evaluation.sources import find_benchmarks
-from convllava.evaluation.synthetic import table_of
-from convllava.evaluation.world import SYNTHETIC, as_report, describe_world, world_questions
+from convllava.evaluation.scoring.judging import ChatJudge
+from convllava.evaluation.scoring.results import Result, read_answers
+from convllava.evaluation.scoring.results import score as score_answers
+from convllava.evaluation.scoring.rules import Aids, Judge
 from convllava.inference import load
 from convllava.synthetic import World
 

@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 
 from convllava.errors import InputError
 from convllava.evaluation.journal import RESULT
-from convllava.evaluation.scoring import rounded
-from convllava.evaluation.statistics import mean_interval
+from convllava.evaluation.scoring.results import rounded
+from convllava.evaluation.scoring.statistics import mean_interval
 from convllava.files import read_json
 
 

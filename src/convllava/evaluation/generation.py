@@ -9,7 +9,7 @@ from convllava.errors import InputError
 from convllava.evaluation.journal import Journal
 from convllava.evaluation.prompts import conversation
 from convllava.evaluation.questions import Picture, Question
-from convllava.evaluation.scoring import Answer
+from convllava.evaluation.scoring.results import Answer
 from convllava.inference.assistant import Assistant, EncodedImage, Message
 from convllava.inference.likelihood import log_likelihoods
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
-from convllava.evaluation.tables import parse_json
+from convllava.evaluation.files.tables import parse_json
 from convllava.files import read_json, write_json
 
 ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"

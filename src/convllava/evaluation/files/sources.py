@@ -9,9 +9,9 @@ from pathlib import Path
 
 from convllava.errors import InputError
 from convllava.evaluation.benchmarks import BENCHMARKS, Benchmark
-from convllava.evaluation.formats import read_questions
+from convllava.evaluation.files.formats import read_questions
+from convllava.evaluation.files.tables import SUFFIXES
 from convllava.evaluation.questions import Question
-from convllava.evaluation.tables import SUFFIXES
 
 _JOINED = ("pope", "chartqa")
 """Benchmarks whose original JSON files are parts of one whole."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
-from convllava.evaluation.parsing import written_options
+from convllava.evaluation.files.rows import Row, find_image, listed
+from convllava.evaluation.files.tables import read_rows
 from convllava.evaluation.questions import NoPicture, Picture, PictureFile, Question
-from convllava.evaluation.rows import Row, find_image, listed
-from convllava.evaluation.tables import read_rows
+from convllava.evaluation.scoring.parsing import written_options
 
 _IDS = ("index", "id", "questionId", "question_id", "data_id")
 _TEXTS = ("question", "text", "query", "sent", "expression")

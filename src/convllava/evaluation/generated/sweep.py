@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
+from convllava.evaluation.generated.synthetic import judge
+from convllava.evaluation.generated.world import describe_world, text_height
 from convllava.evaluation.journal import Journal
 from convllava.evaluation.plots import plot_heights
 from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.running import describe, versions
-from convllava.evaluation.scoring import accuracy_of
-from convllava.evaluation.synthetic import judge
-from convllava.evaluation.world import describe_world, text_height
+from convllava.evaluation.scoring.results import accuracy_of
 from convllava.files import write_json
 from convllava.geometry import Size
 from convllava.inference import Assistant

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from convllava.evaluation.formats import MME_COGNITION, MME_PERCEPTION
+from convllava.evaluation.files.formats import MME_COGNITION, MME_PERCEPTION
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convllava.evaluation.disturbances import DISTURBANCES, SEVERITIES, Disturbance
+from convllava.evaluation.generated.disturbances import DISTURBANCES, SEVERITIES, Disturbance
+from convllava.evaluation.generated.synthetic import judge
+from convllava.evaluation.generated.world import describe_world
 from convllava.evaluation.journal import Journal
 from convllava.evaluation.plots import plot_severities
 from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.running import describe, versions
-from convllava.evaluation.scoring import accuracy_of, rounded
-from convllava.evaluation.statistics import mean_interval
-from convllava.evaluation.synthetic import judge
-from convllava.evaluation.world import describe_world
+from convllava.evaluation.scoring.results import accuracy_of, rounded
+from convllava.evaluation.scoring.statistics import mean_interval
 from convllava.files import write_json
 from convllava.inference import Assistant
 from convllava.synthetic import Sample, Turn, World

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from convllava.errors import InputError
+from convllava.evaluation.files.rows import Row, decoded, find_image, listed
 from convllava.evaluation.questions import NoPicture, Picture, PictureFile
-from convllava.evaluation.rows import Row, decoded, find_image, listed
 
 LONGEST_REFERENCE = 64
 """Characters of an image cell that is still the index of another row and no image (VLMEvalKit's rule)."""

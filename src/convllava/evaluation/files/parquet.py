@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from convllava.errors import InputError
-from convllava.evaluation.rows import Row, decoded
+from convllava.evaluation.files.rows import Row, decoded
 from convllava.files import one_line
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from convllava.evaluation.normalising import normalise
+from convllava.evaluation.scoring.normalising import normalise
 from convllava.geometry import Box, parse_box
 
 

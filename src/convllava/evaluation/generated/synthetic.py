@@ -11,8 +11,8 @@ from typing import TypedDict
 from rich.table import Table
 
 from convllava.errors import InputError
-from convllava.evaluation.metrics import box_match, exact_match, relaxed_match
 from convllava.evaluation.progress import progress_bar
+from convllava.evaluation.scoring.metrics import box_match, exact_match, relaxed_match
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
 from convllava.synthetic import TASKS, Sample, Turn, World

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from convllava.evaluation import metrics, parsing
 from convllava.evaluation.questions import Question
+from convllava.evaluation.scoring import metrics, parsing
 from convllava.geometry import Placement, Size, parse_box
 
 

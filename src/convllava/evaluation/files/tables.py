@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
-from convllava.evaluation.parquet import read_parquet
-from convllava.evaluation.rows import Row
-from convllava.evaluation.tsv import read_tsv
+from convllava.evaluation.files.parquet import read_parquet
+from convllava.evaluation.files.rows import Row
+from convllava.evaluation.files.tsv import read_tsv
 from convllava.files import one_line
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from PIL import Image
 
 from convllava.errors import InputError
-from convllava.evaluation import summaries
 from convllava.evaluation.benchmarks import QUESTION, Benchmark
+from convllava.evaluation.generated.synthetic import Report, is_right
 from convllava.evaluation.questions import Question
-from convllava.evaluation.rules import Aids, Verdict
-from convllava.evaluation.synthetic import Report, is_right
+from convllava.evaluation.scoring import summaries
+from convllava.evaluation.scoring.rules import Aids, Verdict
 from convllava.synthetic import TASKS, Sample, Turn, World
 
 

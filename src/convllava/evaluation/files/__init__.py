@@ -1,0 +1,1 @@
+"""The files of benchmarks, in the layouts that people have, as questions."""

@@ -1,0 +1,1 @@
+"""The generated world as a benchmark: accuracy by task, by the height of text, and on disturbed pages."""
