@@ -41,13 +41,14 @@ def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> No
 
 
 class StepLog(TrainerCallback):
-    """Appends to `log.jsonl`: stage, step, loss, learning rates, images, tokens, positions, padded, seconds.
+    """Appends to `log.jsonl`: stage, step, loss, learning rates, images, tokens, positions, padded, waited, seconds.
 
     Positions are those that the language model computes, padded those it would compute if each batch were padded to
-    its longest sample. All of them and seconds count from the beginning of the stage, over all its resumed parts.
+    its longest sample; waited are the first process's seconds without samples. All of them and seconds count from the
+    beginning of the stage, over all its resumed parts.
     """
 
-    def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, int]) -> None:
+    def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, float]) -> None:
         self.path = output / "log.jsonl"
         self.stage, self.index, self.counts = stage, index, counts
         self.before: dict[str, float] = {**dict.fromkeys(counts, 0), "seconds": 0.0}
@@ -82,7 +83,7 @@ class StepLog(TrainerCallback):
             for group in groups:  # of a part's layers, the highest
                 rates[group["part"]] = max(group["lr"], rates.get(group["part"], 0.0))
             notes = {name: round(logs[name], 4) for name in NOTES if name in logs}
-            counts = {name: int(self.before[name]) + count for name, count in self.counts.items()}
+            counts = {name: round(self.before[name] + count, 3) for name, count in self.counts.items()}
             self._write(state.global_step, {"loss": logs["loss"], **notes, "learning_rates": rates, **counts})
         elif "eval_loss" in (logs or {}):
             self._write(state.global_step, {"eval_loss": logs["eval_loss"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,8 +34,8 @@ from convllava.training.recipe import Recipe, Stage
 from convllava.training.reporting import Skips
 from convllava.training.sharding import sharding_arguments
 
-COUNTS = ("images", "tokens", "positions", "padded")
-"""Of what the stage has seen (see `StageTrainer._count`)."""
+COUNTS = ("images", "tokens", "positions", "padded", "waited")
+"""Of what the stage has seen (see `StageTrainer._count`), and the seconds in which this process waited for samples."""
 
 
 def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> TrainingArguments:
@@ -99,7 +100,7 @@ class StageTrainer(Trainer):
     ) -> None:
         self.recipe, self.stage, self.config, self.skips, self.trained = recipe, stage, config, skips, model
         self.staging: str | None = None
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
         self.guided_layers = guided_layers(model) if stage.guidance else {}
         self.average = Average(model, stage.ema) if stage.ema else None
@@ -119,6 +120,12 @@ class StageTrainer(Trainer):
         """The world is drawn at random already; its order is then part of the recipe."""
         samples: Any = train_dataset or self.train_dataset
         return SequentialSampler(samples)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.counts["waited"] += time.perf_counter() - started
+        return batches
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         with explaining(self.recipe, self.stage, self.trained, self.config, inputs):

@@ -1,0 +1,69 @@
+"""A step of training on pages of mixed shapes: at their own shapes and packed, beside padded squares and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from convllava.bench.suites import Row
+from convllava.bench.timing import Work, side_by_side
+from convllava.building import build_fresh
+from convllava.data.conversation import collate, lengths_of, pack
+from convllava.data.synthetic import ChatDataset
+from convllava.inspection import language_models, towers
+from convllava.synthetic import World, closed_vocabulary
+
+SAMPLES = 8
+
+
+def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: str) -> Iterator[Row]:
+    """Forward and backward of tower, projector and language model on the same pages, ours and as is usual.
+
+    Ours keeps every page as it is and lays the sequences end to end. The baseline pads every page to one square, the
+    smallest in which none is shrunk, and every sequence to the longest. `side` is the root of the pages' area.
+    """
+    for name in names:
+        for side in sides:
+            world = World("train", size=side, turns=6)
+            sizes = [world.sample(index).image.size for index in range(SAMPLES)]
+            square = -(-max(map(max, sizes)) // 64) * 64
+            ours = _batch(name, language, world, {"min_pixels": 64 * 64, "max_pixels": 2**26}, packed=True)
+            padded = _batch(name, language, world, {"mode": "square", "side": square}, packed=False)
+            model = _model(name, language, {})[0].train()
+            seconds = side_by_side({"ours": _step(model, ours), "padded": _step(model, padded)}, repeats)
+            yield {
+                "tower": name,
+                "side": side,
+                "square": square,
+                "seconds": round(seconds["ours"], 3),
+                "padded_seconds": round(seconds["padded"], 3),
+                "ratio": round(seconds["ours"] / seconds["padded"], 3),
+                "pixels": _pixels(ours),
+                "padded_pixels": _pixels(padded),
+                "useful_tokens": round(sum(lengths_of(ours)) / ours["input_ids"].numel(), 3),
+                "useful_tokens_padded": round(sum(lengths_of(padded)) / padded["input_ids"].numel(), 3),
+            }
+
+
+def _model(name: str, language: str, pixels: dict[str, Any]) -> Any:
+    vision = {key: getattr(towers()[name], key) for key in ("depths", "hidden_sizes")}
+    return build_fresh(vision=vision, language=language_models()[language], pixels=pixels, words=closed_vocabulary())
+
+
+def _batch(name: str, language: str, world: World, pixels: dict[str, Any], packed: bool) -> dict[str, Any]:
+    processor = _model(name, language, pixels)[1]
+    dataset = ChatDataset(world, processor, SAMPLES)
+    items = [dataset[index] for index in range(SAMPLES)]
+    return pack(items) if packed else collate(items, processor.tokenizer.pad_token_id)
+
+
+def _pixels(batch: dict[str, Any]) -> int:
+    return sum(image.shape[1] * image.shape[2] for image in batch["pixel_values"])
+
+
+def _step(model: Any, batch: dict[str, Any]) -> Work:
+    def run() -> None:
+        model(**batch).loss.backward()
+        model.zero_grad()
+
+    return run
