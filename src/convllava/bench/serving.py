@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from convllava import checkpoints
@@ -137,8 +138,8 @@ class _Running:
 
 @contextmanager
 def _started(command: Sequence[str], port: int, model: str) -> Iterator[_Running]:
-    """A server in a process of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    """A server in a process of its own, with as many threads of one operation as here."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment) as process,
