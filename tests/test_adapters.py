@@ -79,6 +79,25 @@ def test_a_run_may_move_and_a_lost_base_is_named(run, tmp_path):
     assert checkpoints.read(tmp_path / "merged")[0].dtype == torch.float32
 
 
+def test_a_run_behind_a_symbolic_link_finds_its_base(tmp_path):
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    assert checkpoints.read(engine.train(recipe(replaced(steps=1)), tmp_path / "link/run"))[0].num_parameters()
+
+
+def test_a_folder_called_like_a_shipped_model_does_not_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert engine.base_folder(engine.Recipe("fine", [STAGE], ModelSpec(checkpoint="tiny")), 0, tmp_path) == "tiny"
+
+
+def test_four_bits_after_an_adapter_are_refused_before_anything_trains(tmp_path):
+    four = replaced(adapter=Adapter(four_bit=True), trains={"language_model": 1e-2}, name="four")
+    with pytest.raises(InputError, match="four_bit cannot follow an adapter"):
+        engine.train(recipe(STAGE, four), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_next_stage_trains_what_the_adapter_has_made(run, tmp_path):
     plan = recipe(STAGE, CHAT)
     last = engine.train(plan, tmp_path)

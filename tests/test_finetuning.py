@@ -13,7 +13,7 @@ from convllava.cli import app
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
-QUICK = "--set stages.lora.pixels.min_pixels=65536 --max-steps 14 --set stages.lora.evaluation.every=7"
+QUICK = "--set stages.lora.pixels.min_pixels=65536 --max-steps 20 --set stages.lora.evaluation.every=10"
 
 
 def test_the_walk_through_teaches_the_shipped_model_and_ends_in_a_plain_checkpoint(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from convllava.training import engine
 from convllava.training.averaging import Average
 from convllava.training.inputs import make_held_out
 from convllava.training.parts import freeze_all_but, parameter_groups
-from convllava.training.recipe import Data, Evaluation, Source
+from convllava.training.recipe import Adapter, Data, Evaluation, Source
 
 MEASURED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))
 STOPPED = dataclasses.replace(
@@ -85,9 +85,13 @@ def test_the_average_is_that_of_all_steps():
     assert weight.item() == 8
 
 
-@pytest.mark.parametrize("stage", [AVERAGED, STOPPED], ids=["average", "early stopping"])
+DROPPING = dataclasses.replace(AVERAGED, adapter=Adapter(rank=2, dropout=0.3))
+
+
+@pytest.mark.parametrize("stage", [AVERAGED, STOPPED, DROPPING], ids=["average", "early stopping", "dropout"])
 def test_a_resumed_run_leaves_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, stage):
     plan, whole, parts = recipe(stage, save_every=1), tmp_path / "whole", tmp_path / "parts"
+    plan = dataclasses.replace(plan, workers=1 if stage is DROPPING else 0)  # loaders with workers draw a seed
     engine.train(plan, whole)
     steps = losses(whole)
     original = engine.StageTrainer.training_step
@@ -106,6 +110,29 @@ def test_a_resumed_run_leaves_the_weights_of_an_uninterrupted_one(tmp_path, monk
     assert losses(parts, "eval_loss") == losses(whole, "eval_loss")
     for name, parameter in weights(whole / "0-chat").items():
         assert parameter.equal(weights(parts / "0-chat")[name]), name
+
+
+def test_a_run_that_stopped_early_and_lacks_only_its_folder_takes_no_more_steps(tmp_path, monkeypatch):
+    plan, whole, parts = recipe(STOPPED, save_every=1), tmp_path / "whole", tmp_path / "parts"
+    engine.train(plan, whole)
+
+    def dying(*args):
+        raise KilledError
+
+    monkeypatch.setattr(engine, "write_stage", dying)
+    with pytest.raises(KilledError):
+        engine.train(plan, parts)
+    monkeypatch.undo()
+    engine.train(plan, parts, resume=True)
+    assert losses(parts) == losses(whole)
+    for name, parameter in weights(whole / "0-chat").items():
+        assert parameter.equal(weights(parts / "0-chat")[name]), name
+
+
+def test_held_out_text_alone_is_measured_and_not_drawn(tmp_path):
+    data = dataclasses.replace(DATA, images=False)
+    engine.train(recipe(dataclasses.replace(MEASURED, data=data, evaluation=Evaluation(every=6, samples=2))), tmp_path)
+    assert len(losses(tmp_path, "eval_loss")) == 1
 
 
 def test_files_are_evaluated_on_other_files(tmp_path):

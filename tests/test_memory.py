@@ -63,9 +63,8 @@ def test_activations_are_what_autograd_keeps(first, checkpointing):
 
 def test_processes_share_states_and_not_activations():
     config = ConvLlavaConfig(vision_config=WIDTH, text_config=TEXT)
-    parameters = {"projector": 10**9, "language_model": 10**9}
-    whole = memory_of(parameters, config, CHAT, 10**6, 10**4)
-    shared = memory_of(parameters, config, CHAT, 10**6, 10**4, processes=8)
+    whole = memory_of(2 * 10**9, 2 * 10**9, config, CHAT, 10**6, 10**4)
+    shared = memory_of(2 * 10**9, 2 * 10**9, config, CHAT, 10**6, 10**4, processes=8)
     assert (whole["weights"], whole["gradients"], whole["optimizer"]) == (8.0, 8.0, 16.0)
     assert (shared["weights"], shared["gradients"], shared["optimizer"]) == (1.0, 1.0, 2.0)
     assert shared["tower"] == whole["tower"]

@@ -277,6 +277,15 @@ def test_packed_equals_separate(parts):
     torch.testing.assert_close(packed.loss, mean, atol=1e-5, rtol=0)
 
 
+def test_a_family_whose_samples_would_see_each_other_in_a_row_is_refused(tmp_path):
+    plan = recipe(dataclasses.replace(CHAT, packing=True))
+    layers = {"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    language = {**plan.model.language, **layers, "num_key_value_heads": 2}
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, language=language))
+    with pytest.raises(InputError, match="samples in one row of a lfm2 see each other; leave out packing"):
+        engine.train(plan, tmp_path / "run")
+
+
 def test_packing_wastes_nothing_and_padding_is_counted_beside_it(parts):
     items = mixed_items(parts[1])
     lengths = [len(item["input_ids"]) for item in items]
@@ -442,6 +451,12 @@ def test_bad_models_are_refused_before_anything_is_written(tmp_path, change, mes
     plan = dataclasses.replace(recipe(CHAT), model=ModelSpec(**change))
     with pytest.raises(InputError, match=message):
         engine.train(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match="report_to: wandbb: "):
+        engine.train(recipe(CHAT, report_to=["wandbb"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -77,18 +77,19 @@ def apply(
     return adapted.merge_and_unload().eval() if merge else adapted.eval()
 
 
-def save(adapted: Any, processor: ConvLlavaProcessor, folder: Path, base: str) -> None:
+def save(adapted: Any, processor: ConvLlavaProcessor, folder: Path, base: str | Path) -> None:
     """Write what was trained, the configuration and the processor into a folder that is there.
 
     Args:
         adapted: The `PeftModel`.
-        base: A folder, of which the path relative to the adapter is kept, so that both can move together; a hub id; or
-            the name of a model that ships with the package.
+        base: A folder, as a Path, of which the path relative to the adapter is kept, so that both can move together; or
+            a hub id or the name of a model that ships with the package.
     """
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # a card to fill in
     path = folder / CONFIG
-    name = os.path.relpath(base, folder) if Path(base).is_dir() else base
+    # Resolved, since ".." of a path through a symbolic link leads elsewhere than its text says.
+    name = os.path.relpath(base.resolve(), folder.resolve()) if isinstance(base, Path) else base
     write_json(path, {**read_json(path), _BASE: name})
     model = adapted.get_base_model()
     config = copy.deepcopy(model.config)

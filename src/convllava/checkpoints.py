@@ -154,7 +154,7 @@ def write(
 def write_adapter(adapted: Any, processor: ConvLlavaProcessor, path: Path, base: str | Path, **texts: str) -> None:
     """As `write`, what a `PeftModel` learnt beside its base: a folder, a hub id, or the name of a shipped model."""
     with whole_folder(path) as folder:
-        adapters.save(adapted, processor, folder, str(base))
+        adapters.save(adapted, processor, folder, base)
         _write_texts(folder, texts)
 
 

@@ -74,6 +74,23 @@ def check_attention(model: Any, stage: Stage) -> None:
     if needs and not getattr(model.model.language_model, "_supports_attention_backend", False):
         family = model.config.text_config.model_type
         raise InputError(f"stage {stage.name}: the attention of a {family} cannot have {needs[0]}; leave it out")
+    if stage.packing and not keeps_apart(model.model.language_model):
+        family = model.config.text_config.model_type
+        raise InputError(f"stage {stage.name}: samples in one row of a {family} see each other; leave out packing")
+
+
+@torch.no_grad()
+def keeps_apart(language_model: Any) -> bool:
+    """Whether a sequence behind another in one row gives what it gives alone, which layers that are no attention (such
+    as convolutions over time) and families with places of their own do not."""
+    was_training, weight = language_model.training, next(language_model.parameters())
+    language_model.eval()
+    ids = torch.arange(1, 13, device=weight.device)[None] % language_model.config.vocab_size
+    places = torch.cat([torch.arange(5), torch.arange(7)]).to(weight.device)[None]
+    together = language_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[:, 5:]
+    alone = language_model(input_ids=ids[:, 5:], position_ids=places[:, 5:], use_cache=False).last_hidden_state
+    language_model.train(was_training)
+    return bool((together - alone).abs().max() <= 1e-5 * alone.abs().max())
 
 
 def guide_attention(model: Any) -> None:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
-from convllava import checkpoints
+from convllava import checkpoints, official
+from convllava.adapters import is_adapter
 from convllava.errors import InputError
+from convllava.files import one_line
 from convllava.inference import Assistant
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
@@ -33,7 +35,7 @@ from convllava.training.attention import check_attention, guide_attention
 from convllava.training.beginning import check_pixels, start
 from convllava.training.calibration import calibrate
 from convllava.training.dense import DensePretraining
-from convllava.training.held_out import SampleAnswers, callbacks_of
+from convllava.training.held_out import SampleAnswers, callbacks_of, has_stopped
 from convllava.training.inputs import (
     distinct_samples,
     image_of,
@@ -108,12 +110,48 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
     for path in missing_files(recipe):
         raise InputError(f"{path} is not there, and a stage needs it; --dry-run lists all that is missing")
     check_pixels(recipe, processor.image_processor)
-    check_sharding(recipe)
+    check_sharding(recipe, process_count())
+    check_reporters(recipe)
+    check_four_bits(recipe)
     for stage in recipe.stages:
         check_trains(stage, model, processor)
         if not stage.data.sources:
             make_world(stage.data, seed=0)
         check_attention(model, stage)
+
+
+def check_reporters(recipe: Recipe) -> None:
+    """Refuse loggers that transformers does not know, or that are not installed.
+
+    Raises:
+        InputError: names it.
+    """
+    for name in recipe.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InputError(f"report_to: {name}: {one_line(error)}") from None
+
+
+def check_four_bits(recipe: Recipe) -> None:
+    """Refuse to quantise what is no whole checkpoint of ours.
+
+    Raises:
+        InputError: names the stage.
+    """
+    for index, stage in enumerate(recipe.stages):
+        if stage.adapter is None or not stage.adapter.four_bit:
+            continue
+        if index > 0 and recipe.stages[index - 1].adapter is not None:
+            raise InputError(
+                f"stage {stage.name}: four_bit cannot follow an adapter; merge that one in a run of its own"
+            )
+        found = checkpoints.find(recipe.model.checkpoint) if index == 0 and recipe.model.checkpoint else None
+        if found is not None and (is_adapter(found) or official.is_official(found)):
+            raise InputError(
+                f"stage {stage.name}: four_bit needs a whole checkpoint in our layout; merge or convert it"
+            )
 
 
 def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
@@ -200,13 +238,15 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         guide_attention(model)
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if not has_stopped(stage, checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.leave_what_counts()
     finally:
         torch.set_flush_denormal(False)
         bar.stop()
     model.config.use_cache = True  # the Trainer turns it off
     weights = trainer.whole_weights()
+    trainer.accelerator.wait_for_everyone()  # each has read what the first removes now
     if is_first_process():
         write_stage(recipe, index, trained, model, processor, folder, weights)
         shutil.rmtree(progress, ignore_errors=True)
@@ -224,7 +264,8 @@ def observe(
     if stage.evaluation is not None and stage.evaluation.pictures and stage.objective == "chat":
         dataset: Any = trainer.eval_dataset
         questions = questions_of(dataset, stage.evaluation.pictures)
-        trainer.add_callback(SampleAnswers(assistant, questions, writer))
+        if questions:
+            trainer.add_callback(SampleAnswers(assistant, questions, writer))
 
 
 def write_stage(
@@ -259,4 +300,7 @@ def base_folder(recipe: Recipe, index: int, output: Path) -> str | Path:
     """What a stage's adapter is trained on: the stage before, the recipe's checkpoint, or what the recipe builds."""
     if index > 0:
         return output / f"{index - 1}-{recipe.stages[index - 1].name}"
-    return recipe.model.checkpoint or output / "base"
+    checkpoint = recipe.model.checkpoint
+    if checkpoint is None:
+        return output / "base"
+    return Path(checkpoint) if checkpoints.find(checkpoint) == checkpoint and Path(checkpoint).is_dir() else checkpoint

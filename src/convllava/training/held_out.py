@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from convllava.evaluation.drawing import Answered, draw_answers
 from convllava.inference import Assistant
 from convllava.inference.assistant import Message
 from convllava.training.averaging import save_weights
 from convllava.training.inputs import Question
-from convllava.training.recipe import Evaluation
+from convllava.training.recipe import Evaluation, Stage
 
 BEST = "best.safetensors"
 """Among a stage's checkpoints: the weights that had the smallest held-out loss."""
@@ -63,6 +64,15 @@ class SampleAnswers(TrainerCallback):
         answer = str(self.assistant.chat(asked, images, max_new_tokens=_LONGEST))
         question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
         return Answered(images[0], [(question, f"{answer}   ({truth})")], [])
+
+
+def has_stopped(stage: Stage, checkpoint: str | None) -> bool:
+    """Whether the stage had stopped early when its newest checkpoint was written: it then only lacks its folder."""
+    if checkpoint is None or stage.evaluation is None or stage.evaluation.patience is None:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    found = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+    return found.get("attributes", {}).get("early_stopping_patience_counter", 0) >= stage.evaluation.patience
 
 
 def callbacks_of(evaluation: Evaluation) -> list[TrainerCallback]:

@@ -17,6 +17,7 @@ from torch import nn
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.training.parts import parts_of
+from convllava.training.processes import process_count
 from convllava.training.recipe import Recipe, Stage
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc", re.IGNORECASE)
@@ -27,9 +28,9 @@ class Memory(TypedDict):
     """In GB, for one process.
 
     Attributes:
-        weights: All of them in float32, but those that are quantised.
+        weights: All of them in float32; a language model in four bits holds less.
         gradients: Of those that train.
-        optimizer: AdamW's two moments; Muon has one for most matrices.
+        optimizer: AdamW's two moments; Muon holds less, one for most matrices.
         tower: Activations of the vision tower.
         language_model: Activations of the language model.
         logits: With their gradients, in float32.
@@ -44,23 +45,25 @@ class Memory(TypedDict):
 
 
 def memory_of(
-    parameters: Mapping[str, int], config: ConvLlavaConfig, stage: Stage, pixels: int, tokens: int, processes: int = 1
+    parameters: int, trained: int, config: ConvLlavaConfig, stage: Stage, pixels: int, tokens: int, processes: int = 1
 ) -> Memory:
     """Of one process in one pass.
 
     Args:
-        parameters: Of every part of the model.
+        parameters: Of the whole model.
+        trained: Parameters that train, those of adapters among them.
         pixels: Of all images of the pass.
         tokens: Positions of all sequences of the pass, visual ones and padding included.
         processes: That share weights, gradients and the optimiser's state, as under FSDP.
     """
-    trained = sum(count for part, count in parameters.items() if part in stage.trains)
-    states = {"weights": 4 * sum(parameters.values()), "gradients": 4 * trained, "optimizer": 8 * trained}
+    states = {"weights": 4 * parameters, "gradients": 4 * trained, "optimizer": 8 * trained}
     activations = {
         "tower": tower_activations(config.vision_config, stage, pixels),
         "language_model": language_activations(config.text_config, stage, tokens),
         "logits": 3 * 4 * tokens * config.text_config.vocab_size,
     }
+    if stage.objective != "chat":  # the language model does not run
+        activations |= {"language_model": 0, "logits": 0}
     found = {name: count / processes for name, count in states.items()} | activations
     return {name: round(count / GB, 2) for name, count in found.items()}  # type: ignore[return-value]
 
@@ -122,16 +125,22 @@ def explaining(recipe: Recipe, stage: Stage, model: nn.Module, config: Any, batc
 
 def explanation(recipe: Recipe, stage: Stage, model: nn.Module, config: Any, batch: Mapping[str, Any]) -> str:
     """One line: what a pass holds, and by which keys of the recipe it holds less."""
-    parameters = {part: sum(weight.numel() for _, weight in named) for part, named in parts_of(model).items()}
+    weights = [weight for named in parts_of(model).values() for _, weight in named]
+    parameters = sum(weight.numel() for weight in weights)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     images = batch.get("pixel_values", ())
     pixels = sum(image.shape[-2] * image.shape[-1] for image in images)
     tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
-    found = memory_of(parameters, config, stage, pixels, tokens)
+    found = memory_of(parameters, trained, config, stage, pixels, tokens, _sharing(recipe))
     told = ", ".join(f"{name.replace('_', ' ')} {size:g}" for name, size in found.items())
     return (
         f"out of memory in stage {stage.name}, in a pass of {len(images)} images with {pixels / 1e6:.1f} million "
         f"pixels and {tokens} tokens; it holds about, in GB: {told}; less with {', '.join(_remedies(recipe, stage))}"
     )
+
+
+def _sharing(recipe: Recipe) -> int:
+    return 1 if recipe.sharding == "none" else process_count()
 
 
 def _remedies(recipe: Recipe, stage: Stage) -> Iterator[str]:

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from rich.table import Table
+from torch import nn
 
 from convllava.files import is_hub_id
 from convllava.geometry import Size, visual_tokens
+from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.training.adapting import check_adaptable, module_of
 from convllava.training.beginning import check_pixels, outline, pixels_of
 from convllava.training.inputs import addresses_of, missing_files, missing_images, with_steps
 from convllava.training.memory import Memory, memory_of
 from convllava.training.parts import freeze_all_but, parts_of
 from convllava.training.processes import check_processes
 from convllava.training.recipe import Recipe, Stage
+from convllava.training.sharding import check_sharding
 
 
 class StagePlan(TypedDict):
@@ -58,8 +62,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         InputError: what would stop the run, but for files that are missing.
     """
     check_processes(recipe, processes)
-    model = outline(recipe)
-    check_pixels(recipe, pixels_of(recipe))
+    check_sharding(recipe, processes)
+    model, pixels = outline(recipe), pixels_of(recipe)
+    check_pixels(recipe, pixels)
     missing = [*_missing_parts(recipe), *map(str, missing_files(recipe)), *map(str, missing_images(recipe))]
     if not any(missing_files(recipe)):
         recipe = with_steps(recipe)
@@ -67,12 +72,22 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         "name": recipe.name,
         "processes": processes,
         "image": _image_of(recipe, model),
-        "stages": [_stage_plan(recipe, stage, model, processes) for stage in recipe.stages],
+        "stages": [_stage_plan(recipe, stage, model, pixels, processes) for stage in recipe.stages],
         "missing": missing,
     }
 
 
-def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGeneration, processes: int) -> StagePlan:
+def _stage_plan(
+    recipe: Recipe,
+    stage: Stage,
+    model: ConvLlavaForConditionalGeneration,
+    pixels: ConvLlavaImageProcessorPil,
+    processes: int,
+) -> StagePlan:
+    """One stage's; `pixels` takes up its settings, which stay changed for the stages after it."""
+    pixels.change(**stage.pixels)
+    if stage.adapter is not None:
+        check_adaptable(stage)
     trains = {part: rate for part, rate in stage.trains.items() if part != "head"}
     freeze_all_but(model, trains)
     parameters = {part: sum(parameter.numel() for _, parameter in named) for part, named in parts_of(model).items()}
@@ -81,30 +96,42 @@ def _stage_plan(recipe: Recipe, stage: Stage, model: ConvLlavaForConditionalGene
         "objective": stage.objective,
         "parameters": parameters,
         "learning_rates": stage.trains,
-        "trained": sum(parameters[part] for part in trains),
+        "trained": _trained(stage, model, parameters),
         "batch_size": stage.batch_size,
         "steps": stage.steps,
         "epochs": stage.epochs,
-        "memory_gb": _fullest_pass(recipe, stage, model, parameters, processes),
+        "memory_gb": _fullest_pass(recipe, stage, model, pixels, parameters, processes),
         "data": [path for source in stage.data.sources for path in addresses_of(recipe, source)] or ["generated pages"],
     }
+
+
+def _trained(stage: Stage, model: ConvLlavaForConditionalGeneration, parameters: dict[str, int]) -> int:
+    """Parameters that train: of a part whole, or the two small matrices beside each of its linear layers."""
+    adapter = stage.adapter
+    adapted = adapter.parts if adapter is not None else []
+    whole = sum(parameters[part] for part in stage.trains if part != "head" and part not in adapted)
+    if adapter is None:
+        return whole
+    layers = [layer for part in adapted for layer in model.get_submodule(module_of(part)).modules()]
+    sides = sum(layer.in_features + layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+    return whole + adapter.rank * sides
 
 
 def _fullest_pass(
     recipe: Recipe,
     stage: Stage,
     model: ConvLlavaForConditionalGeneration,
+    pixels: ConvLlavaImageProcessorPil,
     parameters: dict[str, int],
     processes: int,
 ) -> Memory:
     """With one image of the largest size and the longest sequence in each sample of a pass."""
-    pixels = pixels_of(recipe)
-    pixels.change(**stage.pixels)
     most = pixels.side**2 if pixels.mode in ("square", "crop") else pixels.max_pixels
     tokens = stage.data.max_tokens or model.config.text_config.max_position_embeddings
     samples = stage.batch_size // stage.accumulate // processes
     sharing = 1 if recipe.sharding == "none" else processes
-    return memory_of(parameters, model.config, stage, samples * most, samples * tokens, sharing)
+    whole, trained = sum(parameters.values()), _trained(stage, model, parameters)
+    return memory_of(whole, trained, model.config, stage, samples * most, samples * tokens, sharing)
 
 
 def _missing_parts(recipe: Recipe) -> list[str]:

@@ -247,41 +247,56 @@ class Stage:
     """Train some parts by LoRA; the stage's folder then holds an adapter (see `convllava merge`)."""
 
     def __post_init__(self) -> None:
-        where = f"stage {self.name}"
-        if not re.fullmatch(r"[\w-]+", self.name):
-            raise InputError(f"{where}: a name has letters, digits, - and _ only, since it names a folder")
-        self._check_length(where)
-        if self.adapter is not None and (self.objective != "chat" or self.guidance or self.calibrate):
-            raise InputError(f"{where}: adapter is for the objective chat, without guidance and calibrate")
-        if self.packing and (self.objective != "chat" or self.guidance):
-            raise InputError(f"{where}: packing is for the objective chat without guidance")
-        if self.batch_size % self.accumulate:
-            raise InputError(f"{where}: batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
-        if not self.trains or min(self.trains.values()) < 0:
-            raise InputError(f"{where}: trains needs at least one part, and no learning rate below 0")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"{where}: warmup is a share of the steps, 0 to 1; got {self.warmup}")
-        if self.objective == "dense" and self.calibrate:
-            raise InputError(f"{where}: calibrate is for the objectives align and chat")
-        if self.objective != "chat" and self.gradient_checkpointing:
-            raise InputError(f"{where}: gradient_checkpointing is for the objective chat")
-        if not 0 <= self.balance <= 1:
-            raise InputError(f"{where}: balance lies between 0, tokens alike, and 1, answers alike; got {self.balance}")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"{where}: ema is a share of 0 or more and below 1, such as 0.999; got {self.ema}")
-        self._check_decays(where)
-        if self.evaluation is not None and bool(self.evaluation.sources) != bool(self.data.sources):
-            raise InputError(f"{where}: evaluation.sources are files if data.sources are, and only then")
-        if self.balance and self.objective != "chat":
-            raise InputError(f"{where}: balance is for the objective chat")
-        if self.guidance < 0 or (self.guidance and (self.objective != "chat" or not self.data.images)):
-            raise InputError(f"{where}: guidance is a weight of 0 or more, for the objective chat with images")
-        if self.calibrate and not self.data.images:
-            raise InputError(f"{where}: calibrate needs images, but data.images is false")
-        if self.data.sources and (self.objective != "chat" or self.guidance or self.calibrate):
-            raise InputError(
-                f"{where}: files have conversations only, which suit no dense, align, guidance or calibrate"
-            )
+        self._check_length(f"stage {self.name}")
+        for is_bad, told in self._rules():
+            if is_bad:
+                raise InputError(f"stage {self.name}: {told}")
+        self._check_decays(f"stage {self.name}")
+
+    def _rules(self) -> typing.Iterator[tuple[bool, str]]:
+        """What must not be, and what is said then."""
+        chat, pointed = self.objective == "chat", self.guidance != 0 or self.calibrate
+        yield (
+            not re.fullmatch(r"[\w-]+", self.name),
+            "a name has letters, digits, - and _ only, since it names a folder",
+        )
+        yield (
+            self.batch_size % self.accumulate != 0,
+            (f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}"),
+        )
+        yield (
+            not self.trains or min(self.trains.values()) < 0,
+            "trains needs at least one part, and no learning rate below 0",
+        )
+        yield not 0 <= self.warmup <= 1, f"warmup is a share of the steps, 0 to 1; got {self.warmup}"
+        yield not 0 <= self.adam_beta2 < 1, f"adam_beta2 is 0 or more and below 1; got {self.adam_beta2}"
+        yield self.weight_decay < 0 or self.max_grad_norm <= 0, "weight_decay is 0 or more, max_grad_norm above 0"
+        yield (
+            not 0 <= self.balance <= 1,
+            (f"balance lies between 0, tokens alike, and 1, answers alike; got {self.balance}"),
+        )
+        yield not 0 <= self.ema < 1, f"ema is a share of 0 or more and below 1, such as 0.999; got {self.ema}"
+        yield self.objective == "dense" and self.calibrate, "calibrate is for the objectives align and chat"
+        yield self.calibrate and not self.data.images, "calibrate needs images, but data.images is false"
+        yield self.gradient_checkpointing and not chat, "gradient_checkpointing is for the objective chat"
+        yield self.balance != 0 and not chat, "balance is for the objective chat"
+        yield (
+            self.guidance < 0 or (self.guidance > 0 and (not chat or not self.data.images)),
+            "guidance is a weight of 0 or more, for the objective chat with images",
+        )
+        yield (
+            self.adapter is not None and (not chat or pointed),
+            "adapter is for the objective chat, without guidance and calibrate",
+        )
+        yield self.packing and (not chat or self.guidance > 0), "packing is for the objective chat without guidance"
+        yield (
+            bool(self.data.sources) and (not chat or pointed),
+            "files have conversations only, which suit no dense, align, guidance or calibrate",
+        )
+        yield (
+            self.evaluation is not None and bool(self.evaluation.sources) != bool(self.data.sources),
+            "evaluation.sources are files if data.sources are, and only then",
+        )
 
     @property
     def all_sources(self) -> list[Source]:
@@ -289,6 +304,11 @@ class Stage:
         return [*self.data.sources, *(self.evaluation.sources if self.evaluation else [])]
 
     def _check_decays(self, where: str) -> None:
+        for part in self.layer_decays:
+            if not re.fullmatch(r"language_model|stage\d+", part):
+                raise InputError(
+                    f"{where}: layer_decays: {part} has no layers; language_model and the tower's stages have"
+                )
         for name, decays in (("weight_decays", self.weight_decays), ("layer_decays", self.layer_decays)):
             for part, decay in decays.items():
                 if part not in self.trains:
@@ -332,6 +352,8 @@ class Recipe:
             raise InputError("a recipe needs at least one stage")
         if len(set(names)) != len(names):
             raise InputError(f"the stages' names must differ; got {', '.join(names)}")
+        if self.workers < 0 or self.save_every < 1:
+            raise InputError("workers is 0 or more, save_every 1 or more")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -165,8 +165,9 @@ class Skips:
 
     def _told(self) -> Iterator[tuple[str, str]]:
         """What this process wrote down before the run was interrupted."""
-        lines = self.path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if self.path.exists() else []
-        for line in map(json.loads, lines):
+        text = self.path.read_text(encoding="utf-8").rpartition("\n")[0] if self.path.exists() else ""
+        # Not by splitlines, which also splits at marks that may lie in a file's name.
+        for line in map(json.loads, filter(None, text.split("\n"))):
             if (line["stage"], line["process"]) == (self.stage.name, self.process):
                 yield line["file"], line["reason"]
 

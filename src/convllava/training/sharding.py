@@ -40,14 +40,22 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
     }
 
 
-def check_sharding(recipe: Recipe) -> None:
+def check_sharding(recipe: Recipe, processes: int) -> None:
     """Refuse what a shared model cannot do.
+
+    Args:
+        recipe: Its stages and how they share.
+        processes: That train together.
 
     Raises:
         InputError: names the stage and the setting.
     """
     if recipe.sharding == "none":
         return
+    if processes == 1:
+        raise InputError(
+            f"sharding: {recipe.sharding} is for several processes; start them with torchrun, or take none"
+        )
     if recipe.sharding != "fsdp":
         _check_deepspeed(recipe.sharding)
     for stage in recipe.stages:

@@ -103,8 +103,8 @@ class StageTrainer(Trainer):
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
         self.guided_layers = guided_layers(model) if stage.guidance else {}
-        self.average = Average(model, stage.ema) if stage.ema else None
         super().__init__(model=model, **keywords)
+        self.average = Average(model, stage.ema) if stage.ema else None  # of weights that lie where they train
         if self.average is not None:
             self.add_callback(self.average)
 
@@ -133,8 +133,8 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         skipped = inputs.pop(SKIPPED, ())
+        self.skips.note(skipped, self.state.global_step + self.trained.training)
         if self.trained.training:
-            self.skips.note(skipped, self.state.global_step + 1)
             self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
         inputs.pop("attention_mask", None)
@@ -188,13 +188,14 @@ class StageTrainer(Trainer):
         super().log({**logs, **self.notes} if "loss" in logs else logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.average.in_place() if self.average else nullcontext():
+        # Loaders draw seeds, and dropout must be what it is without evaluation.
+        with torch.random.fork_rng(devices=[]), self.average.in_place() if self.average else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss alone, whatever the objective calls its labels."""
+        """The loss alone, whatever the objective calls its labels; the evaluation's is the mean over its batches."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
