@@ -63,6 +63,21 @@ def _ask_many(
         print("{output}: {answered} answered, {errors} with errors, {seconds} s".format(**summary))
 
 
+def chat(
+    images: Annotated[list[str] | None, typer.Argument(help="Image files to begin with.")] = None,
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    image_mode: ImageMode = None,
+    short_side: ShortSide = None,
+    max_pixels: MaxPixels = None,
+) -> None:
+    """Talk about images in the terminal; /image PATH, or a path alone, adds one."""
+    from convllava.inference.terminal import chat as run
+
+    settings = pixels(image_mode, short_side, max_pixels)
+    run(model, images or [], pixels=settings, max_new_tokens=max_new_tokens)
+
+
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for report.json and answers.png.")] = Path("runs/demo"),
     model: Model = "tiny",
