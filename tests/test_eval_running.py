@@ -22,13 +22,13 @@ from convllava.evaluation.files.sources import load_questions
 from convllava.evaluation.generated.synthetic import evaluate
 from convllava.evaluation.generated.world import as_report, text_height, world_questions
 from convllava.evaluation.generation import Asking, answer_all, likeliest_letter
-from convllava.evaluation.journal import Journal
 from convllava.evaluation.prompts import check_template, conversation, prompt, templates_of
 from convllava.evaluation.running import Options, run
 from convllava.evaluation.scoring.judging import ChatJudge, score_in
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
 from convllava.inference.likelihood import log_likelihoods
+from convllava.journal import Journal
 from convllava.synthetic import Turn, World
 
 PLAIN = {"open": "{question}", "choice": "{question} {options}"}

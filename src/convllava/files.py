@@ -164,6 +164,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def parse_json(line: str, where: str) -> Any:
+    """A line of a JSON lines file; InputError names where it stands."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write it beside and rename: the file is the old one or the new one, whatever happens."""
     partial = path.with_name(f"{path.name}.partial")

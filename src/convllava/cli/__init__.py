@@ -10,7 +10,7 @@ import typer
 
 from convllava import __version__
 from convllava.cli import evaluating
-from convllava.cli.answering import ask, demo
+from convllava.cli.answering import ask, chat, demo
 from convllava.cli.measuring import bench
 from convllava.cli.models import convert, export, info, merge
 from convllava.cli.serving import serve
@@ -27,6 +27,7 @@ app = typer.Typer(
 data = typer.Typer(help="Look at the data of a recipe before it trains.", no_args_is_help=True)
 
 app.command()(ask)
+app.command()(chat)
 app.command()(demo)
 app.command()(train)
 app.add_typer(data, name="data")

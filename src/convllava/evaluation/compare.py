@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from convllava.errors import InputError
-from convllava.evaluation.journal import RESULT
 from convllava.evaluation.scoring.results import rounded
 from convllava.evaluation.scoring.statistics import mean_interval
 from convllava.files import read_json
+from convllava.journal import RESULT
 
 
 class Difference(TypedDict):

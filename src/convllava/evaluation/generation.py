@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from convllava.errors import InputError
-from convllava.evaluation.journal import Journal
 from convllava.evaluation.prompts import conversation
 from convllava.evaluation.questions import Picture, Question
 from convllava.evaluation.scoring.results import Answer
 from convllava.inference.assistant import Assistant, EncodedImage, Message
 from convllava.inference.likelihood import log_likelihoods
+from convllava.journal import Journal
 
 Asked = tuple[Sequence[Message], Sequence[EncodedImage]]
 CHOICES = ("generate", "likelihood")

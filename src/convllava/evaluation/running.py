@@ -19,14 +19,14 @@ from convllava.evaluation.benchmarks import Benchmark
 from convllava.evaluation.efficiency import measure
 from convllava.evaluation.files.sources import load_questions
 from convllava.evaluation.generation import CHOICES, Asking, answer_all
-from convllava.evaluation.journal import JUDGEMENTS, RESULT, Journal
-from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.prompts import check_template, templates_of
 from convllava.evaluation.questions import Question
 from convllava.evaluation.scoring.results import Result, checked_answer, score
 from convllava.evaluation.scoring.rules import Aids, Judge
 from convllava.files import write_json
 from convllava.inference import Assistant
+from convllava.journal import JUDGEMENTS, RESULT, Journal
+from convllava.progress import progress_bar
 
 TIMED = 5
 """Questions that are asked once more, one by one, for the measurement of time."""

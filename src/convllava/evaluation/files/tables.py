@@ -11,7 +11,7 @@ from convllava.errors import InputError
 from convllava.evaluation.files.parquet import read_parquet
 from convllava.evaluation.files.rows import Row
 from convllava.evaluation.files.tsv import read_tsv
-from convllava.files import one_line
+from convllava.files import one_line, parse_json
 
 
 def read_rows(path: Path, images: Path) -> list[Row]:
@@ -62,14 +62,6 @@ def _records(path: Path) -> list[Any]:
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
         return [{"id": key} | value for key, value in content.items()]
     return content if isinstance(content, list) else [content]
-
-
-def parse_json(line: str, where: str) -> Any:
-    """A line of a JSON lines file; InputError names where it stands."""
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
 
 
 _READERS = {".tsv": read_tsv, ".parquet": read_parquet, ".json": read_records, ".jsonl": read_records}

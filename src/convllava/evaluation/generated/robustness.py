@@ -10,14 +10,14 @@ from typing import Any
 from convllava.evaluation.generated.disturbances import DISTURBANCES, SEVERITIES, Disturbance
 from convllava.evaluation.generated.synthetic import judge
 from convllava.evaluation.generated.world import describe_world
-from convllava.evaluation.journal import Journal
 from convllava.evaluation.plots import plot_severities
-from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.running import describe, versions
 from convllava.evaluation.scoring.results import accuracy_of, rounded
 from convllava.evaluation.scoring.statistics import mean_interval
 from convllava.files import write_json
 from convllava.inference import Assistant
+from convllava.journal import Journal
+from convllava.progress import progress_bar
 from convllava.synthetic import Sample, Turn, World
 
 _CLEAN = Disturbance("none", ("",))

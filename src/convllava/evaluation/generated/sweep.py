@@ -11,14 +11,14 @@ from typing import Any
 from convllava.errors import InputError
 from convllava.evaluation.generated.synthetic import judge
 from convllava.evaluation.generated.world import describe_world, text_height
-from convllava.evaluation.journal import Journal
 from convllava.evaluation.plots import plot_heights
-from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.running import describe, versions
 from convllava.evaluation.scoring.results import accuracy_of
 from convllava.files import write_json
 from convllava.geometry import Size
 from convllava.inference import Assistant
+from convllava.journal import Journal
+from convllava.progress import progress_bar
 from convllava.synthetic import Sample, World
 
 EDGES = (0, 12, 16, 20, 24, 28, 32, 38, 46, 56, 80, 160)

@@ -11,10 +11,10 @@ from typing import TypedDict
 from rich.table import Table
 
 from convllava.errors import InputError
-from convllava.evaluation.progress import progress_bar
 from convllava.evaluation.scoring.metrics import box_match, exact_match, relaxed_match
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
+from convllava.progress import progress_bar
 from convllava.synthetic import TASKS, Sample, Turn, World
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"chart": relaxed_match, "ground": box_match}

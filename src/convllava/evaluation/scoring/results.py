@@ -9,11 +9,11 @@ from typing import Any, NotRequired, TypedDict
 
 from convllava.errors import InputError
 from convllava.evaluation.benchmarks import Benchmark
-from convllava.evaluation.files.tables import parse_json
 from convllava.evaluation.questions import Question
 from convllava.evaluation.scoring.rules import Aids, Verdict
 from convllava.evaluation.scoring.statistics import interval, mean_interval
 from convllava.evaluation.scoring.summaries import Judged, groups_of
+from convllava.files import parse_json
 
 
 class Answer(TypedDict):

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
-from convllava.evaluation.files.tables import parse_json
-from convllava.files import read_json, write_json
+from convllava.files import parse_json, read_json, write_json
 
 ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"
 Entry = Mapping[str, Any]
@@ -20,19 +19,22 @@ class Journal:
     """The entries of one run by their ids: in memory, and in a folder where one is given.
 
     Args:
-        folder: Holds the entries, a line each, and settings.json.
+        folder: Holds the entries, a line each, and their settings.
         settings: What the entries depend on.
         name: Of the file with the entries.
+        settings_name: Of the file with the settings.
 
     Raises:
         InputError: the folder's entries were made with other settings, which the message tells; or it cannot be one.
     """
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any], name: str = ANSWERS) -> None:
+    def __init__(
+        self, folder: Path | None, settings: Mapping[str, Any], name: str = ANSWERS, settings_name: str = SETTINGS
+    ) -> None:
         self.path = None if folder is None else folder / name
         self.entries: dict[str, Entry] = {}
         if self.path is not None:
-            _begin(self.path, settings)
+            _begin(self.path, settings, settings_name)
             self.entries = {entry["id"]: entry for entry in _continued(self.path)}
 
     def add(self, entries: Iterable[Entry]) -> None:
@@ -44,17 +46,17 @@ class Journal:
                 file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in fresh))
 
 
-def _begin(entries: Path, settings: Mapping[str, Any]) -> None:
+def _begin(entries: Path, settings: Mapping[str, Any], settings_name: str) -> None:
     folder = entries.parent
     wanted = json.loads(json.dumps(settings))  # as it will be read back
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder} cannot be a folder: {error.strerror}") from None
-    path = folder / SETTINGS
+    path = folder / settings_name
     if not path.exists():
         if entries.exists():
-            raise InputError(f"{folder} holds {entries.name} without {SETTINGS}; choose another --output")
+            raise InputError(f"{folder} holds {entries.name} without {settings_name}; choose another --output")
         write_json(path, wanted)
         return
     before = read_json(path)

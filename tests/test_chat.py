@@ -1,0 +1,128 @@
+"""A conversation: equal to the whole history asked at once, ended in the middle, and typed through a pipe."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+from conftest import picture
+
+from convllava import InputError
+from convllava.checkpoints import write
+from convllava.inference import Assistant
+from convllava.inference.conversation import Conversation
+from convllava.inference.engine import Engine
+from convllava.inference.terminal import converse, paths_in
+
+
+@pytest.fixture(scope="module")
+def assistant(parts):
+    return Assistant(*parts)
+
+
+@pytest.fixture
+def conversation(parts):
+    model, processor = parts
+    own = Assistant(copy.deepcopy(model), processor)
+    engine = Engine(own, slots=1)
+    engine.start()
+    yield Conversation(own, engine, max_new_tokens=6)
+    engine.close()
+
+
+def offline(assistant, turns):
+    """The answers to (text, images) turns, the whole history asked anew each time."""
+    messages, seen, answers = [], [], []
+    for text, images in turns:
+        marks = [{"type": "image"} for _ in images]
+        messages.append({"role": "user", "content": [*marks, {"type": "text", "text": text}]})
+        seen += images
+        answers.append(assistant.chat(messages, seen, max_new_tokens=6))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+TURNS = [
+    ("what is red?", [picture(64, 64, 1)]),
+    ("describe the image", []),
+    ("what?", [picture(64, 128, 2), picture(64, 64, 1)]),
+]
+
+
+def test_answers_equal_those_to_the_whole_history(conversation, assistant):
+    found = []
+    for text, images in TURNS:
+        for image in images:
+            conversation.add_image(image)
+        found.append("".join(conversation.say(text)))
+    assert found == offline(assistant, TURNS)
+    conversation.reset()
+    assert ["".join(conversation.say("what?"))] == offline(assistant, [("what?", [])])
+
+
+def test_an_answer_that_is_ended_stays_as_far_as_it_was_said(conversation, assistant):
+    pieces = conversation.say("what is red?")
+    said = next(pieces)
+    pieces.close()
+    messages = [
+        {"role": "user", "content": "what is red?"},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "what?"},
+    ]
+    assert "".join(conversation.say("what?")) == assistant.chat(messages, max_new_tokens=6)
+
+
+def test_what_cannot_be_asked_is_not_kept(conversation, assistant):
+    image = picture(64, 64, 1)
+    conversation.add_image(image)
+    for text in ("<image>", "what " * 600):
+        with pytest.raises(InputError):
+            next(conversation.say(text))
+    assert ["".join(conversation.say("what?"))] == offline(assistant, [("what?", [image])])
+
+
+class Interrupted:
+    """A conversation in whose every answer Ctrl-C is pressed."""
+
+    def say(self, text):
+        yield f"{text} an"
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
+    converse(Interrupted(), iter(["one", "two", "/quit", "three"]))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "one an\ntwo an\n"
+
+
+def test_files_are_found_as_terminals_write_them(tmp_path):
+    plain, spaced = tmp_path / "a.png", tmp_path / "b's c.png"
+    for path in (plain, spaced):
+        path.touch()
+    escaped = str(spaced).replace(" ", "\\ ").replace("'", "\\'")
+    for line in (str(spaced), escaped, f'"{spaced}"', spaced.as_uri()):
+        assert paths_in(line) == [str(spaced)]
+    assert paths_in(f"'{plain}' {escaped} ") == [str(plain), str(spaced)]
+    for line in ("what's red?", f"what is {plain}?", str(tmp_path), "", "a\0.png", "x" * 5000 + ".png"):
+        assert paths_in(line) == []
+
+
+def test_a_chat_through_a_pipe_prints_the_answers_alone(parts, assistant, tmp_path):
+    write(*parts, tmp_path / "model")
+    first, second = picture(64, 64, 1), picture(64, 128, 2)
+    first.save(tmp_path / "1.png")
+    second.save(tmp_path / "2.png")
+    lines = ["what is red?", str(tmp_path / "2.png"), "/image nowhere.png", "/nonsense", "", "what?", "/reset", "what?"]
+    command = (sys.executable, "-m", "convllava", "chat", str(tmp_path / "1.png"))
+    finished = subprocess.run(
+        [*command, "--model", str(tmp_path / "model"), "--max-new-tokens", "6"],
+        input="\n".join(lines), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    expected = offline(assistant, [("what is red?", [first]), ("what?", [second])]) + offline(
+        assistant, [("what?", [])]
+    )
+    assert finished.stdout == "".join(f"{answer}\n" for answer in expected)
+    for word in ("1.png: seen as", "2.png: seen as", "nowhere.png: no such file", "there is no /nonsense"):
+        assert word in finished.stderr
