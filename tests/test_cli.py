@@ -55,6 +55,17 @@ def test_ask_streams_the_answer_and_json_has_the_same(model, tmp_path):
     assert report["image_size"] == [128, 64]
 
 
+def test_ask_answers_a_file_of_questions_and_json_counts_them(model, tmp_path):
+    picture(64, 128).save(tmp_path / "a.png")
+    lines = [json.dumps({"image": name, "question": "what?"}) for name in ("a.png", "b.png")]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    summary = json.loads(run("ask", *files, "--model", model, "--max-new-tokens", 5, "--json").stdout)
+    assert (summary["answered"], summary["errors"]) == (1, 1)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    refusal(run("ask", tmp_path / "a.png", *files), "IMAGE and QUESTION")
+
+
 def test_bad_images_are_one_line_and_exit_code_two(model, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.new("1", (30000, 1)).save(tmp_path / "thin.png")

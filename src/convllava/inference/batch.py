@@ -119,7 +119,7 @@ def _line(content: str, where: str, folder: Path) -> Line:
     if any(isinstance(value, str) and _is_broken(value) for value in record.values()):
         return Line(where, error=f"{where} has half of a surrogate pair, which is no character")
     name = record.get("id", where)
-    if not isinstance(name, str | int):
+    if isinstance(name, bool) or not isinstance(name, str | int):
         return Line(where, error=f"{where}: the id must be a text or a whole number")
     for key in ("image", "question"):
         if not isinstance(record.get(key), str) or not record[key].strip():
