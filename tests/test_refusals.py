@@ -114,12 +114,12 @@ def test_too_many_at_once_are_told_to_come_again(server):
 
 def test_an_answer_that_takes_too_long_is_given_up(parts):
     own = Assistant(copy.deepcopy(parts[0]), parts[1])
-    with serving(own, slots=1, step_tokens=4, limits=Limits(seconds=0.3)) as running:
-        slow = request("describe the image " * 60, max_tokens=100)
+    with serving(own, slots=1, step_tokens=4, limits=Limits(seconds=0.05)) as running:
+        slow = request("describe the image " * 60, max_tokens=300, stop=["never said"])
         status, body, headers = running.post(slow)
         assert (status, body["error"]["code"], "retry-after" in headers) == (503, "too_late", True)
         connection = running.connect()
-        streamed = request("the total " * 60, max_tokens=100, stream=True)
+        streamed = request("the total " * 60, max_tokens=300, stream=True, stop=["never said"])
         connection.request("POST", PATH, json.dumps(streamed), {"Content-Type": "application/json"})
         text = connection.getresponse().read().decode()
         assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "too_late"

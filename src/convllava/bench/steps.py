@@ -12,6 +12,7 @@ from convllava.data.conversation import collate, lengths_of, pack
 from convllava.data.synthetic import ChatDataset
 from convllava.inspection import language_models, towers
 from convllava.synthetic import World, closed_vocabulary
+from convllava.synthetic.world import SMALLEST
 
 SAMPLES = 8
 
@@ -24,7 +25,7 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
     """
     for name in names:
         for side in sides:
-            world = World("train", size=side, turns=6)
+            world = World("train", size=side, turns=6, simple=side < SMALLEST)
             sizes = [world.sample(index).image.size for index in range(SAMPLES)]
             square = -(-max(map(max, sizes)) // 64) * 64
             ours = _batch(name, language, world, {"min_pixels": 64 * 64, "max_pixels": 2**26}, packed=True)

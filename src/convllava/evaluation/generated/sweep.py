@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -77,18 +78,28 @@ def _printed(page: Sample) -> Sample:
 
 def _measured(assistant: Assistant, pages: Sequence[Sample], side: int) -> list[tuple[float, bool]]:
     """Of each turn the height of its answer as the tower sees it, and whether the model read it."""
-    processor = assistant.processor.image_processor
-    processor.change(mode="native", min_pixels=side**2, max_pixels=side**2)
-    with progress_bar(f"{side} pixels") as progress:
+    with _at(assistant, side) as processor, progress_bar(f"{side} pixels") as progress:
         images = [assistant.encode(page.image) for page in pages]
         hits = judge(assistant, pages, images, progress)
-    scales = [processor.placement(Size(page.image.height, page.image.width)).scale_y for page in pages]
+        scales = [processor.placement(Size(page.image.height, page.image.width)).scale_y for page in pages]
     heights = [
         scale * (text_height(page, turn) or 0.0)
         for page, scale in zip(pages, scales, strict=True)
         for turn in page.turns
     ]
     return list(zip(heights, hits, strict=True))
+
+
+@contextmanager
+def _at(assistant: Assistant, side: int) -> Iterator[Any]:
+    """The assistant's image processor, which within makes every image of one area."""
+    processor = assistant.processor.image_processor
+    before = {name: getattr(processor, name) for name in ("mode", "min_pixels", "max_pixels")}
+    processor.change(mode="native", min_pixels=side**2, max_pixels=side**2)
+    try:
+        yield processor
+    finally:
+        processor.change(**before)
 
 
 def _by_height(side: int, answers: Sequence[tuple[float, bool]]) -> Iterator[dict[str, Any]]:
