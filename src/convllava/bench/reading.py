@@ -39,7 +39,7 @@ def reading(repeats: int) -> Iterator[dict[str, Any]]:
             path = Path(folder) / f"pages{name}"
             write(path, pages)
             records = open_records(path.name, [str(path)])
-            works = _works(records, lambda path=path: open_records(path.name, [str(path)]))  # type: ignore[misc]
+            works = _works(records, lambda path=path: open_records(path.name, [str(path)]))  # type: ignore[misc]  # mypy does not infer it
             seconds = side_by_side({key: work for key, (work, _) in works.items()}, repeats)
             each = {key: 1000 * seconds[key] / count for key, (_, count) in works.items()}
             yield {

@@ -20,5 +20,6 @@ if __name__ == "__main__":
     name = ConvLlavaForConditionalGeneration.__name__
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["convllava"] = name
     setattr(transformers, name, ConvLlavaForConditionalGeneration)
+    # That server hands over addresses of images, which ours does not fetch.
     ConvLlavaImageProcessorPil.fetch_images = PilBackend.fetch_images  # type: ignore[method-assign]
     main()

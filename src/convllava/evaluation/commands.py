@@ -101,6 +101,7 @@ def tables_of_all(result: Mapping[str, Any]) -> Iterator[Table | str]:
         yield from (f"{name} was not run: {reason}" for name, reason in result["refused"].items())
         return
     if "tasks" in result:
+        # A report of the generated world is a result with the keys of `synthetic.Report` beside its own.
         yield table_of(result, f"{result['model']['name']} on {result['samples']} held-out pages")  # type: ignore[arg-type]
     else:
         yield from tables_of(result)

@@ -16,25 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, set_seed
-from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from convllava import checkpoints, official
-from convllava.adapters import is_adapter
+from convllava import checkpoints
 from convllava.errors import InputError
-from convllava.files import one_line
+from convllava.files import make_output, replacing
 from convllava.inference import Assistant
-from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.processing import ConvLlavaProcessor
-from convllava.training.adapting import attach, check_adaptable, four_bits
-from convllava.training.alignment import Alignment, vocabulary_of
-from convllava.training.attention import check_attention, guide_attention
-from convllava.training.beginning import check_pixels, start
+from convllava.training.adapting import four_bits
+from convllava.training.attention import guide_attention
+from convllava.training.beginning import start
 from convllava.training.calibration import calibrate
-from convllava.training.dense import DensePretraining
+from convllava.training.checks import check_stages
 from convllava.training.held_out import SampleAnswers, callbacks_of, has_stopped
 from convllava.training.inputs import (
     distinct_samples,
@@ -42,16 +38,13 @@ from convllava.training.inputs import (
     make_collator,
     make_dataset,
     make_held_out,
-    make_world,
-    missing_files,
     questions_of,
     with_steps,
 )
-from convllava.training.parts import freeze_all_but
 from convllava.training.processes import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.recipe import Recipe, Stage, differences, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, Skips, StepLog, print_parts
-from convllava.training.sharding import check_sharding
+from convllava.training.trained import trained_module
 from convllava.training.trainer import StageTrainer, training_arguments
 
 CALIBRATION_SAMPLES = 32
@@ -100,87 +93,6 @@ def capped(recipe: Recipe, max_steps: int | None) -> Recipe:
     return dataclasses.replace(recipe, stages=stages)
 
 
-def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
-    """Refuse, before anything is written, what would stop a later stage.
-
-    Raises:
-        InputError: a file that is missing, pixels that cannot be, a part that the model does not have, or a world that
-            cannot be drawn.
-    """
-    for path in missing_files(recipe):
-        raise InputError(f"{path} is not there, and a stage needs it; --dry-run lists all that is missing")
-    check_pixels(recipe, processor.image_processor)
-    check_sharding(recipe, process_count())
-    check_reporters(recipe)
-    check_four_bits(recipe)
-    for stage in recipe.stages:
-        check_trains(stage, model, processor)
-        if not stage.data.sources:
-            make_world(stage.data, seed=0)
-        check_attention(model, stage)
-
-
-def check_reporters(recipe: Recipe) -> None:
-    """Refuse loggers that transformers does not know, or that are not installed.
-
-    Raises:
-        InputError: names it.
-    """
-    for name in recipe.report_to:
-        try:
-            for callback in get_reporting_integration_callbacks([name]):
-                callback()
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(f"report_to: {name}: {one_line(error)}") from None
-
-
-def check_four_bits(recipe: Recipe) -> None:
-    """Refuse to quantise what is no whole checkpoint of ours.
-
-    Raises:
-        InputError: names the stage.
-    """
-    for index, stage in enumerate(recipe.stages):
-        if stage.adapter is None or not stage.adapter.four_bit:
-            continue
-        if index > 0 and recipe.stages[index - 1].adapter is not None:
-            raise InputError(
-                f"stage {stage.name}: four_bit cannot follow an adapter; merge that one in a run of its own"
-            )
-        found = checkpoints.find(recipe.model.checkpoint) if index == 0 and recipe.model.checkpoint else None
-        if found is not None and (is_adapter(found) or official.is_official(found)):
-            raise InputError(
-                f"stage {stage.name}: four_bit needs a whole checkpoint in our layout; merge or convert it"
-            )
-
-
-def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
-    """Refuse parts that the model does not have, or that take no adapter.
-
-    Raises:
-        InputError: names the part.
-    """
-    if stage.adapter is None:
-        trained_module(stage, model, processor)
-        return
-    check_adaptable(stage)
-    freeze_all_but(model, stage.trains)
-
-
-def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
-    """What the Trainer trains, frozen where it does not: the model, or parts of it under heads that are thrown away,
-    or adapters beside it."""
-    if stage.adapter is not None:
-        return attach(model, stage)
-    trained: nn.Module = model
-    if stage.objective == "dense":
-        trained = DensePretraining(model.model.vision_tower)
-    elif stage.objective == "align":
-        trained = Alignment(model, vocabulary_of(processor.tokenizer))
-    freeze_all_but(trained, stage.trains)
-    return trained
-
-
 def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
     """Write the resolved recipe, or check that the run in the folder has the same one."""
     saved = output / "recipe.yaml"
@@ -194,13 +106,9 @@ def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
                 f"choose another --output"
             )
         return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be a folder: {error.strerror}") from None
-    partial = saved.with_suffix(".partial")
-    partial.write_text(dump_recipe(recipe), encoding="utf-8")
-    partial.replace(saved)
+    make_output(output)
+    with replacing(saved) as partial:
+        partial.write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Path) -> None:

@@ -19,7 +19,6 @@ from convllava.synthetic import TASKS, Sample, Turn, World
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"chart": relaxed_match, "ground": box_match}
 """Tasks not judged by exact match."""
-HELDOUT_SEED = 1
 BATCH_SIZE = 64
 
 

@@ -93,6 +93,7 @@ def as_report(result: dict[str, Any], samples: int) -> Report:
     }
     measures = result["measures"]
     overall = {"accuracy": measures["accuracy"], "blind": measures["blind"], "n": result["questions"] // 2}
+    # A result's measures are of any benchmark's names, so that their types are not known here.
     return {"tasks": tasks, "overall": overall, "samples": samples, "seconds": result["seconds"]}  # type: ignore[typeddict-item]
 
 

@@ -12,7 +12,9 @@ from functools import lru_cache
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {"none": "0"} | {
     word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())  # noqa: SIM905
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
 }
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 _PERIOD = re.compile(r"\.(?!\d)")

@@ -1,0 +1,27 @@
+"""What of a model a stage trains."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.processing import ConvLlavaProcessor
+from convllava.training.adapting import attach
+from convllava.training.alignment import Alignment, vocabulary_of
+from convllava.training.dense import DensePretraining
+from convllava.training.parts import freeze_all_but
+from convllava.training.recipe import Stage
+
+
+def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
+    """What the Trainer trains, frozen where it does not: the model, or parts of it under heads that are thrown away,
+    or adapters beside it."""
+    if stage.adapter is not None:
+        return attach(model, stage)
+    trained: nn.Module = model
+    if stage.objective == "dense":
+        trained = DensePretraining(model.model.vision_tower)
+    elif stage.objective == "align":
+        trained = Alignment(model, vocabulary_of(processor.tokenizer))
+    freeze_all_but(trained, stage.trains)
+    return trained
