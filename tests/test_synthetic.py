@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageStat
 
 from convllava.errors import InputError
 from convllava.synthetic import (
@@ -294,6 +294,17 @@ def test_characters_are_all_printable_and_printed() -> None:
     assert printed == set(CHARACTERS)
 
 
+def test_dark_pages_are_the_same_pages_with_less_light() -> None:
+    bright, dark = World(seed=5), World(seed=5, darkest=0.3)
+    pairs = [(bright.sample(index), dark.sample(index)) for index in range(40)]
+    light = [
+        ImageStat.Stat(b.image.convert("L")).mean[0] / ImageStat.Stat(a.image.convert("L")).mean[0] for a, b in pairs
+    ]
+    assert all(a.glyphs == b.glyphs and a.caption == b.caption for a, b in pairs)
+    assert 5 <= sum(share < 0.9 for share in light) <= 20
+    assert min(light) > 0.25
+
+
 def test_glyph_boxes_hold_ink(untouched: None) -> None:
     kinds = ("sign", "paragraph", "receipt", "form", "table")
     pages = [World(size=256, kinds={kind: 1}).sample(index) for kind in kinds for index in range(6)]
@@ -434,6 +445,7 @@ def test_receipts_add_up(samples: dict[str, list[Sample]]) -> None:
         ({"kinds": {}}, "shares"),
         ({"kinds": {"sign": -1}}, "shares"),
         ({"turns": -1}, "turns is -1"),
+        ({"darkest": 0.0}, "darkest is 0.0"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], complaint: str) -> None:

@@ -477,3 +477,13 @@ def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
     (tmp_path / "recipe.yaml").unlink()
     engine.train(recipe(DENSE, CHAT), tmp_path)
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 1, 2, 3, 4]
+
+
+def test_time_on_the_processor_adds_up_over_resumed_parts(tmp_path):
+    engine.train(recipe(CHAT), tmp_path, max_steps=2)
+    before = log(tmp_path)[-1]
+    engine.train(recipe(CHAT), tmp_path, resume=True)
+    spent = [line["processor"] for line in log(tmp_path)]
+    assert before["processor"] > 0
+    assert spent == sorted(spent)
+    assert spent[2] > before["processor"]

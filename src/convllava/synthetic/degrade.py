@@ -16,14 +16,18 @@ from convllava.synthetic.sample import Box, Glyph, Thing
 _TILE = 512
 
 
-def degrade(canvas: Canvas, rng: random.Random, steepest: float) -> None:
-    """Make the finished canvas look photographed; boxes follow its rotation of up to `steepest` degrees."""
+def degrade(canvas: Canvas, rng: random.Random, steepest: float, darkest: float = 1.0) -> None:
+    """Make the finished canvas look photographed; boxes follow its rotation of up to `steepest` degrees.
+
+    Where `darkest` is below 1, two of five pages keep a share of their light, `darkest` at least."""
     if rng.random() < 0.25:
         rotate(canvas, rng.uniform(-steepest, steepest))
     if rng.random() < 0.1:
         canvas.image = _blurred(canvas.image, rng.uniform(0.25, 0.45))
     if rng.random() < 0.3:
         canvas.image = canvas.image.point(_exposure(rng.randint(85, 110), rng.randint(-15, 15)))
+    if darkest < 1 and rng.random() < 0.4:
+        canvas.image = canvas.image.point(_dimmed(round(100 * rng.uniform(darkest, 1))))
     if rng.random() < 0.3:
         canvas.image = _noisy(canvas.image, rng)
     if rng.random() < 0.3:
@@ -79,6 +83,11 @@ def _turned(box: Box, degrees: float, middle_x: float, middle_y: float) -> Box:
 def _exposure(contrast: int, brightness: int) -> list[int]:
     table = [min(255, max(0, round((level - 128) * contrast / 100 + 128 + brightness))) for level in range(256)]
     return table * 3
+
+
+@lru_cache
+def _dimmed(percent: int) -> list[int]:
+    return [round(level * percent / 100) for level in range(256)] * 3
 
 
 @lru_cache

@@ -55,6 +55,7 @@ class World:
     simple: only big scenes, three-line tickets (as kind "receipt") and small bar charts, cleanly printed.
     turns: the most question-answer turns of a sample.
     grounding: share of the turns that ask for a box, where a page has things to ask for.
+    darkest: share of its light that the darkest page keeps; 1, and none is dark.
     system_fonts: also print in fonts found on this machine; samples then depend on the machine.
 
     Raises InputError for a setting that cannot be met, and when the font packages are missing.
@@ -70,9 +71,10 @@ class World:
         turns: int = 6,
         system_fonts: bool = False,
         grounding: float = 0.12,
+        darkest: float = 1.0,
     ) -> None:
         self.split, self.seed, self.size, self.simple = split, seed, size, simple
-        self.turns, self.system_fonts, self.grounding = turns, system_fonts, grounding
+        self.turns, self.system_fonts, self.grounding, self.darkest = turns, system_fonts, grounding, darkest
         self.kinds = dict(kinds) if kinds is not None else dict(SIMPLE_SHARES if simple else SHARES)
         self._check()
 
@@ -92,6 +94,8 @@ class World:
             raise InputError(f"World: turns is {self.turns}; choose 0 or more")
         if not 0 <= self.grounding < 1:
             raise InputError(f"World: grounding is {self.grounding}; choose a share of 0 or more and below 1")
+        if not 0 < self.darkest <= 1:
+            raise InputError(f"World: darkest is {self.darkest}; choose a share above 0, at most 1")
 
     def sample(self, index: int) -> Sample:
         """Sample `index` of this world, whatever was asked before."""
@@ -112,7 +116,7 @@ class World:
         context, drawing = self._drawn(draw, rng)
         canvas = drawing.canvas
         if not self.simple:
-            degrade(canvas, rng, drawing.steepest)
+            degrade(canvas, rng, drawing.steepest, self.darkest)
         return Sample(
             index=index,
             kind=kind,

@@ -94,6 +94,7 @@ def make_world(data: Data, seed: int, split: str = "train") -> World:
         simple=data.simple,
         turns=data.turns,
         grounding=data.grounding,
+        darkest=data.darkest,
     )
 
 

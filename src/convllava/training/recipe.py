@@ -129,6 +129,8 @@ class Data:
     """Question-answer turns per image."""
     grounding: float = 0.12
     """Share of the turns that ask for a box."""
+    darkest: float = 1.0
+    """Share of its light that the darkest page keeps."""
     captions: float = 1.0
     """Share of samples with the caption among the turns, at any place."""
     images: bool = True

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from psutil import Process
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -44,18 +45,19 @@ class StepLog(TrainerCallback):
     """Appends to `log.jsonl`: stage, step, loss, learning rates, images, tokens, positions, padded, waited, seconds.
 
     Positions are those that the language model computes, padded those it would compute if each batch were padded to
-    its longest sample; waited are the first process's seconds without samples. All of them and seconds count from the
-    beginning of the stage, over all its resumed parts.
+    its longest sample; waited are the first process's seconds without samples, processor its seconds on a processor,
+    those of its workers included, which other work on the machine hardly changes. All of them and seconds count from
+    the beginning of the stage, over all its resumed parts.
     """
 
     def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, float]) -> None:
         self.path = output / "log.jsonl"
         self.stage, self.index, self.counts = stage, index, counts
-        self.before: dict[str, float] = {**dict.fromkeys(counts, 0), "seconds": 0.0}
-        self.started = 0.0
+        self.before: dict[str, float] = {**dict.fromkeys(counts, 0), "processor": 0.0, "seconds": 0.0}
+        self.started = self.processor = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = time.monotonic()
+        self.started, self.processor = time.monotonic(), processor_seconds()
         self.before |= self._forget_after(state.global_step)
 
     def _forget_after(self, step: int) -> dict[str, float]:
@@ -89,10 +91,20 @@ class StepLog(TrainerCallback):
             self._write(state.global_step, {"eval_loss": logs["eval_loss"]})
 
     def _write(self, step: int, found: Mapping[str, Any]) -> None:
-        seconds = round(self.before["seconds"] + time.monotonic() - self.started, 3)
-        line = {"stage": self.stage.name, "index": self.index, "step": step, **found, "seconds": seconds}
+        spent = {
+            "processor": round(self.before["processor"] + processor_seconds() - self.processor, 3),
+            "seconds": round(self.before["seconds"] + time.monotonic() - self.started, 3),
+        }
+        line = {"stage": self.stage.name, "index": self.index, "step": step, **found, **spent}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def processor_seconds() -> float:
+    """Seconds that this process and its children, which live, have spent on processors."""
+    own = Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(spent.user + spent.system for spent in times)
 
 
 class ProgressBar(TrainerCallback):
