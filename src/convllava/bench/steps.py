@@ -30,8 +30,8 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
             square = -(-max(map(max, sizes)) // 64) * 64
             ours = _batch(name, language, world, {"min_pixels": 64 * 64, "max_pixels": 2**26}, packed=True)
             padded = _batch(name, language, world, {"mode": "square", "side": square}, packed=False)
-            model = _model(name, language, {})[0].train()
-            seconds = side_by_side({"ours": _step(model, ours), "padded": _step(model, padded)}, repeats)
+            model = model_of(name, language, {})[0].train()
+            seconds = side_by_side({"ours": step_of(model, ours), "padded": step_of(model, padded)}, repeats)
             yield {
                 "tower": name,
                 "side": side,
@@ -39,30 +39,30 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
                 "seconds": round(seconds["ours"], 3),
                 "padded_seconds": round(seconds["padded"], 3),
                 "ratio": round(seconds["ours"] / seconds["padded"], 3),
-                "pixels": _pixels(ours),
-                "padded_pixels": _pixels(padded),
+                "pixels": pixels_of(ours),
+                "padded_pixels": pixels_of(padded),
                 "useful_tokens": round(sum(lengths_of(ours)) / ours["input_ids"].numel(), 3),
                 "useful_tokens_padded": round(sum(lengths_of(padded)) / padded["input_ids"].numel(), 3),
             }
 
 
-def _model(name: str, language: str, pixels: dict[str, Any]) -> Any:
+def model_of(name: str, language: str, pixels: dict[str, Any]) -> Any:
     vision = {key: getattr(towers()[name], key) for key in ("depths", "hidden_sizes")}
     return build_fresh(vision=vision, language=language_models()[language], pixels=pixels, words=closed_vocabulary())
 
 
 def _batch(name: str, language: str, world: World, pixels: dict[str, Any], packed: bool) -> dict[str, Any]:
-    processor = _model(name, language, pixels)[1]
+    processor = model_of(name, language, pixels)[1]
     dataset = ChatDataset(world, processor, SAMPLES)
     items = [dataset[index] for index in range(SAMPLES)]
     return pack(items) if packed else collate(items, processor.tokenizer.pad_token_id)
 
 
-def _pixels(batch: dict[str, Any]) -> int:
-    return sum(image.shape[1] * image.shape[2] for image in batch["pixel_values"])
+def pixels_of(batch: dict[str, Any]) -> int:
+    return sum(image.shape[1] * image.shape[2] for image in batch.get("pixel_values", ()))
 
 
-def _step(model: Any, batch: dict[str, Any]) -> Work:
+def step_of(model: Any, batch: dict[str, Any]) -> Work:
     def run() -> None:
         model(**batch).loss.backward()
         model.zero_grad()

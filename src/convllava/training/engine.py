@@ -39,8 +39,8 @@ from convllava.training.inputs import (
     make_dataset,
     make_held_out,
     questions_of,
-    with_steps,
 )
+from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.processes import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.recipe import Recipe, Stage, differences, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, Skips, StepLog, print_parts
@@ -68,8 +68,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
         InputError: the folder holds another run, or the recipe does not fit the model.
     """
     output = Path(output)
-    recipe = capped(with_steps(recipe), max_steps)
     check_processes(recipe, process_count())
+    recipe = capped(with_planned_steps(recipe, output), max_steps)
     set_seed(recipe.seed)
     model, processor = start(recipe)
     check_stages(recipe, model, processor)
@@ -122,7 +122,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     trained = trained_module(stage, model, processor)
     if is_first_process():
         print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
-    dataset = make_dataset(recipe, index, processor)
+    dataset = in_passes(recipe, index, processor, folder.parent, make_dataset(recipe, index, processor))
     checkpoint = get_last_checkpoint(progress) if progress.exists() else None
     if stage.calibrate and checkpoint is None:
         calibrate(model, [image_of(dataset[sample]).to(model.device) for sample in range(CALIBRATION_SAMPLES)])
@@ -139,7 +139,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         callbacks=callbacks_of(stage.evaluation) if stage.evaluation else [],
     )
     trainer.remove_callback(PrinterCallback)
-    bar = ProgressBar(f"{index}-{stage.name}")
+    bar = ProgressBar(f"{index}-{stage.name}", trainer.counts)
     if is_first_process():
         observe(trainer, stage, index, folder, bar, Assistant(model, processor))
     if stage.guidance:

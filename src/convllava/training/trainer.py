@@ -29,12 +29,12 @@ from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
 from convllava.training.parts import parameter_groups
-from convllava.training.processes import is_first_process, process_count
+from convllava.training.processes import is_first_process, passes_of, process_count, samples_of
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.reporting import Skips
 from convllava.training.sharding import sharding_arguments
 
-COUNTS = ("images", "tokens", "positions", "padded", "waited")
+COUNTS = ("samples", "images", "tokens", "positions", "padded", "waited")
 """Of what the stage has seen (see `StageTrainer._count`), and the seconds in which this process waited for samples."""
 
 
@@ -45,8 +45,9 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
     return TrainingArguments(
         output_dir=str(progress),
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size // stage.accumulate // process_count(),
-        gradient_accumulation_steps=stage.accumulate,
+        # With a budget an item of the dataset is a whole pass.
+        per_device_train_batch_size=1 if stage.budget else samples_of(stage, process_count()),
+        gradient_accumulation_steps=passes_of(stage, process_count()),
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
         warmup_steps=round(stage.warmup * stage.steps),
         max_grad_norm=stage.max_grad_norm,
@@ -76,7 +77,8 @@ def _evaluating(stage: Stage) -> dict[str, Any]:
     return {
         "eval_strategy": "steps",
         "eval_steps": stage.evaluation.every,
-        "per_device_eval_batch_size": max(1, stage.batch_size // stage.accumulate // process_count()),
+        # One by one where passes are filled by what samples cost: nothing tells how many held-out ones fit.
+        "per_device_eval_batch_size": 1 if stage.budget else samples_of(stage, process_count()),
         "prediction_loss_only": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
@@ -150,11 +152,12 @@ class StageTrainer(Trainer):
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def _count(self, inputs: Mapping[str, Any]) -> None:
-        """Images and tokens of all processes, which have as many each, more or less; and the positions that the
-        language model computes, beside those that padding would make of the same samples."""
-        lengths = lengths_of(inputs)
+        """Samples, images and tokens of all processes, which have as many each, more or less; and the positions that
+        the language model computes, beside those that padding would make of the same samples."""
+        lengths, images = lengths_of(inputs), len(inputs.get("pixel_values", ()))
         found = {
-            "images": len(inputs.get("pixel_values", ())),
+            "samples": len(lengths) or images,
+            "images": images,
             "tokens": sum(lengths),
             "positions": inputs["input_ids"].numel() if lengths else 0,
             "padded": len(lengths) * max(lengths, default=0),
