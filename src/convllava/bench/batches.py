@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convllava.bench.steps import model_of, pixels_of, step_of
+from convllava import checkpoints
+from convllava.bench.steps import NATIVE, pixels_of, step_of
 from convllava.bench.suites import Row
 from convllava.bench.timing import side_by_side
 from convllava.data.conversation import collate, lengths_of
@@ -19,37 +20,35 @@ from convllava.data.synthetic import ChatDataset
 from convllava.synthetic import World
 from convllava.synthetic.world import SMALLEST
 
-SAMPLES, TOGETHER = 128, 4
+SAMPLES, TOGETHER = 128, 8
 _TEXT_ALONE = 0.25
 """Share of samples without their image."""
 
 
-def batches(names: Sequence[str], sides: Sequence[int], repeats: int, language: str) -> Iterator[Row]:
-    """Forward and backward of generated pages and text alone, in padded passes of four and of what a budget holds.
+def batches(sides: Sequence[int], repeats: int) -> Iterator[Row]:
+    """Forward and backward of the shipped model on generated pages and text alone, in padded passes of eight samples
+    and in padded passes of what a budget holds.
 
     The budget is the positions and the pixels of the fullest of the fixed passes, which is what memory must hold for
     them. `side` is the root of the pages' area.
     """
-    for name in names:
-        for side in sides:
-            model, processor = model_of(name, language, {"min_pixels": 64 * 64, "max_pixels": 2**26})
-            items = _items(World("train", size=side, simple=side < SMALLEST), processor)
-            padding = processor.tokenizer.pad_token_id
-            fixed = [items[first : first + TOGETHER] for first in range(0, SAMPLES, TOGETHER)]
-            fixed_batches = [collate(chosen, padding) for chosen in fixed]
-            filled = [collate(chosen, padding) for chosen in _filled(items, fixed_batches)]
-            works = {"fixed": _run(model, fixed_batches), "filled": _run(model, filled)}
-            seconds = side_by_side(works, repeats)
-            yield {
-                "tower": name,
-                "side": side,
-                "samples": SAMPLES,
-                **{f"fixed_{key}": value for key, value in _figures(fixed_batches).items()},
-                **{f"budget_{key}": value for key, value in _figures(filled).items()},
-                "fixed_seconds": round(seconds["fixed"], 2),
-                "budget_seconds": round(seconds["filled"], 2),
-                "ratio": round(seconds["filled"] / seconds["fixed"], 3),
-            }
+    model, processor = checkpoints.read(checkpoints.find("tiny"))
+    model.train()
+    processor.image_processor.change(**NATIVE)
+    for side in sides:
+        items = _items(World("train", size=side, simple=side < SMALLEST), processor)
+        fixed = _collated([items[first : first + TOGETHER] for first in range(0, SAMPLES, TOGETHER)], processor)
+        filled = _collated(_filled(items, fixed), processor)
+        seconds = side_by_side({"fixed": _run(model, fixed), "filled": _run(model, filled)}, repeats)
+        yield {
+            "side": side,
+            "samples": SAMPLES,
+            **{f"fixed_{key}": value for key, value in _figures(fixed).items()},
+            **{f"budget_{key}": value for key, value in _figures(filled).items()},
+            "fixed_seconds": round(seconds["fixed"], 2),
+            "budget_seconds": round(seconds["filled"], 2),
+            "ratio": round(seconds["filled"] / seconds["fixed"], 3),
+        }
 
 
 class _Counted(Records):
@@ -68,6 +67,10 @@ def _items(world: World, processor: Any) -> list[dict[str, Any]]:
     kinds = [ChatDataset(world, processor, SAMPLES, images=images) for images in (False, True)]
     draw = random.Random(0)
     return [kinds[draw.random() > _TEXT_ALONE][index] for index in range(SAMPLES)]
+
+
+def _collated(passes: list[list[dict[str, Any]]], processor: Any) -> list[dict[str, Any]]:
+    return [collate(chosen, processor.tokenizer.pad_token_id) for chosen in passes]
 
 
 def _filled(items: list[dict[str, Any]], fixed: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from convllava import __version__
 from convllava.bench import decoding, serving, suites
 from convllava.bench.batches import batches
+from convllava.bench.features import features
 from convllava.bench.reading import reading
 from convllava.bench.steps import steps
 from convllava.errors import InputError
@@ -101,7 +102,8 @@ def _rows(
         "tower": lambda: suites.tower(names, sides, repeats),
         "training": lambda: suites.training(names, sides, repeats),
         "steps": lambda: steps(names, sides, repeats, language),
-        "batches": lambda: batches(names, sides, repeats, language),
+        "batches": lambda: batches(sides, repeats),
+        "features": lambda: features(names, sides, repeats, language),
         "mixed": lambda: suites.mixed(names, sides, repeats),
         "scale": lambda: suites.scale(SCALE),
         "first-token": lambda: suites.first_token(names, sides, repeats, language, peers),

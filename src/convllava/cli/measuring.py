@@ -14,7 +14,8 @@ def bench(
     suite: Annotated[
         str,
         typer.Argument(
-            help="tower, training, steps, batches, mixed, scale, first-token, pixels, decoding, serving or data."
+            help="tower, training, steps, batches, features, mixed, scale, first-token, pixels, decoding, "
+            "serving or data."
         ),
     ],
     towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",

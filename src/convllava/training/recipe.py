@@ -261,6 +261,8 @@ class Stage:
     """Weight of the loss that asks the language model's attention to look where the answer stands."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
+    feature_cache_gb: float = 0.0
+    """Keep so many GB of what the tower's frozen stages make of the images of files, beside the output folder."""
     evaluation: Evaluation | None = None
     """Measure the loss on held-out samples meanwhile."""
     adapter: Adapter | None = None
@@ -317,7 +319,19 @@ class Stage:
             self.evaluation is not None and bool(self.evaluation.sources) != bool(self.data.sources),
             "evaluation.sources are files if data.sources are, and only then",
         )
+        yield from self._cache_rules()
         yield from self._budget_rules()
+
+    def _cache_rules(self) -> typing.Iterator[tuple[bool, str]]:
+        yield self.feature_cache_gb < 0, "feature_cache_gb is 0 or more"
+        if self.feature_cache_gb == 0:
+            return
+        yield (
+            not self.data.sources,
+            "feature_cache_gb is for files (data.sources), whose images come again; no generated page does",
+        )
+        for part in {"stem", "stage1"} & set(self.trains):
+            yield True, f"feature_cache_gb keeps what comes before the first stage that trains, and {part} trains"
 
     def _budget_rules(self) -> typing.Iterator[tuple[bool, str]]:
         if (budget := self.budget) is None:

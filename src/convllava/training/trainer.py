@@ -24,6 +24,7 @@ from convllava.errors import InputError
 from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
+from convllava.training.features import FrozenStages
 from convllava.training.held_out import BEST
 from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.memory import explaining
@@ -94,13 +95,23 @@ class StageTrainer(Trainer):
         stage: What trains, at which rates.
         config: Of the whole model, parts of which may train under other heads.
         skips: Takes note of samples that were passed over.
+        frozen: Stages of the tower whose features are kept, if any are.
         keywords: As of `Trainer`.
     """
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, config: ConvLlavaConfig, skips: Skips, *, model: nn.Module, **keywords: Any
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        config: ConvLlavaConfig,
+        skips: Skips,
+        *,
+        model: nn.Module,
+        frozen: FrozenStages | None = None,
+        **keywords: Any,
     ) -> None:
         self.recipe, self.stage, self.config, self.skips, self.trained = recipe, stage, config, skips, model
+        self.frozen = frozen
         self.staging: str | None = None
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
@@ -136,6 +147,8 @@ class StageTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         skipped = inputs.pop(SKIPPED, ())
         self.skips.note(skipped, self.state.global_step + self.trained.training)
+        if self.frozen is not None:
+            inputs = self.frozen.encoded(inputs)
         if self.trained.training:
             self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
