@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from convllava.configuration import ConvLlavaConfig
 from convllava.data.cells import ACCURACIES
@@ -25,7 +25,7 @@ from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
 from convllava.training.features import FrozenStages
-from convllava.training.held_out import BEST
+from convllava.training.held_out import BEST, HeldOutLoss, weight_of
 from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
@@ -115,6 +115,7 @@ class StageTrainer(Trainer):
         self.staging: str | None = None
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
+        self.held_out = HeldOutLoss()
         self.guided_layers = guided_layers(model) if stage.guidance else {}
         super().__init__(model=model, **keywords)
         self.average = Average(model, stage.ema) if stage.ema else None  # of weights that lie where they train
@@ -211,9 +212,27 @@ class StageTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss alone, whatever the objective calls its labels; the evaluation's is the mean over its batches."""
+        """The loss alone, whatever the objective calls its labels; what it counts is noted."""
+        inputs = self._prepare_inputs(inputs)
+        weight = weight_of(inputs, self._own_samples())
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            loss = self.compute_loss(model, inputs).detach()
+        self.held_out.add(loss, weight)
+        return loss, None, None
+
+    def _own_samples(self) -> int:
+        """How many samples of a batch are this process's: the last ones are filled up from the beginning, so that all
+        processes have as many."""
+        state, most = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return most
+        return min(max(state.remainder - self.args.process_index * most, 0), most)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self.held_out = HeldOutLoss()
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        return output._replace(metrics={**output.metrics, "eval_loss": self.held_out.mean(self.accelerator)})
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)
