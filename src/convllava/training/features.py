@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class FeatureStore:
             self.room -= partial.stat().st_size
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             self.room = 0
             Console(stderr=True).print(
                 f"no more features are kept in {self.folder}: {error}", highlight=False, soft_wrap=True
