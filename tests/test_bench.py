@@ -15,14 +15,16 @@ from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
 from convllava import ConvLlavaVisionConfig, InputError, load
-from convllava.bench import decoding, report, serving, suites
+from convllava.bench import batches, decoding, report, serving, suites
 from convllava.bench import reading as data
 from convllava.bench.timing import peak_memory, side_by_side
 from convllava.cli import app
 from convllava.costs import prefill_flops, projector_flops, tower_flops
+from convllava.data.conversation import collate
 from convllava.geometry import Size
 from convllava.inspection import language_models, towers
 from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.synthetic import World
 
 
 @pytest.mark.parametrize("name", ["T", "S", "B", "L"])
@@ -149,3 +151,14 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be a folder"):
         report.run("scale", ["T"], ["64"], "135m", False, 1, 1, tmp_path / "file")
+
+
+def test_a_budget_fills_passes_within_what_fixed_ones_need(parts, monkeypatch):
+    monkeypatch.setattr(batches, "SAMPLES", 40)
+    items = batches._items(World("train", size=128, simple=True), parts[1])
+    fixed = [collate(items[first : first + 4], 0) for first in range(0, 40, 4)]
+    filled = [collate(chosen, 0) for chosen in batches._filled(items, fixed)]
+    before, after = batches._figures(fixed), batches._figures(filled)
+    assert after["useful_tokens"] > before["useful_tokens"]
+    assert after["fullest"] <= before["fullest"]
+    assert sum(len(batch["labels"]) for batch in filled) >= 40

@@ -36,7 +36,7 @@ from convllava.training.beginning import processor_of, start
 from convllava.training.checking import check, verdict
 from convllava.training.inputs import parts_of
 from convllava.training.preview import preview
-from convllava.training.recipe import Data, ModelSpec, Recipe, Source, Stage, dump_recipe
+from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage, dump_recipe
 
 SIZES = {"a.png": (70, 130), "b.png": (64, 64)}
 
@@ -205,6 +205,19 @@ def test_stages_with_the_same_settings_share_a_check(folder):
     told = verdict(summary)
     assert told is not None
     assert "stage again: 11 of 15 samples are bad, more than data.max_skipped 0.1 allows" in told
+
+
+def test_files_of_an_evaluation_are_checked_too(folder):
+    write(folder, [RECORDS[0][1], RECORDS[4][1]], "held_out.json")
+    sources = [Source("held_out.json", "images"), Source("data.json", "images")]
+    plan = recipe(folder, evaluation=Evaluation(sources=sources))
+    summary = check(plan, folder / "out", 0)
+    assert [(source["source"], source["stages"]) for source in summary["sources"]] == [
+        ("data.json", ["files", "files (evaluation)"]),
+        ("held_out.json", ["files (evaluation)"]),
+    ]
+    assert summary["sources"][1]["problems"] == {"empty answer": 1}
+    assert [stage["samples"] for stage in summary["stages"]] == [len(RECORDS)]
 
 
 def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from convllava.data import storage
 from convllava.data.conversation import SKIPPED
-from convllava.data.formats import Blocks, Records, open_records, parquet
+from convllava.data.formats import Blocks, Records, indices, open_records, parquet, tar
 from convllava.data.formats.base import record_of
 from convllava.data.mixture import Mixture, Part
 from convllava.data.samples import SampleError, conversation_of
@@ -229,6 +229,34 @@ def test_members_of_a_sample_may_lie_apart(tmp_path, folder):
     found, expected = open_one(tmp_path / "apart.tar"), open_one(folder / "data.tar")
     texts = {found[number]["id"]: found[number] for number in range(len(found))}
     assert texts == {expected[number]["id"]: expected[number] for number in range(len(expected))}
+
+
+def test_the_headers_of_a_large_tar_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv(indices.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(indices, "_WORTH", 3)
+    write_tar(tmp_path / "a.tar", members())
+    whole = open_one(tmp_path / "a.tar")
+    read = []
+    monkeypatch.setattr(tar, "_members", lambda address: read.append(address) or iter([("0.txt", 0, 1)]))
+    again = open_one(tmp_path / "a.tar")
+    assert [again[number] for number in range(len(whole))] == [whole[number] for number in range(len(whole))]
+    assert not read
+    (kept,) = (tmp_path / "cache").rglob("*.npz")
+    for damaged in (b"", kept.read_bytes()[:100]):
+        kept.write_bytes(damaged)
+        assert len(open_one(tmp_path / "a.tar")) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv(indices.CACHE, str(tmp_path / "cache"))
+    write_tar(tmp_path / "a.tar", {"1.txt": b"another"})
+    assert len(open_one(tmp_path / "a.tar")) == 1
+
+
+def test_an_index_that_cannot_be_kept_is_read_again(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv(indices.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(indices, "_WORTH", 1)
+    write_tar(tmp_path / "a.tar", members())
+    assert len(open_one(tmp_path / "a.tar")) == len(open_one(tmp_path / "a.tar")) == 5
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path):

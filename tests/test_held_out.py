@@ -12,12 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import CHAT, DATA, DENSE, KilledError, log, recipe, weights
 
 from convllava.checkpoints import read
-from convllava.data.conversation import collate
+from convllava.data.conversation import IGNORE, collate, pack
+from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
+from convllava.synthetic import World
 from convllava.training import engine
 from convllava.training.averaging import Average
+from convllava.training.held_out import weight_of
 from convllava.training.inputs import make_held_out
-from convllava.training.parts import freeze_all_but, parameter_groups
+from convllava.training.parts import freeze_all_but, layer_of, parameter_groups
 from convllava.training.recipe import Adapter, Data, Evaluation, Source
 
 MEASURED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))
@@ -59,6 +62,24 @@ def test_the_loss_that_is_told_is_that_of_the_weights_that_are_left(tmp_path):
         folder = tmp_path / f"ema-{stage.ema}"
         last = engine.train(recipe(stage), folder)
         assert losses(folder, "eval_loss")[-1] == pytest.approx(loss_on_held_out(recipe(stage), last), abs=1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(tmp_path, packing):
+    data = dataclasses.replace(DATA, turns=5)  # of unequal lengths
+    stage = dataclasses.replace(MEASURED, steps=2, packing=packing, data=data)
+    plan = recipe(dataclasses.replace(stage, evaluation=Evaluation(every=2, samples=3, pictures=0)))
+    last = engine.train(plan, tmp_path)
+    assert losses(tmp_path, "eval_loss") == [pytest.approx(loss_on_held_out(plan, last), abs=1e-5)]
+
+
+def test_a_batch_that_is_filled_up_counts_its_own_samples_only(parts):
+    dataset = ChatDataset(World(size=128, simple=True), parts[1], 3)
+    items = [dataset[index] for index in range(3)]
+    own = sum(int((item["labels"][1:] != IGNORE).sum()) for item in items[:2])
+    for batch in (collate(items, 0), pack(items)):
+        assert weight_of(batch, 2) == own
+        assert weight_of(batch, 0) == 0
 
 
 def test_training_stops_where_the_loss_grows_and_leaves_the_best_weights(tmp_path):
@@ -152,6 +173,22 @@ def test_files_are_evaluated_on_other_files(tmp_path):
 def test_a_dense_stage_is_evaluated_too(tmp_path):
     engine.train(recipe(dataclasses.replace(DENSE, evaluation=Evaluation(every=3, samples=2))), tmp_path)
     assert len(losses(tmp_path, "eval_loss")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("lm_head.weight", 5),
+        ("model.language_model.norm.weight", 5),
+        ("base_model.model.model.language_model.final_layernorm.bias", 5),
+        ("model.language_model.embedding_norm.weight", 5),
+        ("model.language_model.layers.2.input_layernorm.weight", 2),
+        ("model.language_model.embed_tokens.weight", -1),
+        ("model.vision_tower.encoder.stages.2.downsampling_layer.0.weight", -1),
+    ],
+)
+def test_the_last_norm_of_any_family_learns_as_the_last_layer(name, layer):
+    assert layer_of(name, 6) == layer
 
 
 def test_lower_layers_learn_more_slowly(parts):

@@ -19,7 +19,7 @@ from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.files import one_line, read_json, tensor_files, tensors_in
 from convllava.image_processing import ConvLlavaImageProcessorPil
-from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.modeling import ConvLlavaForConditionalGeneration, check_embeddings
 from convllava.official import template
 from convllava.processing import ConvLlavaProcessor
 from convllava.tokenization import END, PAD, build_tokenizer
@@ -258,8 +258,7 @@ def _language_model(language: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
     scales = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling")]
     if getattr(head, "bias", None) is not None or getattr(config, "final_logit_softcapping", None) or scales != [1, 1]:
         raise InputError(f"language: the head of {config.model_type} is more than a linear layer without bias")
-    if not hasattr(causal.base_model, "embed_tokens"):
-        raise InputError(f"language: {config.model_type} keeps its embeddings elsewhere than in embed_tokens")
+    check_embeddings(causal.base_model)
     if len(tokenizer) < 0.5 * config.vocab_size:
         raise InputError(
             f"language: the tokenizer in {language} has {len(tokenizer)} tokens where the model knows "

@@ -122,6 +122,20 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
             init.normal_(module.row_separator, std=self.config.text_config.initializer_range)
 
 
+def check_embeddings(language_model: nn.Module) -> None:
+    """Refuse a family whose word embeddings are not where the head is tied to them.
+
+    Raises:
+        InputError: names the family.
+    """
+    if not hasattr(language_model, "embed_tokens"):
+        config: Any = language_model.config
+        raise InputError(
+            f"language: {config.model_type} keeps its embeddings elsewhere than in embed_tokens; take a family such as "
+            "llama, qwen2, mistral or gemma"
+        )
+
+
 class ConvLlavaModel(ConvLlavaPreTrainedModel):
     """Tower, projector and language model without its head."""
 
@@ -130,6 +144,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         self.vision_tower = ConvLlavaVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = ConvLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        check_embeddings(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -16,6 +16,8 @@ from rich.table import Table
 
 from convllava import __version__
 from convllava.bench import decoding, serving, suites
+from convllava.bench.batches import batches
+from convllava.bench.features import features
 from convllava.bench.reading import reading
 from convllava.bench.steps import steps
 from convllava.errors import InputError
@@ -24,7 +26,19 @@ from convllava.geometry import Size
 from convllava.inspection import language_models, towers
 
 SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
-SUITES = ("tower", "training", "steps", "mixed", "scale", "first-token", "pixels", "decoding", "serving", "data")
+SUITES = (
+    "tower",
+    "training",
+    "steps",
+    "batches",
+    "mixed",
+    "scale",
+    "first-token",
+    "pixels",
+    "decoding",
+    "serving",
+    "data",
+)
 DRAWN = ("scale", "first-token")
 """Suites of which there is a picture."""
 
@@ -88,6 +102,8 @@ def _rows(
         "tower": lambda: suites.tower(names, sides, repeats),
         "training": lambda: suites.training(names, sides, repeats),
         "steps": lambda: steps(names, sides, repeats, language),
+        "batches": lambda: batches(sides, repeats),
+        "features": lambda: features(names, sides, repeats, language),
         "mixed": lambda: suites.mixed(names, sides, repeats),
         "scale": lambda: suites.scale(SCALE),
         "first-token": lambda: suites.first_token(names, sides, repeats, language, peers),

@@ -15,6 +15,8 @@ from convllava.synthetic import World, closed_vocabulary
 from convllava.synthetic.world import SMALLEST
 
 SAMPLES = 8
+NATIVE = {"min_pixels": 64 * 64, "max_pixels": 2**26}
+"""No page is resized, but for its sides to become multiples of the stride."""
 
 
 def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: str) -> Iterator[Row]:
@@ -28,10 +30,12 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
             world = World("train", size=side, turns=6, simple=side < SMALLEST)
             sizes = [world.sample(index).image.size for index in range(SAMPLES)]
             square = -(-max(map(max, sizes)) // 64) * 64
-            ours = _batch(name, language, world, {"min_pixels": 64 * 64, "max_pixels": 2**26}, packed=True)
-            padded = _batch(name, language, world, {"mode": "square", "side": square}, packed=False)
-            model = _model(name, language, {})[0].train()
-            seconds = side_by_side({"ours": _step(model, ours), "padded": _step(model, padded)}, repeats)
+            model, processor = model_of(name, language, {})
+            model.train()
+            ours = pack(items_of(name, language, world, NATIVE))
+            squares = items_of(name, language, world, {"mode": "square", "side": square})
+            padded = collate(squares, processor.tokenizer.pad_token_id)
+            seconds = side_by_side({"ours": step_of(model, ours), "padded": step_of(model, padded)}, repeats)
             yield {
                 "tower": name,
                 "side": side,
@@ -39,30 +43,29 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
                 "seconds": round(seconds["ours"], 3),
                 "padded_seconds": round(seconds["padded"], 3),
                 "ratio": round(seconds["ours"] / seconds["padded"], 3),
-                "pixels": _pixels(ours),
-                "padded_pixels": _pixels(padded),
+                "pixels": pixels_of(ours),
+                "padded_pixels": pixels_of(padded),
                 "useful_tokens": round(sum(lengths_of(ours)) / ours["input_ids"].numel(), 3),
                 "useful_tokens_padded": round(sum(lengths_of(padded)) / padded["input_ids"].numel(), 3),
             }
 
 
-def _model(name: str, language: str, pixels: dict[str, Any]) -> Any:
+def model_of(name: str, language: str, pixels: dict[str, Any]) -> Any:
     vision = {key: getattr(towers()[name], key) for key in ("depths", "hidden_sizes")}
     return build_fresh(vision=vision, language=language_models()[language], pixels=pixels, words=closed_vocabulary())
 
 
-def _batch(name: str, language: str, world: World, pixels: dict[str, Any], packed: bool) -> dict[str, Any]:
-    processor = _model(name, language, pixels)[1]
-    dataset = ChatDataset(world, processor, SAMPLES)
-    items = [dataset[index] for index in range(SAMPLES)]
-    return pack(items) if packed else collate(items, processor.tokenizer.pad_token_id)
+def items_of(name: str, language: str, world: World, pixels: dict[str, Any]) -> list[dict[str, Any]]:
+    """The world's first pages as sequences, for a processor with such pixels."""
+    dataset = ChatDataset(world, model_of(name, language, pixels)[1], SAMPLES)
+    return [dataset[index] for index in range(SAMPLES)]
 
 
-def _pixels(batch: dict[str, Any]) -> int:
-    return sum(image.shape[1] * image.shape[2] for image in batch["pixel_values"])
+def pixels_of(batch: dict[str, Any]) -> int:
+    return sum(image.shape[1] * image.shape[2] for image in batch.get("pixel_values", ()))
 
 
-def _step(model: Any, batch: dict[str, Any]) -> Work:
+def step_of(model: Any, batch: dict[str, Any]) -> Work:
     def run() -> None:
         model(**batch).loss.backward()
         model.zero_grad()

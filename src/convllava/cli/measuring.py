@@ -13,7 +13,10 @@ from convllava.cli.options import AsJson, show
 def bench(
     suite: Annotated[
         str,
-        typer.Argument(help="tower, training, steps, mixed, scale, first-token, pixels, decoding, serving or data."),
+        typer.Argument(
+            help="tower, training, steps, batches, features, mixed, scale, first-token, pixels, decoding, "
+            "serving or data."
+        ),
     ],
     towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",
     sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",

@@ -35,6 +35,7 @@ class Finding:
         lost: Tokens of those that training does not see.
         images: Height and width of each in pixels; none where one cannot be decoded.
         problem, detail: What is wrong; None and empty where nothing is.
+        pixels: Of all images together, as training would resize them; 0 where the sample cannot be encoded.
     """
 
     index: int
@@ -44,6 +45,12 @@ class Finding:
     images: list[tuple[int, int]]
     problem: Problem | None = None
     detail: str = ""
+    pixels: int = 0
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether training takes the sample."""
+        return self.problem in (None, "cut")
 
 
 class Examination(Dataset):
@@ -57,7 +64,7 @@ class Examination(Dataset):
     """
 
     def __init__(self, part: Part, processor: ConvLlavaProcessor, max_tokens: int | None, truncate: bool) -> None:
-        self.length = len(part.records)
+        self.name, self.length = part.records.name, len(part.records)
         self.samples = FileDataset(
             Mixture([part]), without_pixels(processor), self.length, max_tokens=max_tokens, truncate=truncate
         )
@@ -77,11 +84,11 @@ class Examination(Dataset):
             kept = len(self.samples.within(sample.id, item)["input_ids"])
         except SampleError as error:
             return Finding(index, error.name, tokens, tokens, images, error.problem, error.detail)
-        lost = tokens - kept
+        lost, pixels = tokens - kept, _pixels(item)
         if not lost:
-            return Finding(index, sample.id, tokens, 0, images)
+            return Finding(index, sample.id, tokens, 0, images, pixels=pixels)
         told = f"{tokens} tokens, of which the last {lost} are cut"
-        return Finding(index, sample.id, tokens, lost, images, "cut", told)
+        return Finding(index, sample.id, tokens, lost, images, "cut", told, pixels)
 
 
 def examine(examination: Examination, workers: int, first: int = 0) -> Iterator[list[Finding]]:
@@ -104,6 +111,10 @@ def _alone(worker: int) -> None:
 def _sizes(messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     return [(size.height, size.width) for size in (original_size(part["image"]) for part in parts)]
+
+
+def _pixels(item: dict[str, Any]) -> int:
+    return int(item["image_sizes"].prod(-1).sum()) if "image_sizes" in item else 0
 
 
 class _Uncoloured(ConvLlavaImageProcessorPil):

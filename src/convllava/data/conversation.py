@@ -97,6 +97,14 @@ def lengths_of(batch: Mapping[str, Any]) -> list[int]:
     return []
 
 
+def supervise_first(batch: Mapping[str, Any], samples: int) -> None:
+    """Take the labels of all but the first samples of a padded or packed batch away."""
+    if "attention_mask" in batch:
+        batch["labels"][samples:] = IGNORE
+    else:
+        batch["labels"][:, sum(lengths_of(batch)[:samples]) :] = IGNORE
+
+
 def _beside_text(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Images, and which samples were passed over."""
     batch: dict[str, Any] = {}

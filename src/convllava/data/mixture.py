@@ -52,7 +52,8 @@ class Mixture:
         self.ends = np.cumsum(self.counts)
         if not self.ends[-1]:
             raise InputError("an epoch of the data sources has no sample; raise repeat or limit")
-        self._drawn: tuple[int, Integers] = (-1, np.empty(0, dtype=np.int64))
+        nothing = np.empty(0, dtype=np.int64)
+        self._drawn: tuple[int, Integers, Integers] = (-1, nothing, nothing)
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -61,12 +62,19 @@ class Mixture:
     def __getitem__(self, place: int) -> tuple[int, int]:
         """The number of the part, and of its record, at a place in the stream."""
         epoch, number = divmod(place, len(self))
-        if self._drawn[0] != epoch:
-            self._drawn = (epoch, self._order(epoch))
-        drawn = int(self._drawn[1][number])
-        part = int(np.searchsorted(self.ends, drawn, side="right"))
-        turn = drawn - int(self.ends[part] - self.counts[part]) + self._passed(part, epoch)
-        return part, turn % len(self.parts[part].records)
+        parts, records = self.epoch(epoch)
+        return int(parts[number]), int(records[number])
+
+    def epoch(self, number: int) -> tuple[Integers, Integers]:
+        """The parts, and the records of them, at all places of an epoch, in their order."""
+        if self._drawn[0] != number:
+            drawn = self._order(number)
+            parts = np.searchsorted(self.ends, drawn, side="right")
+            passed = np.array([self._passed(part, number) for part in range(len(self.parts))])
+            lengths = np.array([len(part.records) for part in self.parts])
+            turns = drawn - (self.ends - self.counts)[parts] + passed[parts]
+            self._drawn = (number, parts, turns % lengths[parts])
+        return self._drawn[1], self._drawn[2]
 
     def _passed(self, part: int, epoch: int) -> int:
         """How many samples earlier epochs took of a source that goes on where they ended."""

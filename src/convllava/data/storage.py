@@ -35,6 +35,16 @@ def exists(address: str) -> bool:
     return _attempt(address, _exists) if is_remote(address) else Path(address).exists()
 
 
+def stamp(address: str) -> str:
+    """What changes when a file does: its size and time, or what a remote system tells; of a folder, those of its files.
+    Of what is no file, as a name of a dataset, nothing."""
+    if is_remote(address):
+        return _attempt(address, _fingerprint)
+    path = Path(address)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path][: path.exists()]
+    return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
 @contextmanager
 def opened(address: str) -> Iterator[BinaryIO]:
     """A binary file that can seek.
@@ -87,6 +97,11 @@ def _attempt(address: str, action: Callable[[str], T]) -> T:
 def _exists(address: str) -> bool:
     system, path = _system(address)
     return system.exists(path)
+
+
+def _fingerprint(address: str) -> str:
+    system, path = _system(address)
+    return str(system.ukey(path))
 
 
 def _open(address: str) -> BinaryIO:

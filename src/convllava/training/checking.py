@@ -8,32 +8,27 @@ was found is noted as it comes, and a check of the same recipe that was interrup
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convllava.data.checking import Examination, Finding, examine
+from convllava.data.checking import Finding
 from convllava.data.sizes import Sizes
 from convllava.errors import InputError
 from convllava.files import make_output, replacing, write_json
-from convllava.training.beginning import check_pixels, processor_of
-from convllava.training.inputs import parts_of
+from convllava.training.examining import Job, Notes, examine_all, jobs_of
 from convllava.training.recipe import Recipe, dump_recipe
 
 
 class SourceSummary(TypedDict):
-    """One source under one stage's settings: its samples, how many of them have which problem, the tokens of those that
-    can be encoded, and how many of these training would not see."""
+    """One source under the settings of stages, or of their evaluations: its samples, how many of them have which
+    problem, the tokens of those that can be encoded, and how many of these training would not see."""
 
     source: str
     stages: list[str]
@@ -61,12 +56,10 @@ class Summary(TypedDict):
 
 
 @dataclass
-class Job:
-    """A source to check, the stages that use it with the same settings, and what was found."""
+class Tally:
+    """What was found in one source."""
 
-    source: str
-    stages: list[str]
-    examination: Examination
+    job: Job
     images: int = 0
     tokens: int = 0
     lost_tokens: int = 0
@@ -86,9 +79,9 @@ class Job:
 
     def summary(self) -> SourceSummary:
         return {
-            "source": self.source,
-            "stages": self.stages,
-            "samples": len(self.examination),
+            "source": self.job.source.name,
+            "stages": self.job.uses,
+            "samples": len(self.job.examination),
             "images": self.images,
             "tokens": self.tokens,
             "lost_tokens": self.lost_tokens,
@@ -109,13 +102,13 @@ def check(recipe: Recipe, output: Path, workers: int = 1) -> Summary:
     """
     if find_spec("matplotlib") is None:
         raise InputError("sizes.png needs matplotlib; pip install 'convllava[data]'")
-    jobs = _jobs(recipe)
+    jobs = jobs_of(recipe)
     if not jobs:
         raise InputError(f"{recipe.name} learns from generated pages alone; there is no file to check")
     make_output(output)
     notes = Notes(output / ".checked.jsonl", _digest(recipe, jobs))
-    _examine(jobs, notes, workers)
-    summary = _write(recipe, jobs, notes, output)
+    examine_all([job.examination for job in jobs], notes, workers)
+    summary = _write(recipe, [Tally(job) for job in jobs], notes, output)
     notes.path.unlink()
     return summary
 
@@ -134,85 +127,21 @@ def verdict(summary: Summary) -> str | None:
     return None
 
 
-def _jobs(recipe: Recipe) -> list[Job]:
-    """The distinct pairs of a source and of what bears on its samples."""
-    processor = processor_of(recipe)
-    check_pixels(recipe, processor.image_processor)
-    found: dict[str, Job] = {}
-    for stage in recipe.stages:
-        processor.image_processor.change(**stage.pixels)
-        data = stage.data
-        for source in data.sources:
-            alone = dataclasses.replace(source, repeat=1.0, weight=None)
-            key = repr((alone, processor.image_processor.to_dict(), data.max_tokens, data.overlong))
-            if key not in found:
-                (part,) = parts_of(recipe, [alone])
-                examination = Examination(part, processor, data.max_tokens, data.overlong == "truncate")
-                found[key] = Job(source.name, [], examination)
-            found[key].stages.append(stage.name)
-    return list(found.values())
-
-
 def _digest(recipe: Recipe, jobs: list[Job]) -> str:
     """Of all that findings depend on, but for what the files hold."""
     lengths = [len(job.examination) for job in jobs]
     return hashlib.sha256(f"{dump_recipe(recipe)}{lengths}".encode()).hexdigest()
 
 
-class Notes:
-    """The findings so far, one line each, in a file that outlives a kill.
-
-    Args:
-        path: Of the file; what it holds of another digest is thrown away.
-        digest: Of what is being checked.
-    """
-
-    def __init__(self, path: Path, digest: str) -> None:
-        self.path = path
-        found = path.read_bytes() if path.exists() else b""
-        if found.partition(b"\n")[0] == digest.encode():
-            # A kill can tear the last line.
-            path.write_bytes(found[: found.rindex(b"\n") + 1])
-        else:
-            path.write_text(f"{digest}\n", encoding="utf-8")
-
-    def __iter__(self) -> Iterator[tuple[int, Finding]]:
-        """The number of the job, and what was found."""
-        with self.path.open(encoding="utf-8") as file:
-            next(file)
-            for line in file:
-                job, *values = json.loads(line)
-                yield job, Finding(*values)
-
-    def append(self, job: int, findings: list[Finding]) -> None:
-        lines = (json.dumps([job, *dataclasses.astuple(finding)]) + "\n" for finding in findings)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-
-
-def _examine(jobs: list[Job], notes: Notes, workers: int) -> None:
-    """Look at what the notes do not tell of, behind a progress bar."""
-    done = Counter(job for job, _ in notes)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        whole = sum(len(job.examination) for job in jobs)
-        task = bar.add_task("checking", total=whole, completed=done.total())
-        for number, job in enumerate(jobs):
-            bar.update(task, description=job.source)
-            for findings in examine(job.examination, workers, done[number]):
-                notes.append(number, findings)
-                bar.advance(task, len(findings))
-
-
-def _write(recipe: Recipe, jobs: list[Job], notes: Notes, output: Path) -> Summary:
+def _write(recipe: Recipe, tallies: list[Tally], notes: Notes, output: Path) -> Summary:
     sizes = Sizes()
     with replacing(output / "report.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
         for number, finding in notes:
-            jobs[number].count(finding)
+            tallies[number].count(finding)
             sizes.add(finding)
             if finding.problem is not None:
-                file.write(json.dumps(_line(jobs[number], finding), ensure_ascii=False) + "\n")
-    summary = _summary(recipe, jobs)
+                file.write(json.dumps(_line(tallies[number].job, finding), ensure_ascii=False) + "\n")
+    summary = _summary(recipe, tallies)
     with replacing(output / "summary.json") as partial:
         write_json(partial, summary)
     with replacing(output / "sizes.png") as partial:
@@ -222,8 +151,8 @@ def _write(recipe: Recipe, jobs: list[Job], notes: Notes, output: Path) -> Summa
 
 def _line(job: Job, finding: Finding) -> dict[str, Any]:
     return {
-        "source": job.source,
-        "stages": job.stages,
+        "source": job.source.name,
+        "stages": job.uses,
         "index": finding.index,
         "id": finding.id,
         "problem": finding.problem,
@@ -231,14 +160,14 @@ def _line(job: Job, finding: Finding) -> dict[str, Any]:
     }
 
 
-def _summary(recipe: Recipe, jobs: list[Job]) -> Summary:
+def _summary(recipe: Recipe, tallies: list[Tally]) -> Summary:
     stages: list[StageSummary] = []
     for stage in recipe.stages:
-        own = [job for job in jobs if stage.name in job.stages]
+        own = [tally for tally in tallies if stage.name in tally.job.uses]
         if own:
-            samples, bad = sum(len(job.examination) for job in own), sum(job.bad for job in own)
+            samples, bad = sum(len(tally.job.examination) for tally in own), sum(tally.bad for tally in own)
             stages.append({"stage": stage.name, "samples": samples, "bad": bad, "allowed": stage.data.max_skipped})
-    return {"sources": [job.summary() for job in jobs], "stages": stages}
+    return {"sources": [tally.summary() for tally in tallies], "stages": stages}
 
 
 def table_of(summary: Summary) -> Table:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -31,6 +32,7 @@ from convllava.training.attention import guide_attention
 from convllava.training.beginning import start
 from convllava.training.calibration import calibrate
 from convllava.training.checks import check_stages
+from convllava.training.features import LookUp, keep_features
 from convllava.training.held_out import SampleAnswers, callbacks_of, has_stopped
 from convllava.training.inputs import (
     distinct_samples,
@@ -39,8 +41,8 @@ from convllava.training.inputs import (
     make_dataset,
     make_held_out,
     questions_of,
-    with_steps,
 )
+from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.processes import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.recipe import Recipe, Stage, differences, dump_recipe, load_recipe
 from convllava.training.reporting import ProgressBar, Skips, StepLog, print_parts
@@ -68,8 +70,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
         InputError: the folder holds another run, or the recipe does not fit the model.
     """
     output = Path(output)
-    recipe = capped(with_steps(recipe), max_steps)
     check_processes(recipe, process_count())
+    recipe = capped(with_planned_steps(recipe, output), max_steps)
     set_seed(recipe.seed)
     model, processor = start(recipe)
     check_stages(recipe, model, processor)
@@ -114,7 +116,7 @@ def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
 def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Path) -> None:
     """Train one stage, from its newest checkpoint if there is one, and write its folder."""
     stage = recipe.stages[index]
-    progress = folder.with_name(f".{folder.name}.progress")
+    progress = progress_of(folder)
     if stage.adapter is not None:
         model = base_model(recipe, index, model, processor, folder.parent)
     set_seed(recipe.seed + index)
@@ -122,24 +124,13 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     trained = trained_module(stage, model, processor)
     if is_first_process():
         print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
-    dataset = make_dataset(recipe, index, processor)
+    dataset = in_passes(recipe, index, processor, folder.parent, make_dataset(recipe, index, processor))
     checkpoint = get_last_checkpoint(progress) if progress.exists() else None
     if stage.calibrate and checkpoint is None:
         calibrate(model, [image_of(dataset[sample]).to(model.device) for sample in range(CALIBRATION_SAMPLES)])
-    trainer = StageTrainer(
-        recipe,
-        stage,
-        model.config,
-        Skips(folder.parent / "skipped.jsonl", stage, distinct_samples(dataset) / process_count()),
-        model=trained,
-        args=training_arguments(recipe, stage, progress),
-        train_dataset=dataset,
-        eval_dataset=make_held_out(recipe, index, processor) if stage.evaluation else None,
-        data_collator=make_collator(stage, processor),
-        callbacks=callbacks_of(stage.evaluation) if stage.evaluation else [],
-    )
+    trainer = make_trainer(recipe, index, trained, model, processor, dataset, folder)
     trainer.remove_callback(PrinterCallback)
-    bar = ProgressBar(f"{index}-{stage.name}")
+    bar = ProgressBar(f"{index}-{stage.name}", trainer.counts)
     if is_first_process():
         observe(trainer, stage, index, folder, bar, Assistant(model, processor))
     if stage.guidance:
@@ -159,6 +150,41 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         write_stage(recipe, index, trained, model, processor, folder, weights)
         shutil.rmtree(progress, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def make_trainer(
+    recipe: Recipe, index: int, trained: Any, model: Any, processor: Any, dataset: Dataset, folder: Path
+) -> StageTrainer:
+    """The trainer of a stage, whose folder will be `folder`.
+
+    Args:
+        trained: What of the model trains.
+        model: The whole model.
+        dataset: What it trains on.
+    """
+    stage, output = recipe.stages[index], folder.parent
+    collator, frozen = make_collator(stage, processor), None
+    if stage.feature_cache_gb:
+        frozen = keep_features(stage, model.model.vision_tower, output)
+        collator = LookUp(collator, frozen.store)
+    return StageTrainer(
+        recipe,
+        stage,
+        model.config,
+        Skips(output / "skipped.jsonl", stage, distinct_samples(dataset) / process_count()),
+        model=trained,
+        frozen=frozen,
+        args=training_arguments(recipe, stage, progress_of(folder)),
+        train_dataset=dataset,
+        eval_dataset=make_held_out(recipe, index, processor) if stage.evaluation else None,
+        data_collator=collator,
+        callbacks=callbacks_of(stage.evaluation) if stage.evaluation else [],
+    )
+
+
+def progress_of(folder: Path) -> Path:
+    """Where a stage keeps its checkpoints until its folder is complete."""
+    return folder.with_name(f".{folder.name}.progress")
 
 
 def observe(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from convllava.data.conversation import IGNORE, supervise_first
 from convllava.evaluation.drawing import Answered, draw_answers
 from convllava.inference import Assistant
 from convllava.inference.assistant import Message
@@ -24,6 +29,34 @@ BEST = "best.safetensors"
 
 _LONGEST = 48
 """Tokens of an answer that is drawn."""
+
+
+class HeldOutLoss:
+    """The loss over several batches and all processes: its mean over supervised tokens, or over samples where there are
+    none, as in labels of cells."""
+
+    def __init__(self) -> None:
+        self.total = self.weight = 0.0
+
+    def add(self, loss: Tensor, weight: int) -> None:
+        """The mean loss of a batch with so many tokens; with none it says nothing."""
+        if weight:
+            self.total += float(loss) * weight
+            self.weight += weight
+
+    def mean(self, accelerator: Accelerator) -> float:
+        """All processes must ask."""
+        sums = torch.tensor([self.total, self.weight], device=accelerator.device)
+        total, weight = accelerator.reduce(sums, "sum").tolist()
+        return total / weight if weight else math.nan
+
+
+def weight_of(batch: Mapping[str, Any], samples: int) -> int:
+    """What the first samples of a batch count; the labels of the others, which fill it up, are taken away."""
+    if "input_ids" not in batch:
+        return samples
+    supervise_first(batch, samples)
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 class BestWeights(TrainerCallback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from convllava.data.cells import AlignDataset, DenseDataset, collate_dense
 from convllava.data.conversation import collate, pack
 from convllava.data.formats import Records, open_records
 from convllava.data.mixture import Mixture, Part
+from convllava.data.passes import PassDataset
 from convllava.data.sources import FileDataset, steps_of
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
@@ -44,17 +45,34 @@ def make_held_out(recipe: Recipe, index: int, processor: Any) -> Dataset:
 
 def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int, sources: Sequence[Source]) -> Dataset:
     stage, data = recipe.stages[index], recipe.stages[index].data
-    seed = 1000 * recipe.seed + index
     if sources:
-        mixture = Mixture(parts_of(recipe, sources), seed)
+        mixture = _mixture(recipe, index, sources)
         length = length if split == "train" else min(length, len(mixture))
         return FileDataset(mixture, processor, length, max_tokens=data.max_tokens, truncate=data.overlong == "truncate")
-    world = make_world(data, seed, split)
+    world = make_world(data, _seed(recipe, index), split)
     if stage.objective == "dense":
         return DenseDataset(world, processor, length, sheets=data.sheets)
     if stage.objective == "align":
         return AlignDataset(world, processor, length, sheets=data.sheets, stride=processor.image_processor.stride)
     return ChatDataset(world, processor, length, captions=data.captions, images=data.images, guided=stage.guidance > 0)
+
+
+def mixture_of(recipe: Recipe, index: int) -> Mixture:
+    """Which sample of its files a stage sees when.
+
+    Raises:
+        InputError: see `open_records`.
+    """
+    return _mixture(recipe, index, recipe.stages[index].data.sources)
+
+
+def _mixture(recipe: Recipe, index: int, sources: Sequence[Source]) -> Mixture:
+    return Mixture(parts_of(recipe, sources), _seed(recipe, index))
+
+
+def _seed(recipe: Recipe, index: int) -> int:
+    """Of a stage's data."""
+    return 1000 * recipe.seed + index
 
 
 def questions_of(dataset: ChatDataset | FileDataset, count: int) -> list[Question]:
@@ -75,6 +93,8 @@ def _question(dataset: ChatDataset | FileDataset, index: int) -> Question | None
 
 def distinct_samples(dataset: Any) -> int:
     """How many different samples a stage goes through."""
+    if isinstance(dataset, PassDataset):
+        return min(len(dataset.places), len(dataset.samples.mixture))
     return min(len(dataset), len(dataset.mixture)) if isinstance(dataset, FileDataset) else len(dataset)
 
 
@@ -98,12 +118,20 @@ def make_world(data: Data, seed: int, split: str = "train") -> World:
     )
 
 
-def make_collator(stage: Stage, processor: Any) -> Any:
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+def make_collator(stage: Stage, processor: Any) -> Collator:
+    """Makes a batch of a list of a dataset's items, each of which may be a whole pass."""
     if stage.objective != "chat":
         return collate_dense
-    if stage.packing:
-        return pack
-    return partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    collator: Collator = pack if stage.packing else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    return collator if stage.budget is None else partial(_of_passes, collator)
+
+
+def _of_passes(collator: Collator, items: list[Any]) -> dict[str, Any]:
+    """Held-out samples come one by one, those that train in passes."""
+    return collator([sample for item in items for sample in (item if isinstance(item, list) else [item])])
 
 
 def parts_of(recipe: Recipe, sources: Sequence[Source]) -> list[Part]:
@@ -146,7 +174,8 @@ def images_of(recipe: Recipe, source: Source) -> str:
 
 
 def with_steps(recipe: Recipe) -> Recipe:
-    """The recipe with steps in place of epochs, for which its files are counted.
+    """The recipe with steps in place of epochs, for which its files are counted; but not of stages with a budget (see
+    `measuring.with_planned_steps`).
 
     Raises:
         InputError: a file that is not there or cannot be read.
@@ -155,7 +184,7 @@ def with_steps(recipe: Recipe) -> Recipe:
 
 
 def _with_steps(recipe: Recipe, stage: Stage) -> Stage:
-    if stage.epochs is None:
+    if stage.epochs is None or stage.budget is not None:
         return stage
     mixture = Mixture(parts_of(recipe, stage.data.sources))
     return dataclasses.replace(stage, steps=steps_of(len(mixture), stage.epochs, stage.batch_size), epochs=None)

@@ -144,7 +144,9 @@ def _sharing(recipe: Recipe) -> int:
 
 
 def _remedies(recipe: Recipe, stage: Stage) -> Iterator[str]:
-    if stage.batch_size > stage.accumulate:
+    if stage.budget is not None:
+        yield "a smaller budget"
+    elif stage.batch_size > stage.accumulate:
         yield f"accumulate: {2 * stage.accumulate} (the same steps in smaller passes)"
     if not stage.gradient_checkpointing and stage.objective == "chat":
         yield "gradient_checkpointing: true"

@@ -60,7 +60,9 @@ def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> None:
             parameter.requires_grad_(part in trains)
 
 
-_AFTER = re.compile(r"lm_head\.|language_model\.(?:norm|ln_f)\.")
+_LANGUAGE = re.compile(r"(?:^|\.)(?:lm_head|language_model)\.")
+_BEFORE = re.compile(r"\.embed(?!ding_norm)")
+"""Embeddings, and norms and projections of them; LFM2 calls its last norm embedding_norm."""
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _CHANNEL_MIXING = re.compile(r"_proj\.|pwconv\d\.|downsampling_layer\.1\.|linear_\d\.")
 
@@ -98,7 +100,6 @@ def _mixes(part: str, name: str, parameter: nn.Parameter, stage: Stage) -> bool:
 def layer_of(name: str, depth: int) -> int:
     """Which of its part's `depth` layers a parameter belongs to: what comes before the first (embeddings, a stage's
     patches) counts as -1, what comes after the last (norm and head) as the last."""
-    if _AFTER.search(name):
-        return depth - 1
-    match = _LAYER.search(name)
-    return int(match[1]) if match else -1
+    if match := _LAYER.search(name):
+        return int(match[1])
+    return depth - 1 if _LANGUAGE.search(name) and not _BEFORE.search(name) else -1

@@ -20,7 +20,7 @@ from convllava.training.beginning import check_pixels, outline, pixels_of
 from convllava.training.inputs import addresses_of, missing_files, missing_images, with_steps
 from convllava.training.memory import Memory, memory_of
 from convllava.training.parts import freeze_all_but, parts_of
-from convllava.training.processes import check_processes
+from convllava.training.processes import check_processes, samples_of
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.sharding import check_sharding
 
@@ -125,13 +125,16 @@ def _fullest_pass(
     parameters: dict[str, int],
     processes: int,
 ) -> Memory:
-    """With one image of the largest size and the longest sequence in each sample of a pass."""
+    """With one image of the largest size and the longest sequence in each sample of a pass, or the budget's full."""
     most = pixels.side**2 if pixels.mode in ("square", "crop") else pixels.max_pixels
-    tokens = stage.data.max_tokens or model.config.text_config.max_position_embeddings
-    samples = stage.batch_size // stage.accumulate // processes
+    longest = stage.data.max_tokens or model.config.text_config.max_position_embeddings
+    samples = samples_of(stage, processes)
+    tokens, area = samples * longest, samples * most
+    if stage.budget is not None:
+        tokens, area = min(tokens, stage.budget.tokens or tokens), min(area, stage.budget.pixels or area)
     sharing = 1 if recipe.sharding == "none" else processes
     whole, trained = sum(parameters.values()), _trained(stage, model, parameters)
-    return memory_of(whole, trained, model.config, stage, samples * most, samples * tokens, sharing)
+    return memory_of(whole, trained, model.config, stage, area, tokens, sharing)
 
 
 def _missing_parts(recipe: Recipe) -> list[str]:

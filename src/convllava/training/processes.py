@@ -7,7 +7,7 @@ import os
 from accelerate import PartialState
 
 from convllava.errors import InputError
-from convllava.training.recipe import Recipe
+from convllava.training.recipe import Recipe, Stage
 
 
 def process_count() -> int:
@@ -31,6 +31,16 @@ def wait_for_all() -> None:
         PartialState().wait_for_everyone()
 
 
+def passes_of(stage: Stage, processes: int) -> int:
+    """Forward passes of one process per optimiser step."""
+    return stage.accumulate if stage.budget is None else stage.budget.passes // processes
+
+
+def samples_of(stage: Stage, processes: int) -> int:
+    """Samples of a pass of one process, or with a budget the most it may have."""
+    return stage.batch_size // passes_of(stage, processes) // processes
+
+
 def check_processes(recipe: Recipe, processes: int) -> None:
     """Refuse a batch that the processes cannot share.
 
@@ -38,7 +48,12 @@ def check_processes(recipe: Recipe, processes: int) -> None:
         InputError: names the stage.
     """
     for stage in recipe.stages:
-        if stage.batch_size % (stage.accumulate * processes):
+        if stage.budget is not None and stage.budget.passes % processes:
+            raise InputError(
+                f"stage {stage.name}: budget.passes {stage.budget.passes} do not divide among {processes} processes; "
+                f"make them a multiple of {processes}"
+            )
+        if stage.budget is None and stage.batch_size % (stage.accumulate * processes):
             raise InputError(
                 f"stage {stage.name}: batch_size {stage.batch_size} does not divide among {processes} processes "
                 f"with accumulate {stage.accumulate}; make it a multiple of {stage.accumulate * processes}"

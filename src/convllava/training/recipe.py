@@ -190,6 +190,24 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Passes filled by what samples cost, in place of a fixed number of samples; of data that come from files."""
+
+    tokens: int | None = None
+    """Positions that the language model computes in a pass, padding included, at most."""
+    pixels: int | None = None
+    """Pixels of all images of a pass, as resized, at most."""
+    passes: int = 1
+    """Per optimiser step, shared by the processes."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is None and self.pixels is None:
+            raise InputError("budget: give tokens, pixels or both")
+        if min(1 if self.tokens is None else self.tokens, 1 if self.pixels is None else self.pixels, self.passes) < 1:
+            raise InputError("budget: tokens, pixels and passes are 1 or more")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of training."""
 
@@ -209,7 +227,9 @@ class Stage:
     pixels: dict[str, Any] = field(default_factory=dict)
     """Settings of the image processor that change with this stage and stay changed: min_pixels, side ..."""
     batch_size: int = 8
-    """Samples per optimiser step."""
+    """Samples per optimiser step; with a budget, at most so many."""
+    budget: Budget | None = None
+    """Fill passes up to so many tokens and pixels, with samples of similar cost."""
     packing: bool = False
     """Lay the samples of a pass end to end in one row, none seeing another, in place of padding them."""
     accumulate: int = 1
@@ -243,6 +263,8 @@ class Stage:
     """Weight of the loss that asks the language model's attention to look where the answer stands."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
+    feature_cache_gb: float = 0.0
+    """Keep so many GB of what the tower's frozen stages make of the images of files, beside the output folder."""
     evaluation: Evaluation | None = None
     """Measure the loss on held-out samples meanwhile."""
     adapter: Adapter | None = None
@@ -298,6 +320,36 @@ class Stage:
         yield (
             self.evaluation is not None and bool(self.evaluation.sources) != bool(self.data.sources),
             "evaluation.sources are files if data.sources are, and only then",
+        )
+        yield from self._cache_rules()
+        yield from self._budget_rules()
+
+    def _cache_rules(self) -> typing.Iterator[tuple[bool, str]]:
+        yield self.feature_cache_gb < 0, "feature_cache_gb is 0 or more"
+        if self.feature_cache_gb == 0:
+            return
+        yield (
+            not self.data.sources,
+            "feature_cache_gb is for files (data.sources), whose images come again; no generated page does",
+        )
+        for part in {"stem", "stage1"} & set(self.trains):
+            yield True, f"feature_cache_gb keeps what comes before the first stage that trains, and {part} trains"
+
+    def _budget_rules(self) -> typing.Iterator[tuple[bool, str]]:
+        if (budget := self.budget) is None:
+            return
+        yield (
+            not self.data.sources,
+            "budget is for files (data.sources): what a generated page costs is not known before it is drawn",
+        )
+        yield self.accumulate != 1, "budget.passes stands in place of accumulate"
+        yield (
+            self.balance != 0,
+            "balance is a mean within one pass, which a budget makes unequal; leave one of them out",
+        )
+        yield (
+            self.batch_size % budget.passes != 0,
+            f"batch_size {self.batch_size} is no multiple of budget.passes {budget.passes}",
         )
 
     @property

@@ -42,7 +42,8 @@ def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> No
 
 
 class StepLog(TrainerCallback):
-    """Appends to `log.jsonl`: stage, step, loss, learning rates, images, tokens, positions, padded, waited, seconds.
+    """Appends to `log.jsonl`: stage, step, loss, learning rates, samples, images, tokens, positions, padded, waited,
+    seconds.
 
     Positions are those that the language model computes, padded those it would compute if each batch were padded to
     its longest sample; waited are the first process's seconds without samples, processor its seconds on a processor,
@@ -108,11 +109,16 @@ def processor_seconds() -> float:
 
 
 class ProgressBar(TrainerCallback):
-    """Steps, loss, samples a second and the time left; plain lines where there is no terminal."""
+    """Steps, loss, samples a second and the time left; plain lines where there is no terminal.
 
-    def __init__(self, title: str) -> None:
+    Args:
+        title: Of the stage.
+        counts: As of `StageTrainer`, since the run was started.
+    """
+
+    def __init__(self, title: str, counts: Mapping[str, float]) -> None:
         self.console = Console()
-        self.title = title
+        self.title, self.counts = title, counts
         self.loss: float | None = None
         self.first = 0
         self.started = self.spoke = 0.0
@@ -141,8 +147,7 @@ class ProgressBar(TrainerCallback):
         self.loss = logs["loss"] if self.loss is None else 0.98 * self.loss + 0.02 * logs["loss"]
         now = time.monotonic()
         done = state.global_step - self.first
-        samples = done * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        rate = samples / max(now - self.started, 1e-9)
+        rate = self.counts["samples"] / max(now - self.started, 1e-9)
         self.bar.update(self.task, completed=state.global_step, loss=f"{self.loss:.3f}", rate=f"{rate:.1f}")
         if not self.console.is_terminal and now - self.spoke > _QUIET_SECONDS:
             self.spoke = now

@@ -79,6 +79,7 @@ def _unshareable(stage: Stage) -> dict[str, bool]:
         f"objective {stage.objective}": stage.objective != "chat",
         "optimizer muon": stage.optimizer == "muon",
         "ema": stage.ema > 0,
+        "feature_cache_gb": stage.feature_cache_gb > 0,
         "evaluation.patience": stage.evaluation is not None and stage.evaluation.patience is not None,
         "evaluation.pictures": stage.evaluation is not None and stage.evaluation.pictures > 0,
         "adapter": stage.adapter is not None,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from convllava.configuration import ConvLlavaConfig
 from convllava.data.cells import ACCURACIES
@@ -24,17 +24,18 @@ from convllava.errors import InputError
 from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
-from convllava.training.held_out import BEST
+from convllava.training.features import FrozenStages
+from convllava.training.held_out import BEST, HeldOutLoss, weight_of
 from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
 from convllava.training.parts import parameter_groups
-from convllava.training.processes import is_first_process, process_count
+from convllava.training.processes import is_first_process, passes_of, process_count, samples_of
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.reporting import Skips
 from convllava.training.sharding import sharding_arguments
 
-COUNTS = ("images", "tokens", "positions", "padded", "waited")
+COUNTS = ("samples", "images", "tokens", "positions", "padded", "waited")
 """Of what the stage has seen (see `StageTrainer._count`), and the seconds in which this process waited for samples."""
 
 
@@ -45,8 +46,9 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
     return TrainingArguments(
         output_dir=str(progress),
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size // stage.accumulate // process_count(),
-        gradient_accumulation_steps=stage.accumulate,
+        # With a budget an item of the dataset is a whole pass.
+        per_device_train_batch_size=1 if stage.budget else samples_of(stage, process_count()),
+        gradient_accumulation_steps=passes_of(stage, process_count()),
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
         warmup_steps=round(stage.warmup * stage.steps),
         max_grad_norm=stage.max_grad_norm,
@@ -76,7 +78,8 @@ def _evaluating(stage: Stage) -> dict[str, Any]:
     return {
         "eval_strategy": "steps",
         "eval_steps": stage.evaluation.every,
-        "per_device_eval_batch_size": max(1, stage.batch_size // stage.accumulate // process_count()),
+        # One by one where passes are filled by what samples cost: nothing tells how many held-out ones fit.
+        "per_device_eval_batch_size": 1 if stage.budget else samples_of(stage, process_count()),
         "prediction_loss_only": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
@@ -92,16 +95,27 @@ class StageTrainer(Trainer):
         stage: What trains, at which rates.
         config: Of the whole model, parts of which may train under other heads.
         skips: Takes note of samples that were passed over.
+        frozen: Stages of the tower whose features are kept, if any are.
         keywords: As of `Trainer`.
     """
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, config: ConvLlavaConfig, skips: Skips, *, model: nn.Module, **keywords: Any
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        config: ConvLlavaConfig,
+        skips: Skips,
+        *,
+        model: nn.Module,
+        frozen: FrozenStages | None = None,
+        **keywords: Any,
     ) -> None:
         self.recipe, self.stage, self.config, self.skips, self.trained = recipe, stage, config, skips, model
+        self.frozen = frozen
         self.staging: str | None = None
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
+        self.held_out = HeldOutLoss()
         self.guided_layers = guided_layers(model) if stage.guidance else {}
         super().__init__(model=model, **keywords)
         self.average = Average(model, stage.ema) if stage.ema else None  # of weights that lie where they train
@@ -134,6 +148,8 @@ class StageTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         skipped = inputs.pop(SKIPPED, ())
         self.skips.note(skipped, self.state.global_step + self.trained.training)
+        if self.frozen is not None:
+            inputs = self.frozen.encoded(inputs)
         if self.trained.training:
             self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
@@ -150,11 +166,12 @@ class StageTrainer(Trainer):
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def _count(self, inputs: Mapping[str, Any]) -> None:
-        """Images and tokens of all processes, which have as many each, more or less; and the positions that the
-        language model computes, beside those that padding would make of the same samples."""
-        lengths = lengths_of(inputs)
+        """Samples, images and tokens of all processes, which have as many each, more or less; and the positions that
+        the language model computes, beside those that padding would make of the same samples."""
+        lengths, images = lengths_of(inputs), len(inputs.get("pixel_values", ()))
         found = {
-            "images": len(inputs.get("pixel_values", ())),
+            "samples": len(lengths) or images,
+            "images": images,
             "tokens": sum(lengths),
             "positions": inputs["input_ids"].numel() if lengths else 0,
             "padded": len(lengths) * max(lengths, default=0),
@@ -195,9 +212,27 @@ class StageTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss alone, whatever the objective calls its labels; the evaluation's is the mean over its batches."""
+        """The loss alone, whatever the objective calls its labels; what it counts is noted."""
+        inputs = self._prepare_inputs(inputs)
+        weight = weight_of(inputs, self._own_samples())
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            loss = self.compute_loss(model, inputs).detach()
+        self.held_out.add(loss, weight)
+        return loss, None, None
+
+    def _own_samples(self) -> int:
+        """How many samples of a batch are this process's: the last ones are filled up from the beginning, so that all
+        processes have as many."""
+        state, most = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return most
+        return min(max(state.remainder - self.args.process_index * most, 0), most)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self.held_out = HeldOutLoss()
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        return output._replace(metrics={**output.metrics, "eval_loss": self.held_out.mean(self.accelerator)})
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)

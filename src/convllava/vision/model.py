@@ -10,7 +10,7 @@ ConvNeXt: arXiv 2201.03545. Five stages: ConvLLaVA, arXiv 2405.15738.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,34 @@ class ConvLlavaVisionOutput(ModelOutput):
         """One (rows, columns, channels) view per image."""
         parts = self.last_hidden_state.split([rows * columns for rows, columns in self.grids])
         return [part.unflatten(0, grid) for part, grid in zip(parts, self.grids, strict=True)]
+
+
+@dataclass(frozen=True)
+class ConvLlavaStageFeatures:
+    """Images that have gone through a tower's first stages, which `ConvLlavaVisionModel.forward` takes on.
+
+    Attributes:
+        pixels: (pixels of all images, channels), image after image, row by row.
+        grids: Rows and columns of each image's feature map.
+        stages: How many stages they have gone through.
+    """
+
+    pixels: Tensor
+    grids: Grids
+    stages: int
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.grids)
+
+    @classmethod
+    def of_maps(cls, maps: Sequence[Tensor], stages: int) -> ConvLlavaStageFeatures:
+        """From one (rows, columns, channels) map per image."""
+        return cls(join([part.flatten(0, 1) for part in maps]), tuple(Size(*part.shape[:2]) for part in maps), stages)
+
+    def maps(self) -> list[Tensor]:
+        """One (rows, columns, channels) view per image."""
+        return ConvLlavaVisionOutput(self.pixels, self.grids).maps()
 
 
 class ConvLlavaVisionEmbeddings(nn.Module):
@@ -155,8 +183,19 @@ class ConvLlavaVisionModel(PreTrainedModel):
         if isinstance(module, ConvLlavaVisionLayer):
             init.constant_(module.layer_scale_parameter, self.config.layer_scale_init_value)
 
+    def begin(self, images: list[Tensor], stages: int) -> ConvLlavaStageFeatures:
+        """Images of (channels, height, width), whose sides are multiples of the stride, through the stem and the first
+        `stages` stages, on the path that trains."""
+        pixels, grids = self.embeddings([image.to(self.dtype) for image in images])
+        for stage in self.encoder.stages[:stages]:
+            pixels, grids = stage(pixels, grids)
+        return ConvLlavaStageFeatures(pixels, grids, stages)
+
     def forward(
-        self, pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None = None, band_rows: int | None = None
+        self,
+        pixel_values: Tensor | list[Tensor] | ConvLlavaStageFeatures,
+        image_sizes: Tensor | None = None,
+        band_rows: int | None = None,
     ) -> ConvLlavaVisionOutput:
         """Encode images of any shapes.
 
@@ -165,7 +204,8 @@ class ConvLlavaVisionModel(PreTrainedModel):
         of the memory.
 
         Args:
-            pixel_values: (images, channels, height, width), or a list of (channels, height, width).
+            pixel_values: (images, channels, height, width), or a list of (channels, height, width); or images that have
+                gone through the first stages.
             image_sizes: (images, 2), height and width of each image inside a padded `pixel_values`; what lies beyond
                 is never looked at.
             band_rows: Rows of pixels in a band, for images of every size; without gradients only.
@@ -173,6 +213,8 @@ class ConvLlavaVisionModel(PreTrainedModel):
         Raises:
             InputError: a side is no multiple of the stride, or a band is too small.
         """
+        if isinstance(pixel_values, ConvLlavaStageFeatures):
+            return self._finish(pixel_values)
         images = _unpad(pixel_values, image_sizes)
         if not images:
             raise InputError("the vision tower got no image; give one or more")
@@ -186,6 +228,12 @@ class ConvLlavaVisionModel(PreTrainedModel):
             )
         pixels, grids = self.embeddings(images)
         pixels, grids = self.encoder(pixels, grids)
+        return ConvLlavaVisionOutput(last_hidden_state=pixels, grids=grids)
+
+    def _finish(self, features: ConvLlavaStageFeatures) -> ConvLlavaVisionOutput:
+        pixels, grids = features.pixels, features.grids
+        for stage in self.encoder.stages[features.stages :]:
+            pixels, grids = stage(pixels, grids)
         return ConvLlavaVisionOutput(last_hidden_state=pixels, grids=grids)
 
     def stream(self, bands: Iterable[Tensor], height: int | None = None) -> Iterator[Tensor]:

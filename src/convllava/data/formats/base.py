@@ -66,6 +66,13 @@ class Packed:
         self.ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
         self.content = np.frombuffer(b"".join(lines), dtype=np.uint8)
 
+    @classmethod
+    def of_arrays(cls, ends: NDArray[np.int64], content: NDArray[np.uint8]) -> Packed:
+        """What another one held."""
+        packed = cls([])
+        packed.ends, packed.content = ends, content
+        return packed
+
     def __len__(self) -> int:
         return len(self.ends)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from convllava.data import storage
 from convllava.data.conversation import CAPTION_REQUESTS
+from convllava.data.formats import indices
 from convllava.data.formats.base import Embedded, Packed, Records
 from convllava.errors import InputError
 from convllava.files import one_line
@@ -34,13 +35,11 @@ class TarRecords(Records):
 
     def __init__(self, address: str) -> None:
         self.name = address
-        members = [member for member in _members(address) if _ending(member[0]) in (*IMAGES, *TEXTS)]
-        if not any(_ending(name) in TEXTS for name, *_ in members):
-            raise InputError(f"{address} holds neither KEY.json nor KEY.txt beside its images")
-        groups: dict[str, list[Member]] = {}
-        for member in members:
-            groups.setdefault(_key(member[0]), []).append(member)
-        self.samples = Packed(groups.items())
+        index = indices.kept(address)
+        if index is None:
+            index = _index(address)
+            indices.keep(address, index)
+        self.samples = index
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,6 +65,17 @@ class TarRecords(Records):
         if not isinstance(record, dict):
             raise InputError(f"{name} must hold an object with conversations")
         return record
+
+
+def _index(address: str) -> Packed:
+    """Of each sample its key and its members, in the order in which samples begin."""
+    members = [member for member in _members(address) if _ending(member[0]) in (*IMAGES, *TEXTS)]
+    if not any(_ending(name) in TEXTS for name, *_ in members):
+        raise InputError(f"{address} holds neither KEY.json nor KEY.txt beside its images")
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(_key(member[0]), []).append(member)
+    return Packed(groups.items())
 
 
 def _captioned(caption: str, index: int) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""Features of frozen stages kept in files: the same training, without running those stages again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fresh, picture
+
+from convllava.errors import InputError
+from convllava.training import engine
+from convllava.training.features import FeatureStore, frozen_stages, name_of
+from convllava.training.recipe import Adapter, Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage, dump_recipe
+from convllava.training.sharding import check_sharding
+from convllava.vision import ConvLlavaStageFeatures, ConvLlavaVisionModel
+
+PROJECTOR = {"stage5": 1e-3, "projector": 1e-3}
+INSTRUCT = {"projector": 1e-3, "language_model": 1e-3}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    records: list[dict[str, Any]] = []
+    for number, size in enumerate([(64, 64), (64, 128), (128, 64), (128, 128), (128, 128)]):
+        picture(*size, seed=number).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "red " * (1 + number)}]
+        records.append({"id": f"s{number}", "image": f"{number}.png", "conversations": turns})
+    records.append({"id": "text", "conversations": records[0]["conversations"]})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def recipe(folder: Path, gb: float = 1.0, **settings: Any) -> Recipe:
+    data = Data(sources=[Source("data.json")])
+    stage = Stage("files", 6, INSTRUCT, data, batch_size=4, feature_cache_gb=gb)
+    model = ModelSpec(
+        vision={"depths": [1] * 5, "hidden_sizes": [8, 8, 16, 16, 32], "layer_scale_init_value": 0.5},
+        language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
+    )
+    return Recipe("files", [dataclasses.replace(stage, **settings)], model, data_root=str(folder), workers=0)
+
+
+def losses(run: Path, key: str = "loss") -> list[float]:
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """The number of frozen stages of each image that goes through them from now on."""
+    begin, found = ConvLlavaVisionModel.begin, []
+
+    def noting(self, images, stages):
+        found.append(stages)
+        return begin(self, images, stages)
+
+    monkeypatch.setattr(ConvLlavaVisionModel, "begin", noting)
+    return found
+
+
+@pytest.mark.parametrize("stages", range(6))
+def test_a_tower_goes_on_from_any_stage_with_the_same_numbers(stages):
+    tower = fresh()[0].model.vision_tower
+    images = [torch.randn(3, *size) for size in ((64, 128), (128, 64))]
+    whole = tower(images)
+    parts = tower(tower.begin(images, stages))
+    assert parts.grids == whole.grids
+    assert parts.last_hidden_state.equal(whole.last_hidden_state)
+    alone = [tower.begin([image], stages).maps()[0] for image in images]
+    again = tower(ConvLlavaStageFeatures.of_maps(alone, stages))
+    torch.testing.assert_close(again.last_hidden_state, whole.last_hidden_state, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("trains", "frozen"), [(PROJECTOR, 4), (INSTRUCT, 5), ({"stage3": 1e-3, "stage5": 1e-3}, 2)])
+def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trains, frozen):
+    settings = {"trains": trains, "batch_size": 1, "steps": 12}
+    for name, gb in (("without", 0.0), ("first", 1.0), ("second", 1.0)):
+        engine.train(recipe(folder, gb, **settings), folder / name)
+        assert losses(folder / name) == losses(folder / "without")
+        assert encoded == [frozen] * (5 * (gb > 0))
+    engine.train(recipe(folder, 0.0, trains=trains), folder / "batches")
+    engine.train(recipe(folder, trains=trains), folder / "kept")
+    assert losses(folder / "kept") == pytest.approx(losses(folder / "batches"), abs=1e-6)
+
+
+def test_packed_passes_of_a_budget_adapters_and_evaluation_go_with_it(folder, encoded):
+    held_out = Evaluation(every=3, samples=6, sources=[Source("data.json")], pictures=1)
+    adapter = Adapter(rank=2, parts=["language_model"])
+    settings = {"packing": True, "budget": Budget(tokens=60), "evaluation": held_out, "adapter": adapter}
+    for name, gb in (("without", 0.0), ("with", 1.0)):
+        engine.train(recipe(folder, gb, **settings), folder / name)
+    assert len(encoded) == 5
+    for key in ("loss", "eval_loss"):
+        assert losses(folder / "with", key) == pytest.approx(losses(folder / "without", key), abs=1e-6)
+
+
+def test_other_weights_have_other_features(folder, encoded):
+    engine.train(recipe(folder), folder / "one")
+    engine.train(dataclasses.replace(recipe(folder), seed=1), folder / "two")
+    assert len(encoded) == 10
+    assert len(list((folder / ".cache" / "features").iterdir())) == 2
+
+
+def test_what_has_no_room_is_computed_again(folder, encoded):
+    engine.train(recipe(folder, gb=1000 / 1e9), folder / "little")
+    kept = list((folder / ".cache" / "features").rglob("*.safetensors"))
+    assert 1 <= len(kept) < 5
+    assert sum(path.stat().st_size for path in kept) < 1000
+    assert len(encoded) > 5
+    engine.train(recipe(folder, gb=0.0), folder / "without")
+    assert losses(folder / "little") == pytest.approx(losses(folder / "without"), abs=1e-6)
+
+
+def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path, monkeypatch, capsys):
+    store, features = FeatureStore(tmp_path, 1e9), torch.randn(2, 3, 4)
+    name = name_of(torch.zeros(3, 64, 64))
+    store.write(name, features)
+    assert store.read(name).equal(features)
+    path = next(tmp_path.rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:20])
+    assert store.read(name) is None
+    assert store.read("ab" + name) is None
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("convllava.training.features.save_file", full)
+    store.write("cd" + name, features)
+    assert "No space left" in capsys.readouterr().err
+    assert store.read("cd" + name) is None
+    assert store.room == 0
+
+
+def test_names_are_of_pixels_and_of_their_shape():
+    image = torch.arange(3 * 64 * 128.0).view(3, 64, 128)
+    assert name_of(image) == name_of(image.clone()) != name_of(image.view(3, 128, 64))
+    assert name_of(image) != name_of(image + 1)
+
+
+class KilledError(Exception):
+    """Stands in for a kill: raised in the middle of a step."""
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(folder, monkeypatch):
+    whole = dataclasses.replace(recipe(folder, trains=PROJECTOR), save_every=2)
+    engine.train(whole, folder / "whole")
+    for path in (folder / ".cache" / "features").rglob("*.safetensors"):
+        path.unlink()
+    step, calls = engine.StageTrainer.training_step, []
+
+    def dying(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KilledError
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
+    with pytest.raises(KilledError):
+        engine.train(whole, folder / "parts")
+    monkeypatch.undo()
+    next((folder / ".cache" / "features").rglob("*.safetensors")).unlink()
+    engine.train(whole, folder / "parts", resume=True)
+    assert losses(folder / "parts") == losses(folder / "whole")
+
+
+def test_two_processes_keep_the_features_of_one(folder):
+    (folder / "recipe.yaml").write_text(dump_recipe(dataclasses.replace(recipe(folder, trains=PROJECTOR), workers=1)))
+    command = ["-m", "convllava", "train", str(folder / "recipe.yaml"), "--output"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("two", launcher), ("one", [])):
+        subprocess.run([sys.executable, *start, *command, str(folder / name)], check=True, env=alone, timeout=300)
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), abs=1e-4)
+    files = [path for path in (folder / ".cache" / "features").rglob("*") if path.is_file()]
+    assert sorted(path.suffix for path in files) == [".safetensors"] * 5
+
+
+def test_stages_before_the_first_that_trains_are_frozen(folder):
+    stage = recipe(folder).stages[0]
+    frozen = [frozen_stages(dataclasses.replace(stage, trains=trains), 5) for trains in (PROJECTOR, INSTRUCT)]
+    assert frozen == [4, 5]
+    assert frozen_stages(dataclasses.replace(stage, trains={"stem": 1e-3}, feature_cache_gb=0.0), 5) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": Data()}, "feature_cache_gb is for files"),
+        ({"trains": {"stage1": 1e-3, "projector": 1e-3}}, "stage1 trains"),
+        ({"feature_cache_gb": -1.0}, "feature_cache_gb is 0 or more"),
+    ],
+)
+def test_what_keeps_nothing_is_refused(folder, change, message):
+    with pytest.raises(InputError, match=message):
+        recipe(folder, **change)
+
+
+def test_a_shared_tower_keeps_no_features(folder):
+    with pytest.raises(InputError, match="feature_cache_gb needs a whole model in each process"):
+        check_sharding(dataclasses.replace(recipe(folder), sharding="fsdp"), 2)

@@ -1,0 +1,299 @@
+"""Passes filled by what samples cost: nothing is lost, nothing exceeds its budget, and the order is one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convllava.data import storage
+from convllava.data.formats import Records
+from convllava.data.mixture import Mixture, Part
+from convllava.data.passes import UNUSABLE, Limits, PassDataset, Passes
+from convllava.errors import InputError
+from convllava.training import engine, measuring
+from convllava.training.beginning import processor_of
+from convllava.training.inputs import make_collator, make_dataset
+from convllava.training.measuring import in_passes, with_planned_steps
+from convllava.training.plan import plan
+from convllava.training.recipe import Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage, dump_recipe
+
+BUDGET = Budget(tokens=150, pixels=4 * 128 * 128, passes=2)
+
+
+class Empty(Records):
+    """Records that are only counted."""
+
+    name = "empty"
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise AssertionError("a plan reads no record")
+
+
+@st.composite
+def planned(draw: Any) -> tuple[Passes, Limits]:
+    costs = st.tuples(st.integers(1, 60) | st.just(UNUSABLE), st.sampled_from([0, 0, 100, 300]))
+    sources = draw(st.lists(st.lists(costs, min_size=1, max_size=40), min_size=1, max_size=3))
+    arrays = [np.array([(5, 0), *(cost if cost[0] > 0 else (UNUSABLE, 0) for cost in source)]) for source in sources]
+    limits = Limits(
+        passes=draw(st.integers(1, 4)),
+        samples=draw(st.integers(1, 8)),
+        tokens=draw(st.none() | st.integers(60, 200)),
+        pixels=draw(st.none() | st.integers(300, 900)),
+        packed=draw(st.booleans()),
+    )
+    mixture = Mixture([Part(Empty(len(array))) for array in arrays], draw(st.integers(0, 3)))
+    return Passes(mixture, arrays, limits), limits
+
+
+def cost_at(passes: Passes, place: int) -> tuple[int, int]:
+    """Of the sample that training takes there: the next one that can be used."""
+    part, record = passes.mixture[place]
+    found = passes.costs[passes.firsts[part] + record]
+    return tuple(found.tolist()) if found[0] != UNUSABLE else cost_at(passes, place + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(planned())
+def test_no_pass_exceeds_its_budget_and_every_place_comes_once(both):
+    passes, limits = both
+    steps = passes.steps_of(3 * len(passes.mixture))
+    found = passes.first(steps)
+    assert len(found) == steps * limits.passes
+    for chosen in found:
+        tokens, pixels = zip(*(cost_at(passes, place) for place in chosen), strict=True)
+        positions = sum(tokens) if limits.packed else len(tokens) * max(tokens)
+        assert 1 <= len(chosen) <= limits.samples
+        assert positions <= (limits.tokens or positions)
+        assert sum(pixels) <= (limits.pixels or sum(pixels))
+    places = Counter(place for chosen in found for place in chosen)
+    assert max(places.values()) == 1
+    # What is missing of the first epochs is what was left of a group: less than a step, and comes next.
+    left = [place for place in range(3 * len(passes.mixture)) if place not in places]
+    assert len(left) < passes.group + limits.passes * limits.samples
+    assert found == Passes(passes.mixture, np.split(passes.costs, passes.firsts[1:]), limits).first(steps)
+
+
+@settings(max_examples=30, deadline=None)
+@given(planned(), st.integers(1, 30))
+def test_a_shorter_training_is_the_beginning_of_a_longer_one(both, steps):
+    passes, limits = both
+    assert passes.first(steps) == passes.first(steps + 5)[: steps * limits.passes]
+
+
+def test_the_passes_of_a_step_cost_alike_and_text_is_apart():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(20, 1000, 4000)
+    pixels = np.where(draw.random(4000) < 0.3, 0, 500 * tokens)
+    mixture = Mixture([Part(Empty(4000))])
+    passes = Passes(mixture, [np.stack([tokens, pixels], axis=1)], Limits(4, 64, tokens=8000, pixels=4_000_000))
+    found = passes.first(passes.steps_of(4000))
+    own = [np.array([passes.costs[mixture[place][1]] for place in chosen]) for chosen in found]
+    useful = sum(chosen[:, 0].sum() for chosen in own) / sum(len(chosen) * chosen[:, 0].max() for chosen in own)
+    assert useful > 0.95
+    mixed = [bool((chosen[:, 1] == 0).any() and (chosen[:, 1] > 0).any()) for chosen in own]
+    assert sum(mixed) < 0.05 * len(mixed)
+    positions = np.array([len(chosen) * chosen[:, 0].max() for chosen in own]).reshape(-1, 4)
+    assert np.median(positions.max(1) / positions.min(1)) < 1.25
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for number, size in enumerate([(64, 64), (64, 128), (128, 64), (128, 128)]):
+        picture(*size, seed=number).save(tmp_path / "images" / f"{number}.png")
+    turns = [{"from": "human", "value": "what is it?"}]
+    records: list[dict[str, Any]] = []
+    for number in range(24):
+        record = {"id": f"s{number}", "conversations": [*turns, {"from": "gpt", "value": "red " * (1 + number % 7)}]}
+        records.append(record | ({"image": f"{number % 4}.png"} if number % 3 else {}))
+    records[5]["image"] = "gone.png"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def recipe(folder: Path, **settings: Any) -> Recipe:
+    data = Data(sources=[Source("data.json", "images")], max_skipped=0.5)
+    trains = {"stage5": 1e-3, "projector": 1e-3, "language_model": 1e-3}
+    stage = Stage("files", None, trains, data, epochs=2, batch_size=16, budget=BUDGET)
+    model = ModelSpec(
+        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+        language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
+    )
+    return Recipe("files", [dataclasses.replace(stage, **settings)], model, data_root=str(folder), workers=0)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_batches_that_training_gets_are_within_the_budget(folder, packing):
+    planned = with_planned_steps(recipe(folder, packing=packing), folder / "run")
+    processor = processor_of(planned)
+    collate = make_collator(planned.stages[0], processor)
+    passes = in_passes(planned, 0, processor, folder / "run", make_dataset(planned, 0, processor))
+    assert isinstance(passes, PassDataset)
+    for number in range(len(passes)):
+        batch = collate([passes[number]])
+        assert batch["input_ids"].numel() <= BUDGET.tokens
+        assert sum(image[0].numel() for image in batch.get("pixel_values", ())) <= BUDGET.pixels
+    assert len(passes) == planned.stages[0].steps * BUDGET.passes
+    assert len(passes.places) >= 48
+
+
+def test_costs_are_measured_once_and_again_where_the_file_is_another(folder, monkeypatch):
+    measured = []
+    measure = measuring.measure
+    monkeypatch.setattr(measuring, "measure", lambda *all: measured.append(1) or measure(*all))
+    stages = recipe(folder).stages
+    twice = dataclasses.replace(recipe(folder), stages=[*stages, dataclasses.replace(stages[0], name="again")])
+    engine.train(twice, folder / "one")
+    engine.train(twice, folder / "two")
+    assert measured == [1]
+    assert losses(folder / "one") == losses(folder / "two")
+    assert len(list((folder / ".cache" / "costs").iterdir())) == 1
+    (folder / "data.json").write_text((folder / "data.json").read_text() + "\n")
+    engine.train(twice, folder / "three")
+    assert measured == [1, 1]
+    engine.train(dataclasses.replace(recipe(folder, pixels={"max_pixels": 64 * 128})), folder / "four")
+    assert measured == [1, 1, 1]
+
+
+def test_a_measuring_that_was_killed_goes_on(folder, monkeypatch):
+    append = measuring.Notes.append
+
+    def dying(self, job, findings):
+        append(self, job, findings[:10])
+        raise InterruptedError
+
+    monkeypatch.setattr(measuring.Notes, "append", dying)
+    with pytest.raises(InterruptedError):
+        with_planned_steps(recipe(folder), folder / "run")
+    seen = []
+    monkeypatch.setattr(measuring.Notes, "append", lambda *all: seen.extend(all[2]) or append(*all))
+    with_planned_steps(recipe(folder), folder / "run")
+    assert [finding.index for finding in seen] == list(range(10, 24))
+
+
+class KilledError(Exception):
+    """Stands in for a kill: raised in the middle of a step."""
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_skips_what_is_bad(folder, monkeypatch):
+    whole = dataclasses.replace(recipe(folder), save_every=2)
+    engine.train(whole, folder / "whole")
+    step, calls = engine.StageTrainer.training_step, []
+
+    def dying(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KilledError
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
+    with pytest.raises(KilledError):
+        engine.train(whole, folder / "parts")
+    monkeypatch.undo()
+    engine.train(whole, folder / "parts", resume=True)
+    assert losses(folder / "parts") == losses(folder / "whole")
+    assert "gone.png" in (folder / "parts" / "skipped.jsonl").read_text()
+    with pytest.raises(InputError, match=r"another recipe \(.*budget.tokens: 150 -> 160"):
+        engine.train(recipe(folder, budget=dataclasses.replace(BUDGET, tokens=160)), folder / "parts", resume=True)
+
+
+def test_two_processes_have_the_losses_of_one(folder):
+    held_out = Evaluation(every=2, samples=5, sources=[Source("data.json", "images")], pictures=0)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe(folder, evaluation=held_out)))
+    command = ["-m", "convllava", "train", str(folder / "recipe.yaml"), "--output"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("two", launcher), ("one", [])):
+        subprocess.run([sys.executable, *start, *command, str(folder / name)], check=True, env=alone, timeout=300)
+    for key in ("loss", "eval_loss"):
+        one, two = (values(folder / name, key) for name in ("one", "two"))
+        assert two == pytest.approx(one, abs=1e-4)
+        assert one
+
+
+def values(run: Path, key: str) -> list[float]:
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": Data(), "epochs": None, "steps": 1}, "budget is for files"),
+        ({"accumulate": 2}, "passes stands in place of accumulate"),
+        ({"balance": 0.5}, "balance is a mean within one pass"),
+        ({"batch_size": 15}, "batch_size 15 is no multiple of budget.passes 2"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(folder, change, message):
+    with pytest.raises(InputError, match=message):
+        recipe(folder, **change)
+
+
+def test_a_sample_larger_than_a_pass_is_named_before_anything_is_written(folder):
+    for budget, told in ((Budget(tokens=15), "budget.tokens 15 is less than record"), (Budget(pixels=9000), "16,384")):
+        with pytest.raises(InputError, match=rf"stage files: .*{told}"):
+            engine.train(recipe(folder, budget=budget), folder / "run")
+        assert not (folder / "run").exists()
+
+
+def test_passes_that_processes_cannot_share_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        InputError, match=r"budget\.passes 2 do not divide among 4 processes; make them a multiple of 4"
+    ):
+        engine.train(recipe(folder), folder / "run")
+
+
+def test_a_plan_measures_nothing_and_counts_memory_within_the_budget(folder):
+    found, unbounded = plan(recipe(folder))["stages"][0], plan(recipe(folder, budget=None))["stages"][0]
+    assert (found["steps"], found["epochs"]) == (None, 2)
+    assert unbounded["steps"] == 3
+    assert not (folder / ".cache").exists()
+    sizes = {"tokens": 4096, "pixels": 1024 * 1024}
+    wide = dataclasses.replace(recipe(folder).model, pixels={"max_pixels": 1024 * 1024})
+    tight, loose = (
+        plan(dataclasses.replace(recipe(folder, budget=budget, trains={"stem": 1e-3}), model=wide))["stages"][0]
+        for budget in (Budget(**sizes), Budget(**sizes | {"pixels": 8 * 1024 * 1024}))
+    )
+    assert 0 < tight["memory_gb"]["tower"] < loose["memory_gb"]["tower"]
+
+
+@pytest.mark.parametrize("root", ["", "memory://stamps/"])
+def test_a_stamp_changes_with_the_file(tmp_path, root):
+    address = root + str(tmp_path / "a.json")
+    found = []
+    for content in (b"[]", b"[1]"):
+        with fsspec.open(address, "wb") as file:
+            file.write(content)
+        found += [storage.stamp(address), storage.stamp(address)]
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_the_same_places_are_read_whatever_the_packing_of_items():
+    items = PassDataset(list(range(10)), [[3, 1], [0], [2, 9, 4]])
+    assert [items[number] for number in range(len(items))] == [[3, 1], [0], [2, 9, 4]]
