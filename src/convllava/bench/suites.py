@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, CLIPImageProcessorPil, LlamaConfig
 
 from convllava.bench.peers import Encoder, clip, fast_vit_hd, llava_15, llava_next, qwen, stock
-from convllava.bench.timing import Work, matrix_product, peak_memory, side_by_side
+from convllava.bench.timing import Work, live_memory, matrix_product, peak_memory, side_by_side
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.costs import prefill_flops, tower_flops
 from convllava.geometry import Size, visual_tokens
@@ -52,10 +52,19 @@ def tower(names: Sequence[str], sides: Sequence[int], repeats: int) -> Iterator[
                 "speedup": round(seconds["stock"] / seconds["ours"], 3),
                 "share_of_gemm": round(work / seconds["ours"] / (gflop / seconds["gemm"]), 3),
                 "difference": _difference(model, baseline, image),
-                "mb": round(peak_memory(works["ours"]), 1),
-                "banded_mb": round(peak_memory(_encoding(model, image, band_rows=config.stride)), 1),
-                "stock_mb": round(peak_memory(works["stock"]), 1),
+                **_memory(works | {"banded": _encoding(model, image, band_rows=config.stride)}),
             }
+
+
+def _memory(works: Mapping[str, Work]) -> Row:
+    """MB at the highest point of each: live in torch's allocator, and resident in the process."""
+    memory: Row = {}
+    for name in ("ours", "banded", "stock"):
+        memory |= {
+            f"{name}_live_mb": round(live_memory(works[name]), 1),
+            f"{name}_resident_mb": round(peak_memory(works[name]), 1),
+        }
+    return memory
 
 
 def training(names: Sequence[str], sides: Sequence[int], repeats: int) -> Iterator[Row]:
@@ -123,7 +132,7 @@ def first_token(names: Sequence[str], sides: Sequence[int], repeats: int, langua
     encoders = [encoder for name in names for encoder in _ours(name, sides)]
     if peers:
         others = [llava_15(), llava_next(), clip("ViT-L/14", 672, crops=1), *(qwen(side) for side in sides[:1])]
-        encoders += others + [found for side in sides if (found := fast_vit_hd(side))]
+        encoders += others + [fast_vit_hd(side) for side in sides]
     config = LlamaConfig(**language_models()[language])
     decoder = AutoModel.from_config(config).eval()
     large = LlamaConfig(**language_models()["7b"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from convllava.errors import InputError
 
@@ -39,6 +43,23 @@ def matrix_product() -> tuple[Work, float]:
     rows, inner, columns = 2048, 1024, 4096
     one, other = torch.randn(rows, inner), torch.randn(inner, columns)
     return (lambda: one @ other), 2 * rows * inner * columns / 1e9
+
+
+def live_memory(work: Work) -> float:
+    """MB of tensors, and of what operations allocate within, that a call holds at its highest point: its activations.
+
+    Every call of torch's allocator is counted, and what was there before is not. Resident memory (`peak_memory`) is
+    more by what the system keeps for the next time, and by what libraries take past torch.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))  # the only public way to the allocations in their order
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event["args"] for event in events if event["name"] == "[memory]"]
+    changes.sort(key=lambda change: change["Ev Idx"])
+    return max(accumulate((change["Bytes"] for change in changes), initial=0)) / 1e6
 
 
 def peak_memory(work: Work) -> float:
