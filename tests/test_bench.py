@@ -23,6 +23,7 @@ from convllava.cli import app
 from convllava.costs import prefill_flops, projector_flops, tower_flops
 from convllava.geometry import Size
 from convllava.inspection import language_models, towers
+from convllava.journal import Journal
 from convllava.modeling import ConvLlavaForConditionalGeneration
 
 
@@ -98,6 +99,48 @@ def test_turns_are_taken_and_the_first_call_does_not_count():
     assert set(found) == {"a", "b"}
 
 
+def test_times_that_a_killed_run_has_taken_are_not_taken_again(tmp_path):
+    calls, shares = [], []
+
+    def killed():
+        calls.append("b")
+        if calls.count("b") == 2:
+            raise KeyboardInterrupt
+
+    works = {"a": lambda: calls.append("a"), "b": killed}
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(works, 2, Journal(tmp_path, {}))
+    assert calls == ["a", "b", "a", "b"]
+    calls.clear()
+    works["b"] = lambda: calls.append("b")
+    side_by_side(works, 2, Journal(tmp_path, {}), shares.append)
+    assert calls == ["a", "b", "b", "a", "b"]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_a_killed_suite_continues_and_a_finished_one_begins_anew(monkeypatch, tmp_path):
+    measured = []
+
+    def tower(names, sides, repeats):
+        measured.append((*names, *sides))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        yield {"tower": names[0], "side": sides[0]}
+
+    monkeypatch.setitem(report._BY_TOWER, "tower", tower)
+    arguments = ("tower", ["T", "S"], ["64", "128"], "135m", False, 1, 1, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        report.run(*arguments)
+    with pytest.raises(InputError, match="repeats was 1 and is 2"):
+        report.run(*arguments[:5], 2, 1, tmp_path)
+    assert len(report.run(*arguments)["rows"]) == 4
+    assert measured == [("T", 64), ("T", 128), ("T", 128), ("S", 64), ("S", 128)]
+    assert [path.name for path in tmp_path.iterdir()] == ["tower.json"]
+    report.run(*arguments)
+    assert len(measured) == 9
+
+
 def test_peak_memory_sees_what_is_freed_again():
     def work() -> None:
         torch.ones(50 * 2**20 // 4)
@@ -141,7 +184,7 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
         "num_attention_heads": 2,
     }
     for module in (suites, decoding, serving):
-        monkeypatch.setattr(module, "language_models", lambda: {"135m": tiny, "7b": tiny})
+        monkeypatch.setattr(module, "language_models", lambda: {"135m": tiny, "0.5b": tiny, "7b": tiny})
     monkeypatch.setattr(decoding, "BATCHES", (1, 3))
     monkeypatch.setattr(serving, "towers", lambda: {"T": small})
     monkeypatch.setattr(serving, "CLIENTS", (1, 2))

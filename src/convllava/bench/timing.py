@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,26 +17,52 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from convllava.errors import InputError
+from convllava.journal import Journal
 
 Work = Callable[[], Any]
+Progress = Callable[[float], None]
 Name = TypeVar("Name", bound=Hashable)
 
 
-def side_by_side(works: Mapping[Name, Work], repeats: int) -> dict[Name, float]:
+def side_by_side(
+    works: Mapping[Name, Work], repeats: int, journal: Journal | None = None, progress: Progress | None = None
+) -> dict[Name, float]:
     """Median CPU seconds (of all threads together) of each, called in turns after one call that does not count.
 
     CPU time and turns, because other processes come and go: a ratio of two medians is then of the two works, and not of
     two moments.
+
+    Args:
+        works: By name.
+        repeats: Turns.
+        journal: Where each time is kept; what a run that was killed has taken already is not taken again.
+        progress: Told the share that is done.
     """
-    for work in works.values():
-        work()
+    journal, progress = journal or Journal(None, {}), progress or (lambda share: None)
+    laps = [(turn, name) for turn in range(repeats) for name in works]
     seconds: dict[Name, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            started = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - started)
+    missing = {name for turn, name in laps if f"{turn} {name}" not in journal.entries}
+    for number, name in enumerate(works):
+        if name in missing:
+            works[name]()
+        progress(number / (len(laps) + len(works)))
+    for number, (turn, name) in enumerate(laps, start=1):
+        seconds[name].append(kept(journal, f"{turn} {name}", partial(_seconds, works[name])))
+        progress((len(works) + number) / (len(laps) + len(works)))
     return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def kept(journal: Journal, name: str, measure: Callable[[], float]) -> float:
+    """What the journal has under this name, or else what is measured, which it then has."""
+    if name not in journal.entries:
+        journal.add([{"id": name, "value": measure()}])
+    return journal.entries[name]["value"]
+
+
+def _seconds(work: Work) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def matrix_product() -> tuple[Work, float]:
