@@ -14,15 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
-from convllava import ConvLlavaVisionConfig, InputError, load
-from convllava.bench import batches, decoding, report, serving, suites
+from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError, load
+from convllava.bench import batches, decoding, fastvit, peers, report, serving, suites
 from convllava.bench import reading as data
-from convllava.bench.timing import peak_memory, side_by_side
+from convllava.bench.fastvit import FastVitHD
+from convllava.bench.timing import live_memory, peak_memory, side_by_side
 from convllava.cli import app
 from convllava.costs import prefill_flops, projector_flops, tower_flops
 from convllava.data.conversation import collate
 from convllava.geometry import Size
 from convllava.inspection import language_models, towers
+from convllava.journal import Journal
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.synthetic import World
 
@@ -30,8 +32,6 @@ from convllava.synthetic import World
 @pytest.mark.parametrize("name", ["T", "S", "B", "L"])
 @pytest.mark.parametrize("size", [Size(64, 64), Size(768, 1024)])
 def test_operations_of_towers_are_those_that_torch_counts(name, size):
-    from convllava import ConvLlavaVisionModel
-
     with torch.device("meta"):
         model = ConvLlavaVisionModel(towers()[name])
         pixels = torch.empty(1, 3, *size)
@@ -42,8 +42,6 @@ def test_operations_of_towers_are_those_that_torch_counts(name, size):
 
 def test_operations_of_six_stages_and_of_other_patches():
     config = ConvLlavaVisionConfig(depths=[1, 2, 1, 1, 1, 1], hidden_sizes=[8, 8, 8, 16, 16, 16], patch_size=2)
-    from convllava import ConvLlavaVisionModel
-
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ConvLlavaVisionModel(config)(torch.zeros(1, 3, 128, 64))
     assert tower_flops(config, Size(128, 64)) == counter.get_total_flops()
@@ -70,6 +68,32 @@ def test_operations_of_the_projector():
     )
 
 
+@pytest.mark.parametrize(("side", "gflop"), [(768, 266), (1024, 473), (1536, 1064)])
+def test_fast_vit_hd_has_its_published_parameters_and_operations(side, gflop):
+    with torch.device("meta"):
+        model, pixels = FastVitHD(), torch.empty(1, 3, side, side)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = model(pixels)
+    attention = sum(4 * depth * (side // cell) ** 4 * width for depth, width, cell in ((4, 768, 32), (2, 1536, 64)))
+    assert features.shape == (1, 3072, side // 64, side // 64)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 123
+    # timm's count, as that of torch on a CPU, leaves attention out
+    assert round((counter.get_total_flops() - attention) / 1e9) == gflop
+
+
+def test_an_encoders_attention_is_counted_though_it_is_fused(monkeypatch):
+    monkeypatch.setattr(fastvit, "DEPTHS", (1, 1, 1, 1, 1))
+    with torch.device("meta"):
+        model = FastVitHD()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 64, 64, device="meta"))
+    peers._fast_vit_hd.cache_clear()
+    encoder = peers.fast_vit_hd(64)
+    peers._fast_vit_hd.cache_clear()
+    assert encoder.gflop == counter.get_total_flops() / 1e9
+    assert encoder.tokens == 1
+
+
 def test_turns_are_taken_and_the_first_call_does_not_count():
     calls = []
     found = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
@@ -77,11 +101,75 @@ def test_turns_are_taken_and_the_first_call_does_not_count():
     assert set(found) == {"a", "b"}
 
 
+def test_times_that_a_killed_run_has_taken_are_not_taken_again(tmp_path):
+    calls, shares = [], []
+
+    def killed():
+        calls.append("b")
+        if calls.count("b") == 2:
+            raise KeyboardInterrupt
+
+    works = {"a": lambda: calls.append("a"), "b": killed}
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(works, 2, Journal(tmp_path, {}))
+    assert calls == ["a", "b", "a", "b"]
+    calls.clear()
+    works["b"] = lambda: calls.append("b")
+    side_by_side(works, 2, Journal(tmp_path, {}), shares.append)
+    assert calls == ["a", "b", "b", "a", "b"]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_a_killed_suite_continues_and_a_finished_one_begins_anew(monkeypatch, tmp_path):
+    measured = []
+
+    def tower(names, sides, repeats):
+        measured.append((*names, *sides))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        yield {"tower": names[0], "side": sides[0]}
+
+    monkeypatch.setitem(report._BY_TOWER, "tower", tower)
+    arguments = ("tower", ["T", "S"], ["64", "128"], "135m", False, 1, 1, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        report.run(*arguments)
+    with pytest.raises(InputError, match="repeats was 1 and is 2"):
+        report.run(*arguments[:5], 2, 1, tmp_path)
+    assert len(report.run(*arguments)["rows"]) == 4
+    assert measured == [("T", 64), ("T", 128), ("T", 128), ("S", 64), ("S", 128)]
+    assert [path.name for path in tmp_path.iterdir()] == ["tower.json"]
+    report.run(*arguments)
+    assert len(measured) == 9
+
+
 def test_peak_memory_sees_what_is_freed_again():
     def work() -> None:
         torch.ones(50 * 2**20 // 4)
 
     assert 45 < peak_memory(work) < 60
+
+
+def test_live_memory_is_the_highest_sum_of_what_lives_together():
+    megabyte = torch.zeros(250_000)
+
+    def work() -> None:
+        one = megabyte.repeat(3)
+        del one
+        two, three = megabyte.repeat(4), megabyte.repeat(2)
+        del two, three
+
+    assert 6 <= live_memory(work) < 6.01
+
+
+@torch.no_grad()
+def test_the_tower_holds_a_fraction_of_what_the_stock_tower_does():
+    config = ConvLlavaVisionConfig(depths=[3, 3, 9, 3, 3], hidden_sizes=[32, 64, 128, 256, 512])
+    model, image = ConvLlavaVisionModel(config).eval(), torch.zeros(1, 3, 1024, 1024)
+    stock = peers.stock(config)
+    whole = live_memory(lambda: stock.encoder(stock.embeddings(image)))
+    assert live_memory(lambda: model(image)) <= 0.3 * whole
+    assert live_memory(lambda: model(image, band_rows=64)) <= 0.13 * whole
 
 
 def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
@@ -98,7 +186,7 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
         "num_attention_heads": 2,
     }
     for module in (suites, decoding, serving):
-        monkeypatch.setattr(module, "language_models", lambda: {"135m": tiny, "7b": tiny})
+        monkeypatch.setattr(module, "language_models", lambda: {"135m": tiny, "0.5b": tiny, "7b": tiny})
     monkeypatch.setattr(decoding, "BATCHES", (1, 3))
     monkeypatch.setattr(serving, "towers", lambda: {"T": small})
     monkeypatch.setattr(serving, "CLIENTS", (1, 2))

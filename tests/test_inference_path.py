@@ -45,6 +45,7 @@ def small_parts(monkeypatch):
     monkeypatch.setitem(inference._HIDDEN_BYTES, "cpu", 1000)
     monkeypatch.setattr(inference, "_FEWEST", 50)
     monkeypatch.setattr(streaming, "_WORTHWHILE", 1)
+    monkeypatch.setitem(streaming._SLICE_BYTES, "cpu", 1000)
 
 
 @torch.no_grad()
@@ -167,6 +168,12 @@ def test_bands_are_for_inference():
 def test_bands_that_do_not_fit_are_refused(heights, message):
     with pytest.raises(InputError, match=message):
         list(tower().stream([torch.zeros(3, height, 64) for height in heights]))
+
+
+@pytest.mark.parametrize(("height", "message"), [(64, "more rows than the 64"), (192, "128 rows in all; 192 are")])
+def test_bands_of_another_height_than_was_said_are_refused(height, message):
+    with pytest.raises(InputError, match=message):
+        list(tower().stream([torch.zeros(3, 64, 64)] * 2, height))
 
 
 @torch.no_grad()

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from convllava.bench import fastvit
+from convllava.bench.fastvit import FastVitHD
 from convllava.configuration import ConvLlavaVisionConfig
 
 
@@ -90,20 +93,17 @@ def qwen(side: int) -> Encoder:
     return _encoder(f"Qwen2.5-VL ViT at {cells * 14}", cells * cells // 4, build, run, shape)
 
 
-def fast_vit_hd(side: int) -> Encoder | None:
-    """FastVLM's FastViTHD; None where timm is not installed."""
-    try:
-        import timm
-    except (ImportError, RuntimeError):
-        return None
+def fast_vit_hd(side: int) -> Encoder:
+    """FastVLM's FastViTHD, reparameterised."""
+    tokens = (side // fastvit.STRIDE) ** 2
+    return _encoder(
+        f"FastViTHD at {side}", tokens, _fast_vit_hd, lambda model, pixels: model(pixels), (1, 3, side, side)
+    )
 
-    def build() -> Any:
-        return timm.utils.reparameterize_model(timm.create_model("fastvit_mci3", num_classes=0).eval())
 
-    def run(model: Any, pixels: Tensor) -> Any:
-        return model.forward_features(pixels)
-
-    return _encoder(f"FastViTHD at {side}", (side // 64) ** 2, build, run, (1, 3, side, side))
+@cache
+def _fast_vit_hd() -> FastVitHD:
+    return FastVitHD().eval()
 
 
 def _encoder(
@@ -117,16 +117,11 @@ def _encoder(
             return run(model, pixels)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Encoder(name, tokens, parameters, _gflop(model, work), work)
+    return Encoder(name, tokens, parameters, _gflop(work), work)
 
 
-def _gflop(model: Any, work: Callable[[], Any]) -> float:
-    """Of one call, counted with attention as plain products, since torch does not count its fused kernels on a CPU."""
-    is_fused = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
-    if is_fused:
-        model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
+def _gflop(work: Callable[[], Any]) -> float:
+    """Of one call, with attention as plain products, since torch does not count its fused kernels on a CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
-    if is_fused:
-        model.set_attn_implementation("sdpa")
     return counter.get_total_flops() / 1e9

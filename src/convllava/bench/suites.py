@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from torch import Tensor
 from transformers import AutoModel, CLIPImageProcessorPil, LlamaConfig
 
 from convllava.bench.peers import Encoder, clip, fast_vit_hd, llava_15, llava_next, qwen, stock
-from convllava.bench.timing import Work, matrix_product, peak_memory, side_by_side
+from convllava.bench.timing import Progress, Work, kept, live_memory, matrix_product, peak_memory, side_by_side
 from convllava.configuration import ConvLlavaVisionConfig
 from convllava.costs import prefill_flops, tower_flops
 from convllava.geometry import Size, visual_tokens
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.inspection import TEXT_TOKENS, language_models, towers
+from convllava.journal import Journal
 from convllava.vision import ConvLlavaVisionModel
 
 Row = dict[str, Any]
@@ -52,10 +54,19 @@ def tower(names: Sequence[str], sides: Sequence[int], repeats: int) -> Iterator[
                 "speedup": round(seconds["stock"] / seconds["ours"], 3),
                 "share_of_gemm": round(work / seconds["ours"] / (gflop / seconds["gemm"]), 3),
                 "difference": _difference(model, baseline, image),
-                "mb": round(peak_memory(works["ours"]), 1),
-                "banded_mb": round(peak_memory(_encoding(model, image, band_rows=config.stride)), 1),
-                "stock_mb": round(peak_memory(works["stock"]), 1),
+                **_memory(works | {"banded": _encoding(model, image, band_rows=config.stride)}),
             }
+
+
+def _memory(works: Mapping[str, Work]) -> Row:
+    """MB at the highest point of each: live in torch's allocator, and resident in the process."""
+    memory: Row = {}
+    for name in ("ours", "banded", "stock"):
+        memory |= {
+            f"{name}_live_mb": round(live_memory(works[name]), 1),
+            f"{name}_resident_mb": round(peak_memory(works[name]), 1),
+        }
+    return memory
 
 
 def training(names: Sequence[str], sides: Sequence[int], repeats: int) -> Iterator[Row]:
@@ -118,20 +129,32 @@ def exponent(rows: Sequence[Row]) -> float:
     return round(float(np.polyfit(pixels, np.log([row["seconds"] for row in squares]), 1)[0]), 3)
 
 
-def first_token(names: Sequence[str], sides: Sequence[int], repeats: int, language: str, peers: bool) -> Iterator[Row]:
-    """CPU seconds to the first token: encoder and prefill of a language model with what comes out of it."""
+def first_token(
+    names: Sequence[str],
+    sides: Sequence[int],
+    repeats: int,
+    language: str,
+    peers: bool,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Row]:
+    """CPU seconds to the first token: encoder and prefill of a language model with what comes out of it.
+
+    All encoders take turns, so a run is kept by its single times (`journal`), and not by its rows.
+    """
+    journal = journal or Journal(None, {})
     encoders = [encoder for name in names for encoder in _ours(name, sides)]
     if peers:
-        others = [llava_15(), llava_next(), clip("ViT-L/14", 672, crops=1), *(qwen(side) for side in sides[:1])]
-        encoders += others + [found for side in sides if (found := fast_vit_hd(side))]
+        encoders += [llava_15(), llava_next(), clip("ViT-L/14", 672, crops=1), *(qwen(side) for side in sides[:1])]
+        encoders += [fast_vit_hd(side) for side in sides]
     config = LlamaConfig(**language_models()[language])
     decoder = AutoModel.from_config(config).eval()
-    large = LlamaConfig(**language_models()["7b"])
+    others = {name: LlamaConfig(**language_models()[name]) for name in ("0.5b", "7b")}
     works: dict[str, Work] = {}
     for encoder in encoders:
         works[encoder.name] = encoder.run
         works[f"{encoder.name} prefill"] = _prefill(decoder, encoder.tokens + TEXT_TOKENS)
-    seconds = side_by_side(works, repeats)
+    seconds = side_by_side(works, repeats, journal, progress)
     for encoder in encoders:
         prompt = encoder.tokens + TEXT_TOKENS
         yield {
@@ -143,7 +166,11 @@ def first_token(names: Sequence[str], sides: Sequence[int], repeats: int, langua
             "encoder_seconds": round(seconds[encoder.name], 3),
             "prefill_seconds": round(seconds[f"{encoder.name} prefill"], 3),
             "first_token_seconds": round(seconds[encoder.name] + seconds[f"{encoder.name} prefill"], 3),
-            "with_7b_gflop": round(encoder.gflop + prefill_flops(large, prompt) / 1e9, 1),
+            "encoder_live_mb": round(kept(journal, f"memory {encoder.name}", partial(live_memory, encoder.run)), 1),
+            **{
+                f"with_{name}_gflop": round(encoder.gflop + prefill_flops(other, prompt) / 1e9, 1)
+                for name, other in others.items()
+            },
         }
 
 

@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from convllava.errors import InputError
+from convllava.journal import Journal
 
 Work = Callable[[], Any]
+Progress = Callable[[float], None]
 Name = TypeVar("Name", bound=Hashable)
 
 
-def side_by_side(works: Mapping[Name, Work], repeats: int) -> dict[Name, float]:
+def side_by_side(
+    works: Mapping[Name, Work], repeats: int, journal: Journal | None = None, progress: Progress | None = None
+) -> dict[Name, float]:
     """Median CPU seconds (of all threads together) of each, called in turns after one call that does not count.
 
     CPU time and turns, because other processes come and go: a ratio of two medians is then of the two works, and not of
     two moments.
+
+    Args:
+        works: By name.
+        repeats: Turns.
+        journal: Where each time is kept; what a run that was killed has taken already is not taken again.
+        progress: Told the share that is done.
     """
-    for work in works.values():
-        work()
+    journal, progress = journal or Journal(None, {}), progress or (lambda share: None)
+    laps = [(turn, name) for turn in range(repeats) for name in works]
     seconds: dict[Name, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            started = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - started)
+    missing = {name for turn, name in laps if f"{turn} {name}" not in journal.entries}
+    for number, name in enumerate(works):
+        if name in missing:
+            works[name]()
+        progress(number / (len(laps) + len(works)))
+    for number, (turn, name) in enumerate(laps, start=1):
+        seconds[name].append(kept(journal, f"{turn} {name}", partial(_seconds, works[name])))
+        progress((len(works) + number) / (len(laps) + len(works)))
     return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def kept(journal: Journal, name: str, measure: Callable[[], float]) -> float:
+    """What the journal has under this name, or else what is measured, which it then has."""
+    if name not in journal.entries:
+        journal.add([{"id": name, "value": measure()}])
+    return journal.entries[name]["value"]
+
+
+def _seconds(work: Work) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def matrix_product() -> tuple[Work, float]:
@@ -39,6 +70,23 @@ def matrix_product() -> tuple[Work, float]:
     rows, inner, columns = 2048, 1024, 4096
     one, other = torch.randn(rows, inner), torch.randn(inner, columns)
     return (lambda: one @ other), 2 * rows * inner * columns / 1e9
+
+
+def live_memory(work: Work) -> float:
+    """MB of tensors, and of what operations allocate within, that a call holds at its highest point: its activations.
+
+    Every call of torch's allocator is counted, and what was there before is not. Resident memory (`peak_memory`) is
+    more by what the system keeps for the next time, and by what libraries take past torch.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))  # the only public way to the allocations in their order
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event["args"] for event in events if event["name"] == "[memory]"]
+    changes.sort(key=lambda change: change["Ev Idx"])
+    return max(accumulate((change["Bytes"] for change in changes), initial=0)) / 1e6
 
 
 def peak_memory(work: Work) -> float:

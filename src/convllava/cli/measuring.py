@@ -24,7 +24,7 @@ def bench(
     peers: Annotated[bool, typer.Option("--peers", help="first-token, serving: what others do, too.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each, taken in turns.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of one operation.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Folder for SUITE.json and SUITE.png.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for its files; continued after a kill.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory side by side with a baseline."""

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 HALO = 3
 """Rows above and below a pixel that the 7x7 convolution sees."""
-_STRIP_BYTES = {"cpu": 8 * 2**20}
+_STRIP_BYTES = {"cpu": 4 * 2**20}
 """Of the rows that go through a convolution together."""
 _HIDDEN_BYTES = {"cpu": 2 * 2**20}
 """Of the hidden activations that exist at a time; matrices of fewer than `_FEWEST` rows are slow to multiply."""
-_ELSEWHERE = 256 * 2**20
+ELSEWHERE = 256 * 2**20
 """In place of both on accelerators, whose cost is in the number of calls."""
 _FEWEST = 1024
 
@@ -77,9 +77,10 @@ def embed(tower: ConvLlavaVisionModel, images: list[Tensor]) -> tuple[Tensor, Gr
     done = 0
     for image, grid in zip(images, grids, strict=True):
         for top, bottom in strips(grid.height, grid.width * width * pixels.element_size(), pixels.device):
-            matrix = patches(image[:, top * side : bottom * side].permute(1, 2, 0).unsqueeze(0), side)
-            pixels[done : done + len(matrix)] = stem.layernorm(as_linear(stem.patch_embeddings, matrix))
-            done += len(matrix)
+            maps = image[:, top * side : bottom * side].permute(1, 2, 0).unsqueeze(0)
+            embedded = stem.layernorm(as_linear(stem.patch_embeddings, patches(maps, side)))
+            pixels[done : done + len(embedded)] = embedded
+            done += len(embedded)
     return pixels, grids
 
 
@@ -93,9 +94,10 @@ def downsample(stage: ConvLlavaVisionStage, pixels: Tensor, grids: Grids) -> tup
     done = 0
     for maps in portions(pixels, grids):
         for top, bottom in strips(maps.shape[1] // 2, 2 * _row_bytes(maps), pixels.device):
-            matrix = patches(norm(maps[:, 2 * top : 2 * bottom]), 2)
-            result[done : done + len(matrix)] = as_linear(convolution, matrix)
-            done += len(matrix)
+            # Nothing of a strip has a name, so that nothing of it is there when the next one is made.
+            target = result[done : done + maps.shape[0] * (bottom - top) * (maps.shape[2] // 2)]
+            target.copy_(as_linear(convolution, patches(norm(maps[:, 2 * top : 2 * bottom]), 2)))
+            done += len(target)
     return result, halve(grids)
 
 
@@ -112,7 +114,7 @@ def block(layer: ConvLlavaVisionLayer, pixels: Tensor, grids: Grids) -> None:
 def _depthwise(layer: ConvLlavaVisionLayer, pixels: Tensor, grids: Grids) -> Iterator[Tensor]:
     """The convolved pixels part by part, in their order; the parts yielded before may have been overwritten."""
     for maps in portions(pixels, grids):
-        bands = list(strips(maps.shape[1], _row_bytes(maps), pixels.device))
+        bands = list(_whole_products(maps))
         if len(bands) == 1:
             yield convolve(layer, maps, HALO)
         else:
@@ -137,19 +139,20 @@ def convolve(layer: ConvLlavaVisionLayer, maps: Tensor, padding: int) -> Tensor:
     return result.permute(0, 2, 3, 1).reshape(-1, len(weight))
 
 
-def mlp(layer: ConvLlavaVisionLayer, residual: Tensor, convolved: Tensor) -> None:
-    """LayerNorm, MLP and LayerScale of convolved pixels, added to `residual` in place; (pixels, channels) both."""
+def mlp(layer: ConvLlavaVisionLayer, residual: Tensor, convolved: Tensor, fewest: int = _FEWEST) -> None:
+    """LayerNorm, MLP and LayerScale of convolved pixels, added to `residual` in place; (pixels, channels) both.
+    `convolved` is overwritten. `fewest`: rows of a product that are worth it, whatever the hidden activations take."""
     channels = residual.shape[1]
-    budget = _HIDDEN_BYTES.get(residual.device.type, _ELSEWHERE)
-    rows = max(_FEWEST, budget // (4 * channels * residual.element_size()))
+    budget = _HIDDEN_BYTES.get(residual.device.type, ELSEWHERE)
+    rows = max(fewest, budget // (4 * channels * residual.element_size()))
     rows = -(-len(residual) // -(-len(residual) // rows))  # parts of equal size
-    wide, narrow = residual.new_empty(rows, 4 * channels), residual.new_empty(rows, channels)
+    wide = residual.new_empty(rows, 4 * channels)
     for target, source in zip(residual.split(rows), convolved.split(rows), strict=True):
-        hidden, result = wide[: len(target)], narrow[: len(target)]
+        hidden = wide[: len(target)]
         torch.mm(layer.layernorm(source), layer.pwconv1.weight.T, out=hidden).add_(layer.pwconv1.bias)
         hidden = _activate(layer.act, hidden)
-        torch.mm(hidden, layer.pwconv2.weight.T, out=result).add_(layer.pwconv2.bias)
-        target.addcmul_(result, layer.layer_scale_parameter)
+        torch.mm(hidden, layer.pwconv2.weight.T, out=source).add_(layer.pwconv2.bias)
+        target.addcmul_(source, layer.layer_scale_parameter)
 
 
 def _activate(activation: Any, hidden: Tensor) -> Tensor:
@@ -162,17 +165,24 @@ def _activate(activation: Any, hidden: Tensor) -> Tensor:
 def portions(pixels: Tensor, grids: Grids) -> Iterator[Tensor]:
     """(images, height, width, channels) views in the matrix's order: equal shapes together where they fit one strip."""
     for maps in rectangles(pixels, grids):
-        together = len(list(strips(maps.shape[1], _row_bytes(maps), pixels.device))) == 1
+        together = len(list(_whole_products(maps))) == 1
         yield from [maps] if together else maps.split(1)
+
+
+def _whole_products(maps: Tensor) -> Iterator[tuple[int, int]]:
+    """Strips (first row, last row) of which each alone is worth multiplying."""
+    images, height, width, _ = maps.shape
+    return strips(height, _row_bytes(maps), maps.device, -(-_FEWEST // (images * width)))
 
 
 def _row_bytes(maps: Tensor) -> int:
     return maps.shape[0] * maps.shape[2] * maps.shape[3] * maps.element_size()
 
 
-def strips(rows: int, row_bytes: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """First and last row of strips of about equal height, each small enough to be worked on at once."""
-    height = max(2 * HALO, _STRIP_BYTES.get(device.type, _ELSEWHERE) // row_bytes)
-    height = -(-rows // -(-rows // height))
+def strips(rows: int, row_bytes: int, device: torch.device, fewest: int = 1) -> Iterator[tuple[int, int]]:
+    """First and last row of strips of about equal height, each small enough to be worked on at once, but of no fewer
+    rows than that."""
+    height = max(2 * HALO, _STRIP_BYTES.get(device.type, ELSEWHERE) // row_bytes)
+    height = -(-rows // max(1, min(-(-rows // height), rows // fewest)))
     for top in range(0, rows, height):
         yield top, min(top + height, rows)

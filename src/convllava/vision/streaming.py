@@ -1,9 +1,10 @@
 """The tower band by band: an image of any height in memory that its width alone decides, and the same numbers.
 
 A 7x7 convolution sees three rows up and down. So a block that keeps the last six rows it was given can turn every
-further band into as many finished rows, three rows late: no row is computed twice, and no neighbour is missing. A stage
-passes what is finished on to the next. The last stages have much weight and few pixels; they wait until a band is worth
-a reading of the weights, and where a whole map is smaller than what its blocks would keep, it is held in place of them.
+further rows into as many finished ones, three rows late: no row is computed twice, and no neighbour is missing. A stage
+passes what is finished on to the next. The last stages have much weight and few pixels; they wait until there are rows
+worth a reading of the weights, and where a whole map is smaller than what its blocks would keep, it is held in place of
+them. A band may be of any height: it is cut into slices of a few rows.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from torch import Tensor
 from convllava.errors import InputError
 from convllava.geometry import Size
 from convllava.vision import inference
-from convllava.vision.inference import HALO
+from convllava.vision.inference import ELSEWHERE, HALO
 from convllava.vision.pixels import Grids, join
 
 if TYPE_CHECKING:
     from convllava.vision.model import ConvLlavaVisionLayer, ConvLlavaVisionModel, ConvLlavaVisionStage
 
+Passed = list[Tensor]
+"""Rows (rows, width, channels) on their way from one to the next, at most one tensor; empty once they were taken."""
 WHOLE = 2**22
 """Pixels of the largest image that goes through the tower as a whole unless told otherwise."""
 _BAND = 2**20
 """Pixels of a band of a larger one."""
-_WORTHWHILE = 1024
+_SLICE_BYTES = {"cpu": 2**20}
+"""Of the rows after the stem that go on together."""
+_WORTHWHILE = 512
 """Pixels of a stage's map for which its weights are worth reading."""
 
 
@@ -81,117 +86,170 @@ def stream(tower: ConvLlavaVisionModel, bands: Iterable[Tensor], height: int | N
 
 @torch.no_grad()
 def _streamed(tower: ConvLlavaVisionModel, bands: Iterable[Tensor], height: int | None) -> Iterator[Tensor]:
-    stages = [_Stage(stage, held) for stage, held in zip(inference.stages_of(tower), _held(tower, height), strict=True)]
-    for embedded, is_last in _embedded(tower, bands):
-        rows: Tensor | None = embedded
+    stages: list[_Stage] = []
+    for passed, is_last in _embedded(tower, bands, height):
+        stages = stages or list(_begun(tower, height, passed[0].shape[1]))
         for stage in stages:
-            rows = stage.push(rows, is_last)
-        if rows is not None:
-            yield rows
+            stage.receive(passed)
+            passed = stage.advance(is_last)
+        yield from passed
 
 
-def _embedded(tower: ConvLlavaVisionModel, bands: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Bands after the stem (rows, width, channels), and whether each is the last. A band is done with before the next
-    is asked for, so that a reader may use one buffer for all."""
-    stride, patch = tower.config.stride, tower.config.patch_size
-    height, known, waiting = 0, 0, None
+def _embedded(
+    tower: ConvLlavaVisionModel, bands: Iterable[Tensor], height: int | None
+) -> Iterator[tuple[Passed, bool]]:
+    """Slices of bands after the stem, and whether each is the last. A band is done with before the next is asked for,
+    so that a reader may use one buffer for all."""
+    seen, known = 0, 0
+    waiting: Passed = []
     for band in bands:
         if band.ndim != 3:
             raise InputError(f"a band is (channels, rows, width); got a tensor of {band.ndim} dimensions")
         rows, width = band.shape[1:]
         if not rows:
             continue
-        if rows % patch or not width or width % stride or width != (known or width):
-            raise InputError(
-                f"a band of {rows}x{width} pixels does not fit: its rows must be a multiple of {patch}, its width a "
-                f"multiple of {stride} and that of the other bands"
-            )
-        height, known = height + rows, width
-        pixels, (grid,) = inference.embed(tower, [band.to(tower.dtype)])
-        if waiting is not None:
-            yield waiting, False
-        waiting = pixels.view(*grid, -1)
-    if waiting is None or height % stride:
-        raise InputError(f"the bands have {height} rows in all; a multiple of the tower's stride {stride} is needed")
+        _check_band(tower, Size(rows, width), known or width)
+        seen, known = seen + rows, width
+        if height is not None and seen > height:
+            raise InputError(f"the bands have more rows than the {height} that `height` says")
+        for part in band.split(_slice_rows(tower, band), dim=1):
+            if waiting:
+                yield waiting, False
+            waiting = [_as_rows(inference.embed(tower, [part.to(tower.dtype)]))]
+    if not waiting or seen % tower.config.stride or seen != (height or seen):
+        wanted = (
+            f"{height} are needed" if height else f"a multiple of the tower's stride {tower.config.stride} is needed"
+        )
+        raise InputError(f"the bands have {seen} rows in all; {wanted}")
     yield waiting, True
 
 
-def _held(tower: ConvLlavaVisionModel, height: int | None) -> Iterator[bool]:
-    """Per stage, whether its whole map has fewer rows than its blocks would keep; then those after it are held too."""
-    held, side = False, tower.config.patch_size
-    for depth in tower.config.depths:
-        held = held or (height is not None and height // side <= 2 * HALO * depth)
-        side *= 2
-        yield held
+def _check_band(tower: ConvLlavaVisionModel, size: Size, width: int) -> None:
+    patch, stride = tower.config.patch_size, tower.config.stride
+    if size.height % patch or not size.width or size.width % stride or size.width != width:
+        raise InputError(
+            f"a band of {size.height}x{size.width} pixels does not fit: its rows must be a multiple of {patch}, its "
+            f"width a multiple of {stride} and that of the other bands"
+        )
+
+
+def _slice_rows(tower: ConvLlavaVisionModel, band: Tensor) -> int:
+    """Rows of pixels."""
+    patch = tower.config.patch_size
+    row_bytes = band.shape[2] // patch * tower.config.hidden_sizes[0] * tower.dtype.itemsize
+    return patch * max(HALO, _SLICE_BYTES.get(band.device.type, ELSEWHERE) // row_bytes)
+
+
+def _begun(tower: ConvLlavaVisionModel, height: int | None, width: int) -> Iterator[_Stage]:
+    """The stages before the first row of a stem's map so wide.
+
+    A stage is held as a whole where its map has no more rows than would be at work otherwise: those that its blocks
+    keep, those that wait until they are worthwhile, and these under the convolution and after it. Those after it are
+    then held too.
+    """
+    rows = None if height is None else height // tower.config.patch_size
+    held = False
+    for stage in inference.stages_of(tower):
+        if stage.downsampling_layer:
+            rows, width = None if rows is None else rows // 2, width // 2
+        at_work = 2 * HALO * (len(inference.layers_of(stage)) + 1) + 3 * -(-_WORTHWHILE // width)
+        held = held or (rows is not None and rows <= at_work)
+        yield _Stage(stage, rows if held else None)
 
 
 class _Stage:
-    """One stage between bands."""
+    """One stage between slices.
 
-    def __init__(self, stage: ConvLlavaVisionStage, held: bool) -> None:
-        self.stage, self.held = stage, held
+    Args:
+        stage: Its layers.
+        height: Rows of its map if this is held as a whole.
+    """
+
+    def __init__(self, stage: ConvLlavaVisionStage, height: int | None) -> None:
+        self.stage, self.height = stage, height
         self.layers = [_Layer(layer) for layer in inference.layers_of(stage)]
+        self.odd: list[Tensor] = []
         self.waiting: list[Tensor] = []
+        self.rows = 0
 
-    def push(self, rows: Tensor | None, is_last: bool) -> Tensor | None:
-        """More rows of the stage before (rows, width, channels) -> the rows that are finished, if any."""
-        self.waiting += [] if rows is None else [rows]
-        taken = self._take(is_last)
-        if taken is None:
-            return None
-        pixels, (grid,) = inference.downsample(self.stage, taken.flatten(0, 1), (Size(*taken.shape[:2]),))
-        if self.held:
-            for layer in inference.layers_of(self.stage):
-                inference.block(layer, pixels, (grid,))
-            return pixels.view(*grid, -1)
-        result: Tensor | None = pixels.view(*grid, -1)
-        for streamed in self.layers:
-            result = streamed.push(result, is_last)
-        return result
+    def receive(self, passed: Passed) -> None:
+        """Take rows of the stage before and halve them: they wait in half the memory."""
+        if not passed:
+            return
+        rows = join([*self.odd, *_taken(passed)])
+        if self.stage.downsampling_layer:
+            self.odd = [rows[-1:].clone()] if len(rows) % 2 else []
+            rows = rows[: len(rows) // 2 * 2]
+        if len(rows):
+            grids = (Size(*rows.shape[:2]),)
+            self._wait(_as_rows(inference.downsample(self.stage, rows.flatten(0, 1), grids)))
 
-    def _take(self, is_last: bool) -> Tensor | None:
-        """The rows that wait, once they are worth it: an even number of them where the stage halves."""
+    def _wait(self, rows: Tensor) -> None:
+        before, self.rows = self.rows, self.rows + len(rows)
+        if self.height is None:
+            self.waiting.append(rows)
+            return
         if not self.waiting:
-            return None
-        rows = sum(map(len, self.waiting))
-        halves = 2 if self.stage.downsampling_layer else 1
-        worthwhile = rows * self.waiting[0].shape[1] >= _WORTHWHILE * halves**2 and not self.held
-        ready = rows if is_last else rows // halves * halves if worthwhile else 0
-        if not ready:
-            return None
-        joined = join(self.waiting)
-        self.waiting = [joined[ready:].clone()] if ready < rows else []
-        return joined[:ready]
+            self.waiting.append(rows.new_empty(self.height, *rows.shape[1:]))
+        self.waiting[0][before : self.rows] = rows
+
+    def advance(self, is_last: bool) -> Passed:
+        """The rows that are finished, if any."""
+        passed = self._ready(is_last)
+        if self.height is None:
+            for layer in self.layers:
+                layer.receive(passed, is_last)
+                passed = layer.advance(is_last)
+            return passed
+        for rows in passed:
+            for whole in inference.layers_of(self.stage):
+                inference.block(whole, rows.flatten(0, 1), (Size(*rows.shape[:2]),))
+        return passed
+
+    def _ready(self, is_last: bool) -> Passed:
+        """The rows that wait, once they are worth it."""
+        worthwhile = self.height is None and self.rows and self.rows * self.waiting[0].shape[1] >= _WORTHWHILE
+        if not self.rows or not (is_last or worthwhile):
+            return []
+        self.rows = 0
+        return [join(_taken(self.waiting))]
 
 
 class _Layer:
-    """One block between bands: the last six rows it was given, of which the last three are not finished."""
+    """One block between slices: the last six rows it was given, of which the last three are not finished."""
 
     def __init__(self, layer: ConvLlavaVisionLayer) -> None:
         self.layer = layer
-        self.kept: Tensor | None = None
+        self.window: Passed = []
 
-    def push(self, rows: Tensor | None, is_last: bool) -> Tensor | None:
-        """More rows (rows, width, channels) -> those that are finished, if any."""
-        if rows is None:
-            return self._finish() if is_last and self.kept is not None else None
-        edge = rows.new_zeros(HALO, *rows.shape[1:])
-        before = edge if self.kept is None else self.kept
-        window = torch.cat([before, rows, edge] if is_last else [before, rows])
-        return self._convolve(window, is_last)
+    def receive(self, passed: Passed, is_last: bool) -> None:
+        """Put more rows below those that are kept, and zeros above the first and below the last."""
+        known = [*self.window, *_taken(passed)]
+        if not known:
+            return
+        edge = known[0].new_zeros(HALO, *known[0].shape[1:])
+        self.window = [torch.cat([*([] if self.window else [edge]), *known, *([edge] if is_last else [])])]
 
-    def _finish(self) -> Tensor | None:
-        assert self.kept is not None
-        edge = self.kept.new_zeros(HALO, *self.kept.shape[1:])
-        return self._convolve(torch.cat([self.kept, edge]), True)
-
-    def _convolve(self, window: Tensor, is_last: bool) -> Tensor | None:
-        finished = len(window) - 2 * HALO
-        if finished <= 0:
-            self.kept = window
-            return None
-        self.kept = None if is_last else window[-2 * HALO :].clone()
-        rows = window[HALO : HALO + finished]
+    def advance(self, is_last: bool) -> Passed:
+        """The rows that are finished, if any."""
+        if not self.window or len(self.window[0]) <= 2 * HALO:
+            return []
+        (window,) = self.window
+        self.window = [] if is_last else [window[-2 * HALO :].clone()]
+        rows = window[HALO:-HALO]
         pixels = rows.view(-1, rows.shape[-1])
-        inference.mlp(self.layer, pixels, inference.convolve(self.layer, window.unsqueeze(0), 0))
-        return rows
+        inference.mlp(self.layer, pixels, inference.convolve(self.layer, window.unsqueeze(0), 0), _WORTHWHILE)
+        return [rows]
+
+
+def _as_rows(embedded: tuple[Tensor, Grids]) -> Tensor:
+    """The pixels of one image as (rows, width, channels)."""
+    pixels, (grid,) = embedded
+    return pixels.view(*grid, -1)
+
+
+def _taken(passed: Passed) -> Passed:
+    """What the list holds, which is empty then: who takes rows owns them, and when done with them gives memory back."""
+    taken = passed.copy()
+    passed.clear()
+    return taken
