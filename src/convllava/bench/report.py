@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from rich.table import Table
 from convllava import __version__
 from convllava.bench import decoding, serving, suites
 from convllava.bench.reading import reading
+from convllava.bench.settings import Settings
 from convllava.bench.steps import steps
 from convllava.errors import InputError
 from convllava.files import make_output
 from convllava.geometry import Size
-from convllava.inspection import language_models, towers
 
 SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
 SUITES = ("tower", "training", "steps", "mixed", "scale", "first-token", "pixels", "decoding", "serving", "data")
@@ -29,49 +29,34 @@ DRAWN = ("scale", "first-token")
 """Suites of which there is a picture."""
 
 
-def run(
-    suite: str,
-    names: Sequence[str],
-    sides: Sequence[str],
-    language: str,
-    peers: bool,
-    repeats: int,
-    threads: int,
-    output: Path | None,
-) -> dict[str, Any]:
+def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str, Any]:
     """Measure one suite.
 
     Args:
         suite: One of `SUITES`.
-        names: Towers of the family.
-        sides: Of square images, in pixels.
-        language: Shape of the language model whose prefill follows the tower.
-        peers: Whether encoders of other models are measured too.
-        repeats: Measurements of each, taken in turns; the median counts.
-        threads: Of one operation.
         output: Folder for SUITE.json and SUITE.png.
 
     Returns:
         The machine, the settings and the rows.
 
     Raises:
-        InputError: an unknown suite, tower, language model or side; a folder that cannot be, or no matplotlib to draw
-            with.
+        InputError: an unknown suite, tower or language model; a folder that cannot be, or no matplotlib to draw with.
     """
     if output is not None:
         _prepare(output, suite)
-    measured = _rows(suite, names, _checked(names, sides, language), language, peers, repeats)
-    torch.set_num_threads(threads)
+    measured = _rows(suite, settings)
+    torch.set_num_threads(settings.threads)
     console, rows = Console(stderr=True), []
     with console.status(f"measuring {suite}"):
         for row in measured:
             rows.append(row)
             console.print(", ".join(f"{key} {value}" for key, value in row.items()), highlight=False)
+    capability = torch.backends.cpu.get_cpu_capability()
     report = {
         "suite": suite,
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s), float32",
+        "machine": f"{platform.machine()}, {capability}, {settings.threads} thread(s), float32",
         "versions": {"convllava": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "repeats": repeats,
+        "repeats": settings.repeats,
         "rows": rows,
     }
     if suite == "scale":
@@ -81,40 +66,24 @@ def run(
     return report
 
 
-def _rows(
-    suite: str, names: Sequence[str], sides: list[int], language: str, peers: bool, repeats: int
-) -> Iterator[suites.Row]:
+def _rows(suite: str, settings: Settings) -> Iterator[suites.Row]:
+    settings.check()
+    names, sides, language, repeats = settings.towers, settings.sides, settings.language, settings.repeats
     known: dict[str, Callable[[], Iterator[suites.Row]]] = {
         "tower": lambda: suites.tower(names, sides, repeats),
         "training": lambda: suites.training(names, sides, repeats),
         "steps": lambda: steps(names, sides, repeats, language),
         "mixed": lambda: suites.mixed(names, sides, repeats),
         "scale": lambda: suites.scale(SCALE),
-        "first-token": lambda: suites.first_token(names, sides, repeats, language, peers),
+        "first-token": lambda: suites.first_token(names, sides, repeats, language, settings.peers),
         "pixels": lambda: suites.pixels(sides, repeats),
         "data": lambda: reading(repeats),
         "decoding": lambda: decoding.decoding(language, repeats),
-        "serving": lambda: serving.serving(names[0], language, sides[0], repeats, peers),
+        "serving": lambda: serving.serving(settings),
     }
     if suite not in known:
         raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
     return known[suite]()
-
-
-def _checked(names: Sequence[str], sides: Sequence[str], language: str) -> list[int]:
-    for name in names:
-        if name not in towers():
-            raise InputError(f"there is no tower {name!r}; choose of {', '.join(towers())}")
-    if language not in language_models():
-        raise InputError(f"there is no language model {language!r}; choose one of {', '.join(language_models())}")
-    return parse_sides(sides)
-
-
-def parse_sides(sides: Sequence[str]) -> list[int]:
-    """Sides of squares in pixels, as the command line has them; InputError for what is no multiple of 64."""
-    if not all(side.isdecimal() and int(side) and int(side) % 64 == 0 for side in sides):
-        raise InputError(f"--sides {','.join(sides)}: give multiples of 64, separated by commas")
-    return [int(side) for side in sides]
 
 
 def table_of(report: dict[str, Any]) -> Table:
