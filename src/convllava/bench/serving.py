@@ -58,11 +58,12 @@ def serving(settings: Settings) -> Iterator[dict[str, Any]]:
     tower, side = settings.towers[0], settings.sides[0]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
+        servers = _servers(model, settings)
         assistant = _write(model, tower, settings.language, side)
         alone = _measured({(1, tokens): _generating(assistant, side, tokens) for tokens in settings.tokens}, settings)
         yield from _rows("generate", alone, alone)
         del assistant
-        for name, server in _servers(model, settings).items():
+        for name, server in servers.items():
             with started(server) as running:
                 yield from _rows(name, _asked(running, side, settings), alone)
 
