@@ -76,19 +76,22 @@ class EncoderStats:
     passes: int = 0
 
 
+ON_CPU = {"batch_pixels": 400_000, "workers": 2}
+"""Larger images fill a core one by one; together, the first would wait for the last, and the engine for them all."""
+
+
 class ImageEncoder:
     """Runs tower and projector in threads of its own, so that answers which are being written go on meanwhile.
 
     Args:
         assistant: Whose tower.
         cache_bytes: Of encoded images that are kept.
-        batch_pixels: Images that wait are encoded together up to so many pixels. On a CPU more of them are not faster
-            together, and the first of them would wait for the last.
+        batch_pixels: Images that wait are encoded together up to so many pixels.
         workers: Passes at a time.
     """
 
     def __init__(
-        self, assistant: Assistant, cache_bytes: int = 256 * 2**20, batch_pixels: int = 1_000_000, workers: int = 1
+        self, assistant: Assistant, cache_bytes: int = 256 * 2**20, batch_pixels: int = 4_000_000, workers: int = 1
     ) -> None:
         self.cache, self.stats = FeatureCache(cache_bytes), EncoderStats()
         self._assistant, self._batch_pixels = assistant, batch_pixels

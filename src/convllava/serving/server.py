@@ -19,7 +19,7 @@ import uvicorn
 
 from convllava.errors import InputError
 from convllava.inference import Assistant, load
-from convllava.inference.encoder import ImageEncoder
+from convllava.inference.encoder import ON_CPU, ImageEncoder
 from convllava.inference.engine import Engine
 from convllava.serving.app import create_app
 from convllava.serving.gate import Gate
@@ -113,8 +113,7 @@ def make_server(
         raise InputError("the API key is empty; give one or leave the option out")
     limits = limits or Limits()
     engine = Engine(assistant, slots, context, step_tokens)
-    workers = 2 if assistant.model.device.type == "cpu" else 1  # an accelerator is filled by one
-    encoder = ImageEncoder(assistant, cache_bytes, workers=workers)
+    encoder = ImageEncoder(assistant, cache_bytes, **(ON_CPU if assistant.model.device.type == "cpu" else {}))
     service = Service(assistant, name, engine, encoder, limits, hosts)
     config = uvicorn.Config(
         create_app(service, api_key),
