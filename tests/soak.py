@@ -3,7 +3,8 @@
     make soak MINUTES=5
 
 Good answers must equal those of the same weights offline, every request must be answered, hostile ones with the error
-they deserve, and the server's memory must not grow after the first fifth of the time. Ends in a line of JSON.
+they deserve and all but a few within a second, and the server's memory must not grow after the first fifth of the time.
+Ends in a line of JSON.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ NOT_BAD = ("many answers",)
 """What the limits of the command line let through."""
 MOST_GROWTH_MB = 64
 MOST_SECONDS = 1.0
+MOST_LATE = 0.02
+"""Share of the refusals that may take longer, for the machine may have other things to do."""
 
 
 class Soak:
@@ -187,7 +190,8 @@ def main() -> int:
         "exit_code": code,
     }
     print(*soak.faults[:20], json.dumps(report), sep="\n")
-    return int(bool(soak.faults) or growth > MOST_GROWTH_MB or code != 0)
+    is_late = late > MOST_LATE * len(soak.refusals)
+    return int(bool(soak.faults) or growth > MOST_GROWTH_MB or is_late or code != 0)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import fresh
 from serving import serving as serving_here
+from serving import until
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
 from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError, load
-from convllava.bench import batches, decoding, fastvit, peers, report, serving, suites
+from convllava.bench import batches, decoding, fastvit, peers, report, servers, serving, suites
 from convllava.bench import reading as data
 from convllava.bench.fastvit import FastVitHD
+from convllava.bench.settings import Settings
 from convllava.bench.timing import live_memory, peak_memory, side_by_side
 from convllava.cli import app
 from convllava.costs import prefill_flops, projector_flops, tower_flops
@@ -131,15 +136,15 @@ def test_a_killed_suite_continues_and_a_finished_one_begins_anew(monkeypatch, tm
         yield {"tower": names[0], "side": sides[0]}
 
     monkeypatch.setitem(report._BY_TOWER, "tower", tower)
-    arguments = ("tower", ["T", "S"], ["64", "128"], "135m", False, 1, 1, tmp_path)
+    settings = Settings(towers=("T", "S"), sides=(64, 128), repeats=1)
     with pytest.raises(KeyboardInterrupt):
-        report.run(*arguments)
+        report.run("tower", settings, tmp_path)
     with pytest.raises(InputError, match="repeats was 1 and is 2"):
-        report.run(*arguments[:5], 2, 1, tmp_path)
-    assert len(report.run(*arguments)["rows"]) == 4
+        report.run("tower", replace(settings, repeats=2), tmp_path)
+    assert len(report.run("tower", settings, tmp_path)["rows"]) == 4
     assert measured == [("T", 64), ("T", 128), ("T", 128), ("S", 64), ("S", 128)]
     assert [path.name for path in tmp_path.iterdir()] == ["tower.json"]
-    report.run(*arguments)
+    report.run("tower", settings, tmp_path)
     assert len(measured) == 9
 
 
@@ -190,12 +195,12 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(decoding, "BATCHES", (1, 3))
     monkeypatch.setattr(serving, "towers", lambda: {"T": small})
     monkeypatch.setattr(serving, "CLIENTS", (1, 2))
-    monkeypatch.setattr(serving, "_started", started_here)
+    monkeypatch.setattr(serving, "started", started_here)
     monkeypatch.setattr(suites, "_photograph", lambda *_: suites_photograph())
     for name, value in (("RECORDS", 24), ("ROW_GROUP", 8), ("_PAGES", 2), ("_SIDE", 256), ("_FEW", 4)):
         monkeypatch.setattr(data, name, value)
     for suite in report.SUITES:
-        found = report.run(suite, ["T"], ["128"], "135m", False, 1, 1, tmp_path)
+        found = report.run(suite, Settings(sides=(128,), tokens=(2, 3), repeats=1), tmp_path)
         assert found["rows"]
         assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == found["rows"]
         assert report.table_of(found).row_count == len(found["rows"][0])
@@ -207,10 +212,10 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
 
 
 @contextmanager
-def started_here(command, port, name):
+def started_here(server):
     """A server of this process in place of one that would have to start."""
-    with serving_here(load(command[command.index("--model") + 1]), name=name) as running:
-        yield serving._Running(running.url.removeprefix("http://"), name, os.getpid())
+    with serving_here(load(server.command[server.command.index("--model") + 1]), name=server.model) as running:
+        yield servers.Running(running.url.removeprefix("http://"), server.model, os.getpid())
 
 
 original_photograph = suites._photograph
@@ -227,6 +232,8 @@ def suites_photograph() -> bytes:
         (("tower", "--towers", "X"), "there is no tower 'X'"),
         (("tower", "--sides", "100"), "give multiples of 64"),
         (("first-token", "--language", "9b"), "there is no language model '9b'"),
+        (("serving", "--tokens", "32,0"), "--tokens 32,0: give positive numbers"),
+        (("serving", "--vllm", "/nowhere/python"), "--vllm /nowhere/python is no program"),
     ],
 )
 def test_unknown_names_are_one_line(arguments, message):
@@ -235,10 +242,34 @@ def test_unknown_names_are_one_line(arguments, message):
     assert message in str(result.exception)
 
 
+def test_the_shape_of_the_weights_in_the_package_is_theirs():
+    config = load("tiny").model.config
+    assert towers()["tiny"].depths == config.vision_config.depths
+    assert towers()["tiny"].hidden_sizes == config.vision_config.hidden_sizes
+    shape = language_models()["tiny"]
+    assert shape == {name: getattr(config.text_config, name) for name in shape}
+
+
+def test_processor_time_of_a_server_counts_those_it_has_started():
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = sum(range(10**7)); input()'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        until(lambda: servers.Running("", "", process.pid).cpu_seconds() > servers._cpu_seconds(process.pid) + 0.1)
+        process.communicate(b"\n")
+
+
+def test_a_server_that_does_not_start_says_why():
+    command = [sys.executable, "-c", "raise SystemExit('no such port')"]
+    with (
+        pytest.raises(InputError, match="does not start: no such port"),
+        servers.started(servers.Server(command, 1, "")),
+    ):
+        pass
+
+
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be a folder"):
-        report.run("scale", ["T"], ["64"], "135m", False, 1, 1, tmp_path / "file")
+        report.run("scale", Settings(), tmp_path / "file")
 
 
 def test_a_budget_fills_passes_within_what_fixed_ones_need(parts, monkeypatch):

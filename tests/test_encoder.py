@@ -71,6 +71,19 @@ def test_an_image_that_is_asked_for_twice_is_encoded_once(encoder, paused, assis
     assert (encoder.stats.images, encoder.stats.passes, encoder.stats.hits) == (2, 2, 1)
 
 
+def test_several_workers_have_passes_at_a_time_and_give_what_one_gives(paused, assistant):
+    encoder = ImageEncoder(paused, batch_pixels=1, workers=2)
+    futures = [submit(encoder, assistant, number) for number in (0, 1, 2, 1)]
+    assert all(paused.entered.acquire(timeout=20) for _ in range(2))
+    assert paused.passes == [1, 1]
+    paused.go.release(10)
+    for number, future in zip((0, 1, 2, 1), futures, strict=True):
+        expected = assistant.encode(picture(64, 64 * (1 + number % 3), number))
+        torch.testing.assert_close(future.result(20).tokens, expected.tokens, rtol=1e-4, atol=1e-5)
+    assert encoder.stats.images == 3
+    encoder.close()
+
+
 def test_an_image_nobody_waits_for_any_more_is_left_out(encoder, paused, assistant):
     first = submit(encoder, assistant, 0)
     paused.entered.acquire(timeout=20)

@@ -249,6 +249,16 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
         ConvLlavaImageProcessorPil()(noise(9, 9), **settings)
 
 
+def test_a_smaller_budget_takes_the_smallest_canvas_down_with_it() -> None:
+    processor = ConvLlavaImageProcessorPil(min_pixels=640**2, max_pixels=1024**2)
+    processor.change(max_pixels=256**2)
+    assert processor.placement(Size(256, 256)).canvas == Size(256, 256)
+    processor.change(max_pixels=512**2)
+    assert processor.min_pixels == 256**2
+    with pytest.raises(InputError, match="more than max_pixels"):
+        processor.change(min_pixels=640**2, max_pixels=256**2)
+
+
 def test_no_images_and_no_image_are_refused() -> None:
     processor = ConvLlavaImageProcessorPil()
     with pytest.raises(InputError, match="the list of images is empty"):

@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from convllava import InputError
-from convllava.inference.ragged import RaggedModel, Span, store_by_columns
+from convllava.inference import attention
+from convllava.inference.attention import Span
+from convllava.inference.ragged import RaggedModel, store_by_columns
 
 SHAPE = {
     "vocab_size": 64,
@@ -66,6 +68,41 @@ def test_spans_of_many_texts_give_what_each_gives_alone(name):
     tokens = torch.cat([one[16:], two[8:], three])
     found = many.forward([Span(2, 16, 1), Span(0, 8, 1), Span(3, 0, 12)], many.embed(tokens))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_texts_that_share_a_call_give_what_each_gives_alone(name, monkeypatch):
+    model = causal_lm(CONFIGS[name])
+    many = ragged(model)
+    written = texts(9, 20, 4, 4)
+    expected = torch.stack([own_logits(model, text) for text in written])
+    for slot, text in enumerate(written):
+        many.forward([Span(slot, 0, len(text) - 1)], many.embed(text[:-1]))
+    calls, attend = [], attention._attend_run
+    monkeypatch.setattr(attention, "_attend_run", lambda *given: calls.append(given[3]) or attend(*given))
+    spans = [Span(slot, len(text) - 1, 1) for slot, text in enumerate(written)]
+    found = many.forward(spans, many.embed(torch.stack([text[-1] for text in written])))
+    assert calls == [tuple(spans)] * 2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spans", "calls"),
+    [
+        ([Span(0, 9, 1), Span(1, 40, 1), Span(2, 3, 1)], 1),
+        ([Span(0, 9, 1), Span(2, 9, 1)], 2),
+        ([Span(1, 9, 1), Span(0, 9, 1)], 2),
+        ([Span(0, 9, 1), Span(1, 0, 2), Span(2, 9, 1)], 3),
+        ([Span(0, 9, 1), Span(1, 2000, 1), Span(2, 1999, 1)], 2),
+        ([Span(0, 0, 5)], 1),
+        ([], 0),
+    ],
+    ids=["unequal", "a gap", "backwards", "a prompt between", "much longer", "a prompt", "nothing"],
+)
+def test_neighbours_share_a_call_where_that_costs_less(spans, calls):
+    runs = list(attention._runs(spans))
+    assert [span for run in runs for span in run] == spans
+    assert len(runs) == calls
 
 
 def test_a_copied_beginning_goes_on_as_the_original():

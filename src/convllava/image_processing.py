@@ -99,7 +99,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
 
     def change(self, **settings: Any) -> None:
         """Set some of the constructor's settings anew; `short_side` without `max_pixels` leaves room for an image eight
-        times as long as wide.
+        times as long as wide, and `max_pixels` alone takes `min_pixels` down with it.
 
         Raises:
             InputError: there is no such setting, or it cannot work with the others.
@@ -109,6 +109,8 @@ class ConvLlavaImageProcessorPil(PilBackend):
                 raise InputError(f"the image processor has no setting {name!r}; it has {', '.join(_PLACING)}")
         if settings.get("mode") == "short_side" and "max_pixels" not in settings:
             settings["max_pixels"] = LONGEST * settings.get("side", self.side) ** 2
+        if isinstance(settings.get("max_pixels"), int) and "min_pixels" not in settings:
+            settings["min_pixels"] = min(self.min_pixels, settings["max_pixels"])
         _check_settings({name: getattr(self, name, None) for name in ("do_resize", *_PLACING)} | settings)
         for name, value in settings.items():
             setattr(self, name, value)

@@ -69,12 +69,13 @@ def presets() -> dict[str, dict[str, Any]]:
 
 def towers() -> dict[str, ConvLlavaVisionConfig]:
     """The family of five-stage towers: ConvNeXt T, S, B and L, each with a fifth stage of twice the fourth's width and,
-    but for the published L, of its depth."""
+    but for the published L, of its depth; and that of the weights in the package."""
     return {name: ConvLlavaVisionConfig(**settings) for name, settings in _presets()["towers"].items()}
 
 
 def language_models() -> dict[str, dict[str, Any]]:
-    """Shapes of language models by name: Llama's 7B and 13B, and small ones (Qwen2.5-0.5B's, SmolLM2-135M's)."""
+    """Shapes of language models by name: Llama's 7B and 13B, small ones (Qwen2.5-0.5B's, SmolLM2-135M's), and that of
+    the weights in the package."""
     return _presets()["languages"]
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from convllava.bench.timing import Work, side_by_side
-from convllava.inference.ragged import RaggedModel, Span, store_by_columns
+from convllava.inference.attention import Span
+from convllava.inference.ragged import RaggedModel, store_by_columns
 from convllava.inspection import language_models
 
 PROMPT, TOKENS = 16, 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +18,12 @@ from convllava.bench import decoding, serving, suites
 from convllava.bench.batches import batches
 from convllava.bench.features import features
 from convllava.bench.reading import reading
+from convllava.bench.settings import Settings
 from convllava.bench.steps import steps
 from convllava.bench.timing import Progress
 from convllava.errors import InputError
 from convllava.files import make_output, write_json
 from convllava.geometry import Size
-from convllava.inspection import language_models, towers
 from convllava.journal import Journal
 from convllava.progress import progress_bar
 
@@ -44,36 +44,28 @@ SUITES = (
 )
 Case = Callable[[Progress], Iterator[suites.Row]]
 """Measures some rows, and tells the share that is done where it takes long."""
-_BY_TOWER = {"tower": suites.tower, "training": suites.training, "mixed": suites.mixed}
+_BY_TOWER: dict[str, Callable[..., Iterator[suites.Row]]] = {
+    "tower": suites.tower,
+    "training": suites.training,
+    "mixed": suites.mixed,
+    "steps": steps,
+    "features": features,
+}
 """Suites that are measured for one tower and one side after the other."""
-_BY_STEP = {"steps": steps, "features": features}
-"""And those that train a language model with them."""
+_WITH_LANGUAGE = ("steps", "features")
+"""Those of them that train a language model too."""
 _JOURNAL, _SETTINGS = "{}.jsonl", "{}.settings.json"
 """What a suite has measured so far, and how."""
 DRAWN = ("scale", "first-token")
 """Suites of which there is a picture."""
 
 
-def run(
-    suite: str,
-    names: Sequence[str],
-    sides: Sequence[str],
-    language: str,
-    peers: bool,
-    repeats: int,
-    threads: int,
-    output: Path | None,
-) -> dict[str, Any]:
+def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str, Any]:
     """Measure one suite.
 
     Args:
         suite: One of `SUITES`.
-        names: Towers of the family.
-        sides: Of square images, in pixels.
-        language: Shape of the language model whose prefill follows the tower.
-        peers: Whether encoders of other models are measured too.
-        repeats: Measurements of each, taken in turns; the median counts.
-        threads: Of one operation.
+        settings: What is measured, and how.
         output: Folder for SUITE.json and SUITE.png, and for what a run that is killed has measured: the same command
             continues it.
 
@@ -81,28 +73,25 @@ def run(
         The machine, the settings and the rows.
 
     Raises:
-        InputError: an unknown suite, tower, language model or side; a folder that cannot be, or that holds the
-            beginnings of a run with other settings; or no matplotlib to draw with.
+        InputError: an unknown suite, tower or language model; a folder that cannot be, or that holds the beginnings of
+            a run with other settings; or no matplotlib to draw with.
     """
-    settings = {
-        "towers": list(names),
-        "sides": _checked(suite, names, sides, language),
-        "language": language,
-        "peers": peers,
-        "repeats": repeats,
-        "threads": threads,
-        "versions": {"convllava": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    if suite not in SUITES:
+        raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
+    settings.check()
     if output is not None:
         _prepare(output, suite)
-    torch.set_num_threads(threads)
-    journal = Journal(output, settings, _JOURNAL.format(suite), _SETTINGS.format(suite))
+    torch.set_num_threads(settings.threads)
+    versions = {"convllava": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    described = settings.as_json() | {"versions": versions}
+    journal = Journal(output, described, _JOURNAL.format(suite), _SETTINGS.format(suite))
     rows = _measured(suite, journal, _cases(suite, settings, journal))
+    capability = torch.backends.cpu.get_cpu_capability()
     report = {
         "suite": suite,
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s), float32",
-        "versions": settings["versions"],
-        "repeats": repeats,
+        "machine": f"{platform.machine()}, {capability}, {settings.threads} thread(s), float32",
+        "versions": versions,
+        "repeats": settings.repeats,
         "rows": rows,
     }
     if suite == "scale":
@@ -127,52 +116,31 @@ def _within(progress: Progress, number: int, cases: int, share: float) -> None:
     progress((number + share) / cases)
 
 
-def _cases(suite: str, settings: Mapping[str, Any], journal: Journal) -> dict[str, Case]:
+def _cases(suite: str, settings: Settings, journal: Journal) -> dict[str, Case]:
     """What a suite measures, in the parts that a killed run keeps, by their names."""
-    names, sides, repeats = settings["towers"], settings["sides"], settings["repeats"]
-    language, peers = settings["language"], settings["peers"]
+    names, sides, repeats = settings.towers, settings.sides, settings.repeats
     if suite in _BY_TOWER:
-        measure = _BY_TOWER[suite]
+        measure, rest = _BY_TOWER[suite], (settings.language,) if suite in _WITH_LANGUAGE else ()
         pairs = [(name, side) for name in names for side in sides]
-        return {f"{name} at {side}": _plain(measure, [name], [side], repeats) for name, side in pairs}
-    if suite in _BY_STEP:
-        measure = _BY_STEP[suite]
-        pairs = [(name, side) for name in names for side in sides]
-        return {f"{name} at {side}": _plain(measure, [name], [side], repeats, language) for name, side in pairs}
+        return {f"{name} at {side}": _plain(measure, [name], [side], repeats, *rest) for name, side in pairs}
     if suite == "scale":
         return {f"{size.width}x{size.height}": _plain(suites.scale, [size]) for size in SCALE}
     if suite == "pixels":
         return {str(side): _plain(suites.pixels, [side], repeats) for side in sides}
     whole: dict[str, Case] = {
         "batches": _plain(batches, sides, repeats),
-        "first-token": lambda share: suites.first_token(names, sides, repeats, language, peers, journal, share),
+        "first-token": lambda share: suites.first_token(
+            names, sides, repeats, settings.language, settings.peers, journal, share
+        ),
         "data": _plain(reading, repeats),
-        "decoding": _plain(decoding.decoding, language, repeats),
-        "serving": _plain(serving.serving, names[0], language, sides[0], repeats, peers),
+        "decoding": _plain(decoding.decoding, settings.language, repeats),
+        "serving": _plain(serving.serving, settings),
     }
     return {suite: whole[suite]}
 
 
 def _plain(measure: Callable[..., Iterator[suites.Row]], *arguments: Any) -> Case:
     return lambda share: measure(*arguments)
-
-
-def _checked(suite: str, names: Sequence[str], sides: Sequence[str], language: str) -> list[int]:
-    if suite not in SUITES:
-        raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
-    for name in names:
-        if name not in towers():
-            raise InputError(f"there is no tower {name!r}; choose of {', '.join(towers())}")
-    if language not in language_models():
-        raise InputError(f"there is no language model {language!r}; choose one of {', '.join(language_models())}")
-    return parse_sides(sides)
-
-
-def parse_sides(sides: Sequence[str]) -> list[int]:
-    """Sides of squares in pixels, as the command line has them; InputError for what is no multiple of 64."""
-    if not all(side.isdecimal() and int(side) and int(side) % 64 == 0 for side in sides):
-        raise InputError(f"--sides {','.join(sides)}: give multiples of 64, separated by commas")
-    return [int(side) for side in sides]
 
 
 def table_of(report: dict[str, Any]) -> Table:

@@ -16,7 +16,6 @@ from transformers import AutoModel, CLIPImageProcessorPil, LlamaConfig
 
 from convllava.bench.peers import Encoder, clip, fast_vit_hd, llava_15, llava_next, qwen, stock
 from convllava.bench.timing import Progress, Work, kept, live_memory, matrix_product, peak_memory, side_by_side
-from convllava.configuration import ConvLlavaVisionConfig
 from convllava.costs import prefill_flops, tower_flops
 from convllava.geometry import Size, visual_tokens
 from convllava.image_processing import ConvLlavaImageProcessorPil
@@ -27,8 +26,8 @@ from convllava.vision import ConvLlavaVisionModel
 Row = dict[str, Any]
 _DEVIATION = 0.27577711
 """The largest of CLIP's standard deviations: what one normalised unit is of the range of a pixel."""
-SMALL = ConvLlavaVisionConfig(depths=(1, 2, 3, 2, 1), hidden_sizes=(16, 48, 128, 256, 512))
-"""A tower for sizes that would take a large one minutes: that of the weights in the package."""
+SMALL = towers()["tiny"]
+"""A tower for sizes that would take a large one minutes."""
 
 
 def tower(names: Sequence[str], sides: Sequence[int], repeats: int) -> Iterator[Row]:

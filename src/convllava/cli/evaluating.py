@@ -160,12 +160,12 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Measure what a model reads by the height of the text, at several resolutions."""
-    from convllava.bench.report import parse_sides
+    from convllava.bench.settings import parse_sides
     from convllava.evaluation.generated.sweep import sweep as run
     from convllava.evaluation.report import rows_table
     from convllava.inference import load
 
-    report = run(model, load(model), _world(seed, size, simple), samples, parse_sides(sides.split(",")), output)
+    report = run(model, load(model), _world(seed, size, simple), samples, parse_sides(sides), output)
     measured = ("n", "accuracy", "low", "high")
     tables = {"resolutions": ("side", *measured), "rows": ("side", "from", "to", *measured)}
     show(report, as_json, lambda: [rows_table(f"{model}: {key}", report[key], tables[key]) for key in tables])

@@ -18,10 +18,14 @@ def bench(
             "serving or data."
         ),
     ],
-    towers: Annotated[str, typer.Option(help="Of T, S, B, L, separated by commas.")] = "T",
+    towers: Annotated[str, typer.Option(help="Of tiny, T, S, B, L, separated by commas.")] = "T",
     sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",
-    language: Annotated[str, typer.Option(help="Shape of the language model: 135m, 0.5b, 7b.")] = "135m",
+    language: Annotated[str, typer.Option(help="Shape of the language model: tiny, 135m, 0.5b, 7b.")] = "135m",
     peers: Annotated[bool, typer.Option("--peers", help="first-token, serving: what others do, too.")] = False,
+    vllm: Annotated[
+        Path | None, typer.Option(help="serving: the python of an environment with vLLM, whose server is measured too.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="serving: lengths of answers, separated by commas.")] = "32",
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each, taken in turns.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of one operation.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Folder for its files; continued after a kill.")] = None,
@@ -29,6 +33,10 @@ def bench(
 ) -> None:
     """Measure speed and memory side by side with a baseline."""
     from convllava.bench.report import run, table_of
+    from convllava.bench.settings import Settings, parse_sides, parse_tokens
 
-    report = run(suite, towers.split(","), sides.split(","), language, peers, repeats, threads, output)
+    settings = Settings(
+        towers.split(","), parse_sides(sides), language, peers, vllm, parse_tokens(tokens), repeats, threads
+    )
+    report = run(suite, settings, output)
     show(report, as_json, lambda: [table_of(report)])

@@ -21,7 +21,7 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 8,
     context: Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer.")] = None,
     step_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of one step.")] = 128,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of one operation; else torch decides.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of one operation; else half of what torch takes.")] = None,
     cache_mb: Annotated[int, typer.Option(min=0, help="Of encoded images that are remembered.")] = 256,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Of a request.")] = 20,
     max_images: Annotated[int, typer.Option(min=0, help="In one request.")] = 8,

@@ -23,7 +23,7 @@ def plot_results(paths: Sequence[Path], output: Path) -> None:
     """Score against seconds to the first token, on a logarithmic axis.
 
     A marker's size tells the tower's parameters and its label the resolution, the square root of the pixels that the
-    tower sees; results of one model are joined by a line.
+    tower sees; its whiskers are the score's interval. Results of one model are joined by a line.
 
     Raises:
         InputError: a result has no efficiency, or they are of different benchmarks.
@@ -41,9 +41,12 @@ def plot_results(paths: Sequence[Path], output: Path) -> None:
         for place, (name, found) in enumerate(by_model.items()):
             _curve(axes, name, found, _COLOURS[place % len(_COLOURS)])
         axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=8)
         axes.set_xlabel("seconds to the first token")
         axes.set_ylabel(results[0]["primary"])
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
 
 
 def _timed(result: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -59,9 +62,15 @@ def _curve(axes: Any, name: str, results: Sequence[dict[str, Any]], colour: str)
     areas = [_AREA * math.sqrt(result["model"]["parameters"]["tower"] / 1e6) for result in ordered]
     axes.plot(seconds, scores, color=colour, linewidth=1, alpha=0.6)
     axes.scatter(seconds, scores, areas, color=colour, label=name)
+    axes.vlines(seconds, *zip(*map(_interval, ordered), strict=True), color=colour, linewidth=1, alpha=0.6)
     for x, y, result in zip(seconds, scores, ordered, strict=True):
         side = round(math.sqrt(result["efficiency"]["pixels"]))
-        axes.annotate(str(side), (x, y), (0, 7), textcoords="offset points", fontsize=7, color=INK, ha="center")
+        axes.annotate(str(side), (x, y), (6, -10), textcoords="offset points", fontsize=7, color=INK)
+
+
+def _interval(result: dict[str, Any]) -> tuple[float, float]:
+    low, high = result.get("interval") or (result["score"],) * 2
+    return low, high
 
 
 def plot_heights(rows: Sequence[dict[str, Any]], output: Path) -> None:

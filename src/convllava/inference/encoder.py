@@ -46,7 +46,7 @@ class FeatureCache:
                 self.bytes -= oldest.tokens.nbytes
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """One image that waits, and who waits for it."""
 
@@ -76,24 +76,32 @@ class EncoderStats:
     passes: int = 0
 
 
+ON_CPU = {"batch_pixels": 400_000, "workers": 2}
+"""Larger images fill a core one by one; together, the first would wait for the last, and the engine for them all."""
+
+
 class ImageEncoder:
-    """Runs tower and projector in a thread of its own, so that answers which are being written go on meanwhile.
+    """Runs tower and projector in threads of its own, so that answers which are being written go on meanwhile.
 
     Args:
         assistant: Whose tower.
         cache_bytes: Of encoded images that are kept.
         batch_pixels: Images that wait are encoded together up to so many pixels.
+        workers: Passes at a time.
     """
 
-    def __init__(self, assistant: Assistant, cache_bytes: int = 256 * 2**20, batch_pixels: int = 4_000_000) -> None:
+    def __init__(
+        self, assistant: Assistant, cache_bytes: int = 256 * 2**20, batch_pixels: int = 4_000_000, workers: int = 1
+    ) -> None:
         self.cache, self.stats = FeatureCache(cache_bytes), EncoderStats()
         self._assistant, self._batch_pixels = assistant, batch_pixels
         self._jobs: deque[_Job] = deque()
         self._running: list[_Job] = []
         self._changed = threading.Condition()
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="tower", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name="tower", daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
 
     def known(self, digest: str) -> EncodedImage | None:
         """An image that needs no encoding."""
@@ -124,53 +132,50 @@ class ImageEncoder:
         return future
 
     def close(self) -> None:
-        """Stop after the pass that runs; what waits is cancelled."""
+        """Stop after the passes that run; what waits is cancelled."""
         with self._changed:
             self._is_closed = True
             for job in self._jobs:
                 for future in job.waiting:
                     future.cancel()
             self._jobs.clear()
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
-        while self._take_batch():
+        while batch := self._take_batch():
             try:
-                images = self._encode([job.pixels for job in self._running])
+                images = self._assistant.encode_pixels([job.pixels for job in batch])
             except Exception as error:  # whatever it is, those who wait must hear of it
-                self._end_batch([partial(_fail, error=error)] * len(self._running))
+                self._end_batch(batch, [partial(_fail, error=error)] * len(batch))
             else:
-                self._keep(images)
-                self._end_batch([partial(_give, image=image) for image in images])
+                for job, image in zip(batch, images, strict=True):
+                    self.cache.put(job.digest, image)
+                self._end_batch(batch, [partial(_give, image=image) for image in images])
 
-    def _encode(self, pixels: list[BatchFeature]) -> list[EncodedImage]:
-        self.stats.passes += 1
-        self.stats.images += len(pixels)
-        return self._assistant.encode_pixels(pixels)
-
-    def _keep(self, images: list[EncodedImage]) -> None:
-        for job, image in zip(self._running, images, strict=True):
-            self.cache.put(job.digest, image)
-
-    def _end_batch(self, settlements: list[Callable[[Future[EncodedImage]], None]]) -> None:
+    def _end_batch(self, batch: list[_Job], settlements: list[Callable[[Future[EncodedImage]], None]]) -> None:
         with self._changed:
-            for job, settle in zip(self._running, settlements, strict=True):
+            for job, settle in zip(batch, settlements, strict=True):
                 job.settle(settle)
-            self._running = []
+                self._running.remove(job)
 
-    def _take_batch(self) -> bool:
-        """Wait for images and take those of the next pass; False is the end."""
+    def _take_batch(self) -> list[_Job]:
+        """Wait for images and take those of the next pass; none is the end."""
+        batch: list[_Job] = []
         with self._changed:
-            while not self._running and not self._is_closed:
+            while not batch and not self._is_closed:
                 self._changed.wait_for(lambda: self._jobs or self._is_closed)
                 room = self._batch_pixels
-                while self._jobs and (not self._running or self._jobs[0].size <= room):
+                while self._jobs and (not batch or self._jobs[0].size <= room):
                     job = self._jobs.popleft()
                     if not job.is_given_up():
-                        self._running.append(job)
+                        batch.append(job)
                         room -= job.size
-        return bool(self._running)
+            self._running += batch
+            self.stats.passes += bool(batch)
+            self.stats.images += len(batch)
+        return batch
 
 
 def _give(future: Future[EncodedImage], image: EncodedImage) -> None:

@@ -1,89 +1,20 @@
 """One pass of a language model over tokens of many sequences, each with its own keys and values.
 
 The tokens lie behind one another in a batch of one, so that every layer but attention is one product for all of them,
-with no padding between long and short. Attention alone looks at one sequence after the other: it is reached through
+with no padding between long and short. Attention alone looks at each sequence by itself: it is reached through
 transformers' attention interface, so that any causal language model which uses that interface can be run this way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
 from convllava.errors import InputError
-
-NAME = "convllava_ragged"
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""Arguments of attention that some models give and that change its numbers."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens of one sequence in a pass: `count` of them, after the `start` tokens that its slot holds already."""
-
-    slot: int
-    start: int
-    count: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-
-class KeyValues:
-    """Keys and values of `slots` sequences of at most `length` tokens, layer by layer.
-
-    A layer is (slots, heads, length, head size), made when it is first used, for only the model knows its sizes. On a
-    CPU the system gives memory to a row when it is first written: short conversations do not pay for long ones.
-    """
-
-    def __init__(self, slots: int, length: int) -> None:
-        self.slots, self.length = slots, length
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer; `key` and `value` of (1, heads, tokens, head size) tell their sizes."""
-        if index not in self._layers:
-            self._layers[index] = (self._empty(key), self._empty(value))
-        return self._layers[index]
-
-    def _empty(self, like: Tensor) -> Tensor:
-        return like.new_empty(self.slots, like.shape[1], self.length, like.shape[3])
-
-    @torch.inference_mode()
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Give one slot the first `count` tokens of another."""
-        for pair in self._layers.values():
-            for rows in pair:
-                rows[target, :, :count] = rows[source, :, :count]
-
-
-@dataclass
-class _Pass:
-    """What attention must know of the pass it is part of."""
-
-    cache: KeyValues
-    spans: Sequence[Span]
-    slots: Tensor
-    positions: Tensor
-    masks: dict[tuple[Span, int | None], Tensor] = field(default_factory=dict)
-
-    def mask(self, span: Span, window: int | None) -> Tensor:
-        """(count, end): which tokens each token of a span sees; the same in all layers of one window."""
-        if (span, window) not in self.masks:
-            queries = torch.arange(span.start, span.end, device=self.slots.device)[:, None]
-            keys = torch.arange(span.end, device=self.slots.device)
-            seen = keys <= queries
-            self.masks[span, window] = seen if window is None else seen & (keys > queries - window)
-        return self.masks[span, window]
+from convllava.inference.attention import NAME, KeyValues, Pass, Span, register
 
 
 class RaggedModel:
@@ -105,7 +36,7 @@ class RaggedModel:
         self.decoder, self.head = decoder, head
         self.cache = KeyValues(slots, length)
         self.device = next(decoder.parameters()).device
-        _register()
+        register()
         self._check()
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -123,14 +54,14 @@ class RaggedModel:
         Returns:
             (spans, vocabulary) float32 logits.
         """
-        positions = torch.cat([torch.arange(span.start, span.end) for span in spans]).to(self.device)
-        slots = torch.cat([torch.full((span.count,), span.slot) for span in spans]).to(self.device)
-        ragged = _Pass(self.cache, spans, slots, positions)
+        places = [(span.slot, position) for span in spans for position in range(span.start, span.end)]
+        slots, positions = torch.tensor(places, device=self.device).unbind(1)
+        ragged = Pass(self.cache, spans, slots, positions)
         output = self._decode(embeddings[None], positions[None], ragged)
         ends = torch.tensor([span.count for span in spans], device=self.device).cumsum(0) - 1
         return self.head(output[0, ends]).float()
 
-    def _decode(self, embeddings: Tensor, positions: Tensor, ragged: _Pass) -> Tensor:
+    def _decode(self, embeddings: Tensor, positions: Tensor, ragged: Pass) -> Tensor:
         before = self.decoder.config._attn_implementation
         self.decoder.config._attn_implementation = NAME
         try:
@@ -171,68 +102,6 @@ class RaggedModel:
 
 def _kind(decoder: PreTrainedModel) -> str:
     return f"a language model of type {decoder.config.model_type}"
-
-
-def _register() -> None:
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    ragged: _Pass | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of (1, heads, tokens, head size) queries, each span's to its own slot (transformers' interface).
-
-    Returns:
-        (1, tokens, heads, head size), and no weights.
-
-    Raises:
-        InputError: the model's attention does what this one cannot.
-    """
-    if ragged is None:  # not one of our passes
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise InputError(f"attention with {name} cannot decode several texts at once")
-    keys, values = ragged.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    keys[ragged.slots, :, ragged.positions] = key[0].transpose(0, 1)
-    values[ragged.slots, :, ragged.positions] = value[0].transpose(0, 1)
-    parts, offset = [], 0
-    for span in ragged.spans:
-        own = query[0, :, offset : offset + span.count]
-        parts.append(_attend_span(own, keys, values, span, ragged, scaling, sliding_window))
-        offset += span.count
-    return torch.cat(parts)[None], None
-
-
-def _attend_span(
-    query: Tensor, keys: Tensor, values: Tensor, span: Span, ragged: _Pass, scaling: float | None, window: int | None
-) -> Tensor:
-    """(heads, count, head size) -> (count, heads, head size).
-
-    Heads that share keys are laid out as further queries of the same head: nothing is repeated in memory.
-    """
-    heads, shared = query.shape[0], keys.shape[1]
-    group = heads // shared
-    first = max(0, span.end - window) if window is not None and span.count == 1 else 0
-    rows = slice(first, span.end)
-    mask = None if span.count == 1 else ragged.mask(span, window).repeat(group, 1)
-    output = F.scaled_dot_product_attention(
-        query.reshape(1, shared, group * span.count, -1),
-        keys[span.slot, None, :, rows],
-        values[span.slot, None, :, rows],
-        attn_mask=mask,
-        scale=scaling,
-    )
-    return output.reshape(heads, span.count, -1).transpose(0, 1)
 
 
 @torch.no_grad()

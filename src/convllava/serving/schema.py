@@ -102,6 +102,7 @@ class ChatRequest(_Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     parallel_tool_calls: bool | None = None
+    dataset: str | None = None  # VLMEvalKit names the benchmark
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:

@@ -19,7 +19,7 @@ import uvicorn
 
 from convllava.errors import InputError
 from convllava.inference import Assistant, load
-from convllava.inference.encoder import ImageEncoder
+from convllava.inference.encoder import ON_CPU, ImageEncoder
 from convllava.inference.engine import Engine
 from convllava.serving.app import create_app
 from convllava.serving.gate import Gate
@@ -113,7 +113,8 @@ def make_server(
         raise InputError("the API key is empty; give one or leave the option out")
     limits = limits or Limits()
     engine = Engine(assistant, slots, context, step_tokens)
-    service = Service(assistant, name, engine, ImageEncoder(assistant, cache_bytes), limits, hosts)
+    encoder = ImageEncoder(assistant, cache_bytes, **(ON_CPU if assistant.model.device.type == "cpu" else {}))
+    service = Service(assistant, name, engine, encoder, limits, hosts)
     config = uvicorn.Config(
         create_app(service, api_key),
         host=host,
@@ -141,15 +142,14 @@ def serve(
 
     Args:
         model, pixels: As of `convllava.load`.
-        threads: Of one operation; None leaves it to torch.
+        threads: Of one operation; None takes half of torch's, since images are encoded while answers are written.
         host, port, api_key, options: As of `make_server`.
 
     Raises:
         InputError: the place is taken, the model does not load or cannot be served this way, or a setting is bad.
     """
     place = _bind(host, port)  # before the model is loaded, which takes longer than to find out that it is in vain
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or max(1, torch.get_num_threads() // 2))
     assistant = load(model, pixels=pixels)
     if api_key is None and not _is_loopback(host):
         print(f"convllava: {host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
