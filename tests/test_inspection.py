@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from convllava import InputError
 from convllava.checkpoints import write
 from convllava.cli import app
-from convllava.inspection import inspect, presets, training_memory
+from convllava.inspection import inspect, inspect_tower, presets, training_memory
 
 
 def test_the_published_architecture_has_the_papers_numbers():
@@ -60,3 +60,28 @@ def test_another_kind_of_model_is_refused(tmp_path):
 def test_an_unknown_name_tells_the_presets():
     with pytest.raises(InputError, match=r"there is no model 'convllava-9b'.*convllava-1536-13b"):
         inspect("convllava-9b")
+
+
+def test_a_tower_alone_costs_what_it_costs_within_a_model():
+    alone = inspect_tower("L", [768, 1536])
+    whole = inspect("convllava-1536-7b", [768, 1536])
+    assert alone["parameters"] == sum(
+        whole["parameters"][part] for part in whole["parameters"] if part not in ("projector", "language_model")
+    )
+    assert [cost["visual_tokens"] for cost in alone["images"]] == [144, 576]
+    for one, other in zip(alone["images"], whole["images"], strict=True):
+        assert 0 < other["tower_gflop"] - one["gflop"] < 0.04 * one["gflop"]  # the projector
+
+
+def test_the_command_shows_a_tower_at_sizes():
+    result = CliRunner().invoke(app, ["info", "T", "--sides", "768,1024", "--json"])
+    assert [cost["gflop"] for cost in json.loads(result.stdout)["images"]] == [122.5, 217.7]
+    assert "144" in CliRunner().invoke(app, ["info", "T"]).stdout
+
+
+@pytest.mark.parametrize(("sides", "message"), [("a,b", "give whole numbers"), ("100", "multiples of its stride 64")])
+@pytest.mark.parametrize("name", ["T", "convllava-1024-t-0.5b"])
+def test_sides_that_cannot_be_are_one_line(name, sides, message):
+    result = CliRunner().invoke(app, ["info", name, "--sides", sides])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)

@@ -1,6 +1,7 @@
 """What a model is made of and what it costs, without allocating its weights.
 
     convllava info convllava-1536-7b
+    convllava info T --sides 768,1024,1536
 
 Parameters are counted and floating-point operations recorded on torch's meta device, where tensors have shapes only.
 """
@@ -8,6 +9,7 @@ Parameters are counted and floating-point operations recorded on torch's meta de
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any, TypedDict
 
@@ -17,10 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convllava import checkpoints
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.costs import tower_flops
 from convllava.errors import InputError
 from convllava.geometry import Size, visual_tokens
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.parts import parts_of
+from convllava.vision import ConvLlavaVisionModel
+from convllava.vision.model import check_multiples
 
 SIDES = (384, 768, 1024, 1536)
 TEXT_TOKENS = 64
@@ -41,6 +46,23 @@ class ImageCost(TypedDict):
     visual_tokens: int
     tower_gflop: float
     prefill_gflop: float
+
+
+class TowerCost(TypedDict):
+    """One side of square image, in pixels: visual tokens and GFLOP of the tower."""
+
+    side: int
+    visual_tokens: int
+    gflop: float
+
+
+class TowerReport(TypedDict):
+    """What `inspect_tower` found; stride: pixels of a token's side."""
+
+    name: str
+    parameters: int
+    stride: int
+    images: list[TowerCost]
 
 
 class Report(TypedDict):
@@ -103,18 +125,23 @@ def configuration_of(name: str) -> ConvLlavaConfig:
         raise InputError(f"{error}, or a preset: {', '.join(known)}") from None
 
 
-def inspect(name: str) -> Report:
+def inspect(name: str, sides: Sequence[int] | None = None) -> Report:
     """Parameters, cost per image and memory of a preset or checkpoint.
 
+    Args:
+        name: Of the preset, or the checkpoint's folder.
+        sides: Of square images in pixels; `SIDES`, brought to multiples of the stride, where none are given.
+
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or a side is no multiple of its stride.
     """
     config = configuration_of(name)
     with torch.device("meta"):
         model = ConvLlavaForConditionalGeneration(config).eval()
     parameters = {part: sum(p.numel() for _, p in named) for part, named in parts_of(model).items()}
     stride = config.vision_config.stride
-    sides = sorted({max(stride, round(side / stride) * stride) for side in SIDES})
+    sides = sides or sorted({max(stride, round(side / stride) * stride) for side in SIDES})
+    check_multiples([Size(side, side) for side in sides], stride)
     return {
         "name": name,
         "side": presets().get(name, {}).get("pixels", {}).get("side"),
@@ -127,6 +154,43 @@ def inspect(name: str) -> Report:
             if set(trained) <= set(parameters)
         },
     }
+
+
+def inspect_tower(name: str, sides: Sequence[int]) -> TowerReport:
+    """Parameters and cost of a tower of the family alone, on square images of these sides in pixels.
+
+    Raises:
+        InputError: there is no such tower, or a side is no multiple of its stride.
+    """
+    if name not in towers():
+        raise InputError(f"there is no tower {name!r}; choose of {', '.join(towers())}")
+    config = towers()[name]
+    check_multiples([Size(side, side) for side in sides], config.stride)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in ConvLlavaVisionModel(config).parameters())
+    return {
+        "name": name,
+        "parameters": parameters,
+        "stride": config.stride,
+        "images": [_tower_cost(config, side) for side in sides],
+    }
+
+
+def _tower_cost(config: ConvLlavaVisionConfig, side: int) -> TowerCost:
+    canvas = Size(side, side)
+    tokens = visual_tokens(canvas, config.stride, False)
+    return {"side": side, "visual_tokens": tokens, "gflop": round(tower_flops(config, canvas) / 1e9, 1)}
+
+
+def tower_table(report: TowerReport) -> Table:
+    """The report for the terminal."""
+    title = f"tower {report['name']}: {report['parameters']:,} parameters, stride {report['stride']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("pixels", "visual tokens", "GFLOP"):
+        table.add_column(column, justify="right")
+    for cost in report["images"]:
+        table.add_row(f"{cost['side']}x{cost['side']}", f"{cost['visual_tokens']:,}", f"{cost['gflop']:,}")
+    return table
 
 
 def image_cost(model: ConvLlavaForConditionalGeneration, canvas: Size) -> ImageCost:

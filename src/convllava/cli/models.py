@@ -8,17 +8,26 @@ from typing import Annotated
 
 import typer
 
-from convllava.cli.options import AsJson, show
+from convllava.cli.options import AsJson, numbers, show
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A published architecture such as convllava-1536-7b, or a checkpoint.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="An architecture such as convllava-1536-7b, a checkpoint, or a tower alone: T, S, B, L."),
+    ],
+    sides: Annotated[str | None, typer.Option(help="Of square images in pixels, separated by commas.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is made of and what it costs, without allocating it."""
-    from convllava.inspection import inspect, tables_of
+    from convllava.inspection import SIDES, inspect, inspect_tower, tables_of, tower_table, towers
 
-    report = inspect(name)
+    wanted = None if sides is None else numbers("--sides", sides)
+    if name in towers():
+        tower = inspect_tower(name, wanted or SIDES)
+        show(tower, as_json, lambda: [tower_table(tower)])
+        return
+    report = inspect(name, wanted)
     show(report, as_json, lambda: tables_of(report))
 
 

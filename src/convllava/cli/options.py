@@ -28,6 +28,14 @@ def pixels(image_mode: str | None, short_side: int | None, max_pixels: int | Non
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers above 0, separated by commas."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"{option} {text}: give whole numbers above 0, separated by commas")
+    return [int(part) for part in parts]
+
+
 def show(report: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
     """A report for a program or for a person."""
     if as_json:

@@ -25,6 +25,7 @@ from convllava.configuration import ConvLlavaVisionConfig
 from convllava.errors import InputError
 from convllava.geometry import Size
 from convllava.vision import inference, streaming
+from convllava.vision.depthwise import DepthwiseConv2d
 from convllava.vision.pixels import Grids, as_linear, halve, join, patches, rectangles
 
 
@@ -99,7 +100,7 @@ class ConvLlavaVisionLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ConvLlavaVisionConfig, channels: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.dwconv = DepthwiseConv2d(channels, kernel_size=7)
         self.layernorm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.act = ACT2FN[config.hidden_act]
