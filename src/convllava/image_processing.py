@@ -137,8 +137,10 @@ class ConvLlavaImageProcessorPil(PilBackend):
         """Most pixels of a canvas."""
         return self.side**2 if self.mode in _SQUARE else self.max_pixels
 
-    def within(self, pixels: int) -> dict[str, int]:
-        """Settings, of `placement` or of a call, with which a canvas has at most so many pixels."""
+    def within(self, pixels: int | None) -> dict[str, int]:
+        """Settings, of `placement` or of a call, with which a canvas has at most so many pixels; None is the budget."""
+        if pixels is None:
+            return {}
         if self.mode in _SQUARE:
             return {"side": isqrt(pixels) // self.stride * self.stride}
         return {"min_pixels": min(self.min_pixels, pixels), "max_pixels": pixels}

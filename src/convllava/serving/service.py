@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from convllava.errors import InputError
+from convllava.geometry import Size
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.images import check_header, load_image
 from convllava.inference.assistant import Assistant, EncodedImage
@@ -103,6 +104,19 @@ class Service:
         found = await _all(self._image(url, place, request.max_pixels) for place, url in urls)
         return await _in(self._checking, self._prepared, request, found)
 
+    async def measure(self, data: bytes) -> Size:
+        """Height and width of an image file, upright, after decoding all of it.
+
+        Raises:
+            RefusalError: it is damaged, too large or of another kind.
+        """
+        try:
+            await _in(self._checking, self._check_header, data)
+            image = await _in(self._decoding, self._decoded, data)
+        except InputError as error:
+            raise RefusalError(422, str(error).removeprefix("bytes: "), "invalid_image") from None
+        return Size(image.height, image.width)
+
     def _parsed(self, body: bytes) -> ChatRequest:
         request, limits = parse(body), self.limits
         if request.model != self.name:
@@ -147,8 +161,7 @@ class Service:
         return load_image(data, max_image_pixels=self.limits.image_pixels)
 
     def _pixels(self, data: bytes, max_pixels: int | None) -> BatchFeature:
-        budget = self.image_processor.within(max_pixels) if max_pixels else {}
-        return self.image_processor(self._decoded(data), return_tensors="pt", **budget)
+        return self.image_processor(self._decoded(data), return_tensors="pt", **self.image_processor.within(max_pixels))
 
     def _prepared(self, request: ChatRequest, found: list[tuple[str, EncodedImage]]) -> Prepared:
         messages = [message.as_message() for message in request.messages]
