@@ -252,6 +252,28 @@ def test_no_page_of_another_site_may_send_anything(knock):
         assert knock("POST", "/ui/gradio_api/upload", b"a", FORM | {"origin": origin})[0] == 403
 
 
+def test_an_open_page_does_not_keep_a_server_that_ends(tmp_path):
+    gate = Gate(2)
+
+    async def heartbeat(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def nothing():
+        await asyncio.Event().wait()
+
+    async def end():
+        scope = {"type": "http", "method": "GET", "path": "/ui/gradio_api/heartbeat/a", "headers": []}
+        page = asyncio.create_task(PageGuard(heartbeat, gate, LIMITS, tmp_path)(scope, nothing, nothing))
+        with gate.entered():
+            gate.drain()
+            await asyncio.wait({page}, timeout=0.7)
+            assert not page.done()
+        await asyncio.wait_for(page, 20)
+
+    asyncio.run(end())
+
+
 def test_with_a_key_nothing_of_the_page_is_open(knock):
     for path in ("/ui", "/ui/", "/ui/config", "/ui/assets/a.js", "/ui/monitoring"):
         assert knock("GET", path, key="the key:é")[0] == 401

@@ -6,6 +6,7 @@ many things. So everything is looked at here before any of it sees a request.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import json
@@ -36,6 +37,7 @@ _PLACES = re.compile(
 _UPLOAD, _FILE = "/gradio_api/upload", "/gradio_api/file="
 _MOST_HELD = 2**30
 """Bytes of uploaded files that are held at a time."""
+_LOOK_SECONDS = 0.3
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
@@ -87,9 +89,25 @@ class PageGuard:
         if not _PLACES.fullmatch(place) or (place.startswith(_FILE) and not self._is_ours(place.removeprefix(_FILE))):
             raise RefusalError(404, "the page has no such place", "unknown_url")
         if request.method != "POST":
-            return request.receive
+            return self._until_the_end(request.receive)
         with self._gate.entered():
             return _again(await self._body(request, is_upload=place == _UPLOAD), request.receive)
+
+    def _until_the_end(self, receive: Receive) -> Receive:
+        """The streams that an open page listens to must not keep a server that has nothing else to do."""
+
+        async def receive_or_end() -> Message:
+            message = asyncio.ensure_future(receive())
+            try:
+                while not message.done():
+                    await asyncio.wait({message}, timeout=_LOOK_SECONDS)
+                    if self._gate.is_draining and self._gate.inside == 0:
+                        return {"type": "http.disconnect"}
+                return message.result()
+            finally:
+                message.cancel()
+
+        return receive_or_end
 
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
