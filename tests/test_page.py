@@ -20,7 +20,7 @@ from convllava.geometry import Size
 from convllava.inference import Assistant
 from convllava.inference.encoder import ImageEncoder
 from convllava.inference.engine import Engine
-from convllava.serving import server
+from convllava.serving import guard, server
 from convllava.serving.budget import Budget
 from convllava.serving.dialogue import Picture, Reply, Talk, reply_to
 from convllava.serving.gate import Gate
@@ -172,8 +172,8 @@ def knock(tmp_path):
 
     seen, headers_out = [], []
 
-    def knock(method, path, body=b"", headers=None, key=None):
-        guard = PageGuard(page, Gate(2), LIMITS, tmp_path, key)
+    def knock(method, path, body=b"", headers=None, key=None, capacity=2):
+        door = PageGuard(page, Gate(capacity), LIMITS, tmp_path, key)
         told = {"host": "here:8000", "content-type": "application/json"} | (headers or {})
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "scheme": "http"}
         scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in told.items()]
@@ -186,7 +186,7 @@ def knock(tmp_path):
             sent.append(message)
 
         seen.clear()
-        asyncio.run(guard(scope, receive, send))
+        asyncio.run(door(scope, receive, send))
         headers_out[:] = sent[0]["headers"]
         return sent[0]["status"], seen[0] if seen else None
 
@@ -235,6 +235,14 @@ def test_only_uploaded_files_can_be_named(knock, tmp_path):
     assert knock("POST", JOIN, json.dumps({"path": str(tmp_path / "link")}).encode())[0] == 400
     for body in (b"{", b"[" * 100_000, b"\xff"):
         assert knock("POST", JOIN, body)[0] == 400
+
+
+def test_a_full_server_takes_no_picture_but_hears_who_stops(knock, tmp_path, monkeypatch):
+    assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM, capacity=0)[0] == 429
+    assert knock("POST", "/ui/gradio_api/cancel", b"{}", capacity=0)[0] == 200
+    (tmp_path / "held").write_bytes(b"0" * 11)
+    monkeypatch.setattr(guard, "_MOST_HELD", 10)
+    assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM)[0] == 503
 
 
 def test_bodies_have_the_limits_of_the_api(knock):

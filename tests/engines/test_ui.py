@@ -38,6 +38,7 @@ from convllava.serving.page import EXAMPLES
 
 RECEIPT = EXAMPLES / "receipt.png"
 TOTAL, BOX = "What is the total?", "Where exactly is the total? Give the box."
+LONGEST = 32
 SECONDS = 60
 """To wait for a busy machine."""
 ADDRESSES: list[str] = []
@@ -150,7 +151,9 @@ def driver():
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(load("tiny", device="cpu"), "tiny", ui=True, limits=Limits(image_pixels=1_000_000)) as running:
+    with serving(
+        load("tiny", device="cpu"), "tiny", ui=True, limits=Limits(image_pixels=1_000_000, new_tokens=LONGEST)
+    ) as running:
         yield running
     assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
 
@@ -169,7 +172,7 @@ def assistant():
 def slow(server, monkeypatch):
     """The service, whose every token takes as long as that of a large model."""
     step = server.service.engine.step
-    monkeypatch.setattr(server.service.engine, "step", lambda: (time.sleep(0.3), step())[1])
+    monkeypatch.setattr(server.service.engine, "step", lambda: (time.sleep(0.2), step())[1])
     return server.service
 
 
@@ -183,7 +186,7 @@ def test_an_answer_grows_and_is_what_the_model_answers(tab, slow, assistant):
     tab.show(RECEIPT)
     tab.driver.execute_script(GROWING)
     said = tab.ask(BOX)
-    assert said == assistant.ask(RECEIPT, BOX)
+    assert said == assistant.ask(RECEIPT, BOX, max_new_tokens=LONGEST)
     seen = [text for text in tab.driver.execute_script("return window.seen") if text != "\N{HORIZONTAL ELLIPSIS}"]
     assert len(seen) > 2
     assert all(said.startswith(text[:-1]) for text in seen)
@@ -194,13 +197,13 @@ def test_an_answer_grows_and_is_what_the_model_answers(tab, slow, assistant):
 def test_a_conversation_goes_on_and_the_box_it_names_is_drawn(tab, assistant, server):
     tab.show(RECEIPT)
     first = tab.ask(TOTAL)
-    assert first == assistant.ask(RECEIPT, TOTAL)
+    assert first == assistant.ask(RECEIPT, TOTAL, max_new_tokens=LONGEST)
     images = server.service.encoder.stats.images
     second = tab.ask(BOX)
     history = [(TOTAL, first), (BOX, second)]
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TOTAL}]}]
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": BOX}]
-    assert second == assistant.chat(messages, [RECEIPT])
+    assert second == assistant.chat(messages, [RECEIPT], max_new_tokens=LONGEST)
     assert tab.said() == [text for turn in history for text in turn]
     assert server.service.encoder.stats.images == images
     plain, box = load_image(RECEIPT), parse_box(second)
@@ -227,7 +230,7 @@ def test_the_slider_says_what_a_budget_costs_and_is_obeyed(tab, assistant, serve
     number.send_keys("512", Keys.ENTER, Keys.TAB)
     tab.wait(lambda: tab.text("cost") == budget.describe(size, 512**2))
     smaller = load("tiny", device="cpu", pixels=assistant.processor.image_processor.within(512**2))
-    assert tab.ask(TOTAL) == smaller.ask(RECEIPT, TOTAL)
+    assert tab.ask(TOTAL) == smaller.ask(RECEIPT, TOTAL, max_new_tokens=LONGEST)
     assert budget.cost(size, 512**2).shape in tab.text("facts")
 
 
@@ -235,7 +238,7 @@ def test_an_example_is_one_click(tab, assistant):
     tab.all("#examples button")[0].click()
     tab.wait(lambda: tab.all("#question textarea")[0].get_attribute("value") == TOTAL)
     assert tab.image().size == (384, 512)
-    assert tab.ask("") == assistant.ask(RECEIPT, TOTAL)
+    assert tab.ask("") == assistant.ask(RECEIPT, TOTAL, max_new_tokens=LONGEST)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,7 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(tab, slow, assist
     tab.wait(lambda: slow.engine.scheduler.running == slow.gate.inside == 0)
     tab.wait(lambda: tab.all("#question .submit-button"))
     said = tab.said()[1]
-    assert 5 < len(said) < len(str(assistant.ask(RECEIPT, BOX)))
+    assert 5 < len(said) < len(str(assistant.ask(RECEIPT, BOX, max_new_tokens=LONGEST)))
     tab.ask(TOTAL)
     assert tab.said()[:2] == [BOX, said]
 

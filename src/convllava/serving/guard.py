@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class PageGuard:
 
     Args:
         app: What it stands before.
-        gate: That a request is inside of while its body is read.
+        gate: That an upload is inside of while it is read; when it drains and is empty, streams to open pages end.
         limits: Of bodies, as for the API.
         folder: The only one whose files a request may name.
         api_key: That a browser must bring as the password of HTTP's basic authentication.
@@ -90,8 +91,8 @@ class PageGuard:
             raise RefusalError(404, "the page has no such place", "unknown_url")
         if request.method != "POST":
             return self._until_the_end(request.receive)
-        with self._gate.entered():
-            return _again(await self._body(request, is_upload=place == _UPLOAD), request.receive)
+        body = await (self._upload(request) if place == _UPLOAD else self._message(request))
+        return _again(body, request.receive)
 
     def _until_the_end(self, receive: Receive) -> Receive:
         """The streams that an open page listens to must not keep a server that has nothing else to do."""
@@ -120,14 +121,16 @@ class PageGuard:
         if not hmac.compare_digest(password, self._api_key.encode()):
             raise RefusalError(401, "give the server's key as the password", "invalid_api_key")
 
-    async def _body(self, request: Request, is_upload: bool) -> bytes:
-        if not is_upload:
-            body = await read_body(request, self._limits)
-            self._check_files(body)
-            return body
-        if sum(file.stat().st_size for file in Path(self._folder).rglob("*") if file.is_file()) > _MOST_HELD:
+    async def _message(self, request: Request) -> bytes:
+        body = await read_body(request, self._limits)
+        self._check_files(body)
+        return body
+
+    async def _upload(self, request: Request) -> bytes:
+        if _held(self._folder) > _MOST_HELD:
             raise RefusalError(503, "too many pictures are held; try again later", "too_many_files")
-        return await read_body(request, self._limits, "multipart/form-data")
+        with self._gate.entered():
+            return await read_body(request, self._limits, "multipart/form-data")
 
     def _check_files(self, body: bytes) -> None:
         try:
@@ -139,6 +142,15 @@ class PageGuard:
 
     def _is_ours(self, path: str) -> bool:
         return "\0" not in path and os.path.realpath(path).startswith(self._folder + os.sep)
+
+
+def _held(folder: str) -> int:
+    """Bytes of all files within."""
+    total = 0
+    for file in Path(folder).rglob("*"):
+        with suppress(OSError):  # removed meanwhile
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def _check_origin(request: Request) -> None:
