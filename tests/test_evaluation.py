@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from convllava.evaluation.generated.synthetic import evaluate
 from convllava.evaluation.scoring import metrics
-from convllava.geometry import parse_box
+from convllava.geometry import parse_box, parse_boxes
 from convllava.synthetic import World, box_text
 
 
@@ -62,6 +62,12 @@ def test_box_text_is_parsed_back(corner_and_sides):
     box = parse_box("It is at " + box_text((x, y, x + width, y + height), 640, 640) + ".")
     assert box is not None
     assert box == pytest.approx([min(v / 640, 0.99) for v in (x, y, x + width, y + height)], abs=0.0051)
+
+
+def test_every_box_of_a_text_is_found():
+    text = "One at [0.1, 0.2, 0.3, 0.4], one at [0.9,0.8,0.5,0.6]; [1, 2] is none."
+    assert list(parse_boxes(text)) == [(0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.9, 0.8)]
+    assert parse_box(text) == (0.1, 0.2, 0.3, 0.4)
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2, 3]", "[a, b, c, d]", "0.1, 0.2, 0.3, 0.4"])

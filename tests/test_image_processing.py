@@ -192,6 +192,19 @@ def test_placement_and_patches_foretell_the_output(mode: str) -> None:
     assert processor.get_number_of_image_patches(*size, override) == 16
 
 
+@pytest.mark.parametrize("mode", ["native", "square", "short_side", "crop"])
+@given(
+    size=st.builds(Size, st.integers(20, 900), st.integers(20, 900)),
+    pixels=st.integers(64**2, 640**2),
+)
+def test_within_a_budget_no_canvas_has_more_pixels(mode: str, size: Size, pixels: int) -> None:
+    processor = ConvLlavaImageProcessorPil(mode=mode, side=640, min_pixels=256**2, max_pixels=640**2)
+    assert processor.budget == 640**2
+    canvas = processor.placement(size, **processor.within(pixels)).canvas
+    assert canvas.height * canvas.width <= pixels
+    assert processor.placement(size, **processor.within(processor.budget)) == processor.placement(size)
+
+
 def test_background_is_the_mean_colour() -> None:
     assert mean_colour(ConvLlavaImageProcessorPil().image_mean) == BACKGROUND
     assert mean_colour(0.5) == (127, 127, 127)

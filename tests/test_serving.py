@@ -120,6 +120,18 @@ def test_a_conversation_reuses_its_beginning_and_its_image(client, server, assis
     assert (server.service.encoder.stats.images, server.service.encoder.stats.hits) == (images, hits + 1)
 
 
+def test_fewer_pixels_are_another_image(client, parts):
+    model, processor = parts
+    fewer = copy.deepcopy(processor)
+    fewer.image_processor.change(max_pixels=128**2)
+    large = picture(256, 256, 3)
+    for budget, own, tokens in ((None, processor, 20), (128**2, fewer, 6), (None, processor, 20)):
+        body = {"mm_processor_kwargs": {"max_pixels": budget}} if budget else {}
+        found = ask(client, "describe the image", large, extra_body=body)
+        assert found.choices[0].message.content == offline(Assistant(model, own), "describe the image", large)
+        assert found.usage.prompt_tokens_details.image_tokens == tokens
+
+
 def test_choices_of_one_seed_differ_and_come_again(client):
     drawn = [ask(client, "what?", n=3, seed=5, temperature=1.0, max_tokens=12) for _ in range(2)]
     texts = [[choice.message.content for choice in found.choices] for found in drawn]

@@ -7,6 +7,7 @@ one visual token. Nothing here knows of torch, transformers or Pillow.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -126,14 +127,16 @@ class Placement:
         return self.box_to_original((x0 * width, y0 * height, x1 * width, y1 * height))
 
 
+def parse_boxes(text: str) -> Iterator[Box]:
+    """Every "[0.12, 0.34, 0.50, 0.60]" in a text, as fractions of the image, corners in order."""
+    for found in _BOX.finditer(text):
+        x0, y0, x1, y1 = (float(number) for number in found.groups())
+        yield (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+
+
 def parse_box(text: str) -> Box | None:
-    """The first "[0.12, 0.34, 0.50, 0.60]" in a text, as fractions of the image, corners in order; None where
-    there is none."""
-    found = _BOX.search(text)
-    if found is None:
-        return None
-    x0, y0, x1, y1 = (float(number) for number in found.groups())
-    return (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+    """The first of `parse_boxes`; None where there is none."""
+    return next(parse_boxes(text), None)
 
 
 def cells_under(box: Box, cells: Size) -> set[tuple[int, int]]:

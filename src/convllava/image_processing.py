@@ -7,6 +7,7 @@ normalised, by Pillow and numpy alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from convllava.geometry import (
 from convllava.images import Draft, is_loaded, load_image, original_size
 
 _PLACING = ("mode", "stride", "min_pixels", "max_pixels", "side")
+_SQUARE = ("square", "crop")
+"""Modes whose canvas has `side` for both sides."""
 _CHANNELS = (1, 3, 4)
 _STRIP_ROWS = 256
 LONGEST = 8
@@ -130,6 +133,19 @@ class ConvLlavaImageProcessorPil(PilBackend):
         if not settings.pop("do_resize"):
             return unchanged(size, stride=settings["stride"])
         return place(size, **settings)
+
+    @property
+    def budget(self) -> int:
+        """Most pixels of a canvas."""
+        return self.side**2 if self.mode in _SQUARE else self.max_pixels
+
+    def within(self, pixels: int | None) -> dict[str, int]:
+        """Settings, of `placement` or of a call, with which a canvas has at most so many pixels; None is the budget."""
+        if pixels is None:
+            return {}
+        if self.mode in _SQUARE:
+            return {"side": isqrt(pixels) // self.stride * self.stride}
+        return {"min_pixels": min(self.min_pixels, pixels), "max_pixels": pixels}
 
     def _enough(self, draft: bool | None = None, **kwargs: Any) -> Draft | None:
         """For `load_image`: the size that an image is resized to, if drafts are asked for."""

@@ -17,6 +17,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="CONVLLAVA_API_KEY", help="That clients must bring; better as the variable.")
     ] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve a web page too, at /ui/.")] = False,
     allow_urls: Annotated[str, typer.Option(help="Hosts to fetch images from, separated by commas.")] = "",
     slots: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 8,
     context: Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer.")] = None,
@@ -42,6 +43,7 @@ def serve(
         host=host,
         port=port,
         api_key=api_key,
+        ui=ui,
         hosts=[name.strip() for name in allow_urls.split(",") if name.strip()],
         slots=slots,
         context=context,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from convllava.drawing import draw_boxes
 from convllava.geometry import Box
 
 _MARGIN, _TEXT, _LINE = 24, 22, 32
-_BOX_COLOUR = (220, 40, 40)
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,8 @@ def _draw_panel(page: Answered) -> Image.Image:
     width = max(page.image.width, *(int(font.getlength(line)) for line in lines)) + 2 * _MARGIN
     height = page.image.height + 3 * _MARGIN + _LINE * len(lines)
     panel = Image.new("RGB", (width, height), "white")
-    panel.paste(page.image, (_MARGIN, _MARGIN))
+    panel.paste(draw_boxes(page.image, page.boxes), (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(panel)
-    for x0, y0, x1, y1 in page.boxes:
-        draw.rectangle((x0 + _MARGIN, y0 + _MARGIN, x1 + _MARGIN, y1 + _MARGIN), outline=_BOX_COLOUR, width=3)
     top = page.image.height + 2 * _MARGIN
     for index, line in enumerate(lines):
         draw.text((_MARGIN, top + index * _LINE), line, fill="black" if index % 2 == 0 else (20, 80, 170), font=font)

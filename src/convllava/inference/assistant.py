@@ -15,7 +15,7 @@ from transformers import BatchFeature, TextIteratorStreamer
 
 from convllava import checkpoints
 from convllava.errors import InputError
-from convllava.geometry import Box, Size, parse_box
+from convllava.geometry import Box, Size, parse_boxes
 from convllava.images import ImageSource, load_image
 from convllava.modeling import ConvLlavaForConditionalGeneration, ConvLlavaImageFeatures
 from convllava.processing import ConvLlavaProcessor
@@ -151,10 +151,10 @@ class Assistant:
             pieces.append(piece)
         answer, seconds = "".join(pieces), time.perf_counter() - started
         size = Size(picture.height, picture.width)
-        box = parse_box(answer)
+        placement = self.processor.image_processor.placement(size)
         return {
             "answer": answer,
-            "boxes": [self.processor.image_processor.placement(size).box_from_normalised(box)] if box else [],
+            "boxes": [placement.box_from_normalised(box) for box in parse_boxes(answer)],
             "image_size": [size.width, size.height],
             "resized_to": [encoded.size[1], encoded.size[0]],
             "visual_tokens": len(encoded.tokens),

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from convllava.serving.job import Job, error_line
-from convllava.serving.refusal import RefusalError
+from convllava.serving.refusal import RefusalError, too_late
 from convllava.serving.service import Service, no_such_model
 from convllava.serving.transport import EventStream, discard_body, read_body, unless_gone
 
@@ -67,8 +67,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         try:
             response = await _chat(service, request, api_key)
         except RefusalError as refusal:
-            service.metrics.requests.labels(refusal.status).inc()
-            service.metrics.refusals.labels(refusal.code).inc()
+            service.metrics.refused(refusal)
             raise
         service.metrics.requests.labels(response.status_code).inc()
         return response
@@ -100,8 +99,8 @@ async def _chat(service: Service, request: Request, api_key: str | None) -> Resp
                 if not job.request.stream:
                     return JSONResponse(await unless_gone(request.receive, job.completion()))
         except TimeoutError:
-            raise _too_late(service) from None
-        return EventStream(_lines(job), deadline, error_line(_too_late(service)), stack.pop_all())
+            raise too_late(service.limits.seconds) from None
+        return EventStream(_lines(job), deadline, error_line(too_late(service.limits.seconds)), stack.pop_all())
 
 
 async def _read(service: Service, request: Request, api_key: str | None, stack: AsyncExitStack) -> bytes:
@@ -122,10 +121,6 @@ async def _lines(job: Job) -> AsyncIterator[str]:
             yield line
     except RefusalError as refusal:
         yield error_line(refusal)
-
-
-def _too_late(service: Service) -> RefusalError:
-    return RefusalError(503, f"the answer took more than {service.limits.seconds:g} s; ask for less", "too_late")
 
 
 def _authorise(request: Request, api_key: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from convllava.inference.answer import Event
 from convllava.serving.refusal import RefusalError
-from convllava.serving.replies import Choice, Replies
+from convllava.serving.replies import Choice, Replies, usage
 from convllava.serving.service import Prepared, Service
 
 
@@ -50,10 +50,14 @@ class Job:
         except RuntimeError:  # the loop is closed, and with it everybody who waited
             self._answers[index].is_cancelled = True
 
+    def usage(self) -> dict[str, Any]:
+        """Tokens of prompt and answers so far."""
+        return usage(self._answers)
+
     async def completion(self) -> dict[str, Any]:
         """The whole reply."""
         choices = [Choice() for _ in range(self.request.n)]
-        async for index, event in self._run():
+        async for index, event in self.events():
             choices[index].add(event)
         return self._replies.completion(choices, self._answers)
 
@@ -61,14 +65,15 @@ class Job:
         """The reply as server-sent events."""
         for index in range(self.request.n):
             yield _line(self._replies.opening(index))
-        async for index, event in self._run():
+        async for index, event in self.events():
             if event.text or event.tokens or event.finish:
                 yield _line(self._replies.chunk(index, event))
         if self.request.stream_options and self.request.stream_options.include_usage:
             yield _line(self._replies.usage_chunk(self._answers))
         yield "data: [DONE]\n\n"
 
-    async def _run(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """What happens, with the number of the answer that it happens to, until all are finished."""
         metrics, unfinished = self._service.metrics, len(self._answers)
         is_first = True
         while unfinished:

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from convllava.inference.encoder import ImageEncoder
 from convllava.inference.engine import Engine
 from convllava.serving.gate import Gate
+from convllava.serving.refusal import RefusalError
 
 _SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
@@ -37,6 +38,11 @@ class Metrics:
             registry=self._registry,
         )
         self._registry.register(_Inside(engine, encoder, gate))
+
+    def refused(self, refusal: RefusalError) -> None:
+        """Count a request that is not served."""
+        self.requests.labels(refusal.status).inc()
+        self.refusals.labels(refusal.code).inc()
 
     def text(self) -> bytes:
         """All of them as `/metrics` shows them."""

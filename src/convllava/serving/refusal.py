@@ -37,5 +37,10 @@ class RefusalError(Exception):
         return {"WWW-Authenticate": "Bearer"} if self.status == HTTPStatus.UNAUTHORIZED else {}
 
 
+def too_late(seconds: float) -> RefusalError:
+    """Of a request that is not answered in time."""
+    return RefusalError(503, f"the answer took more than {seconds:g} s; ask for less", "too_late")
+
+
 _INVALID = "invalid_request_error"
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}

@@ -69,6 +69,12 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+class PixelBudget(_Strict):
+    """How many pixels of each image the tower sees at most; the name is vLLM's."""
+
+    max_pixels: Annotated[int, Field(ge=1)]
+
+
 class ChatRequest(_Strict):
     """The fields of OpenAI's API that mean something here, and some that say nothing: those of the last group."""
 
@@ -85,6 +91,7 @@ class ChatRequest(_Strict):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    mm_processor_kwargs: PixelBudget | None = None
 
     # With the one value that is true of this server.
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -120,6 +127,11 @@ class ChatRequest(_Strict):
     def longest(self) -> int | None:
         """Most tokens of an answer, where the request says it."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def max_pixels(self) -> int | None:
+        """Of what the tower sees of an image, where the request says it."""
+        return self.mm_processor_kwargs.max_pixels if self.mm_processor_kwargs else None
 
     def image_urls(self) -> list[str]:
         return [url for message in self.messages for url in message.image_urls()]

@@ -91,6 +91,7 @@ def make_server(
     context: int | None = None,
     step_tokens: int = 128,
     cache_bytes: int = 256 * 2**20,
+    ui: bool = False,
     announce: Callable[[str], None] = lambda _: None,
 ) -> DrainingServer:
     """A server of one model, not yet running.
@@ -104,10 +105,11 @@ def make_server(
         limits: Of a request; None takes the defaults.
         slots, context, step_tokens: Of `Engine`.
         cache_bytes: Of encoded images that are remembered.
+        ui: Serve the web page too.
         announce: Called with the address, once there is one.
 
     Raises:
-        InputError: as `Engine`, or the key is empty.
+        InputError: as `Engine`, the key is empty, or what the page needs is not installed.
     """
     if api_key is not None and not api_key.strip():
         raise InputError("the API key is empty; give one or leave the option out")
@@ -115,8 +117,11 @@ def make_server(
     engine = Engine(assistant, slots, context, step_tokens)
     encoder = ImageEncoder(assistant, cache_bytes, **(ON_CPU if assistant.model.device.type == "cpu" else {}))
     service = Service(assistant, name, engine, encoder, limits, hosts)
+    app = create_app(service, api_key)
+    if ui:
+        _page().mount_page(app, service, api_key)
     config = uvicorn.Config(
-        create_app(service, api_key),
+        app,
         host=host,
         port=port,
         log_level="warning",
@@ -136,6 +141,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
+    ui: bool = False,
     **options: Any,
 ) -> None:
     """Serve a model until a signal ends it.
@@ -143,18 +149,21 @@ def serve(
     Args:
         model, pixels: As of `convllava.load`.
         threads: Of one operation; None takes half of torch's, since images are encoded while answers are written.
-        host, port, api_key, options: As of `make_server`.
+        host, port, api_key, ui, options: As of `make_server`.
 
     Raises:
         InputError: the place is taken, the model does not load or cannot be served this way, or a setting is bad.
     """
-    place = _bind(host, port)  # before the model is loaded, which takes longer than to find out that it is in vain
+    # Both before the model is loaded, which takes longer than to find out that it is in vain.
+    place = _bind(host, port)
+    if ui:
+        _page()
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // 2))
     assistant = load(model, pixels=pixels)
     if api_key is None and not _is_loopback(host):
         print(f"convllava: {host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
     name = Path(model).name if Path(model).is_dir() else model  # a client has no business with our folders
-    server = make_server(assistant, name, api_key=api_key, announce=_announce(name), **options)
+    server = make_server(assistant, name, api_key=api_key, ui=ui, announce=_announce(name, ui), **options)
     server.run(sockets=[place])
 
 
@@ -169,8 +178,20 @@ def _bind(host: str, port: int) -> socket.socket:
     return place
 
 
-def _announce(name: str) -> Callable[[str], None]:
-    return lambda address: print(f"serving {name} at {address}/v1", file=sys.stderr, flush=True)
+def _page() -> Any:
+    try:
+        from convllava.serving import page
+    except ImportError as error:
+        raise InputError(f"the page needs {error.name}; pip install 'convllava[ui]'") from None
+    return page
+
+
+def _announce(name: str, ui: bool) -> Callable[[str], None]:
+    def announce(address: str) -> None:
+        page = f"; the page is {address}/ui/" if ui else ""
+        print(f"serving {name} at {address}/v1{page}", file=sys.stderr, flush=True)
+
+    return announce
 
 
 def _is_loopback(host: str) -> bool:

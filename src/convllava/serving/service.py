@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import BatchFeature
 
 from convllava.errors import InputError
+from convllava.geometry import Size
+from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.images import check_header, load_image
 from convllava.inference.assistant import Assistant, EncodedImage
 from convllava.inference.encoder import ImageEncoder, digest_of
@@ -78,6 +81,10 @@ class Service:
         generation = self.assistant.model.generation_config
         return float(generation.temperature or 1.0) if generation is not None and generation.do_sample else 0.0
 
+    @property
+    def image_processor(self) -> ConvLlavaImageProcessorPil:
+        return self.assistant.processor.image_processor
+
     def close(self) -> None:
         """Stop the threads."""
         for pool in (self._checking, self._decoding, self._fetching):
@@ -93,8 +100,22 @@ class Service:
         """
         request = await _in(self._checking, self._parsed, body)
         del body  # its images are held decoded from here on
-        found = await _all(self._image(url, place) for place, url in enumerate(request.image_urls(), start=1))
+        urls = enumerate(request.image_urls(), start=1)
+        found = await _all(self._image(url, place, request.max_pixels) for place, url in urls)
         return await _in(self._checking, self._prepared, request, found)
+
+    async def measure(self, data: bytes) -> Size:
+        """Height and width of an image file, upright, after decoding all of it.
+
+        Raises:
+            RefusalError: it is damaged, too large or of another kind.
+        """
+        try:
+            await _in(self._checking, self._check_header, data)
+            image = await _in(self._decoding, self._decoded, data)
+        except InputError as error:
+            raise RefusalError(422, str(error).removeprefix("bytes: "), "invalid_image") from None
+        return Size(image.height, image.width)
 
     def _parsed(self, body: bytes) -> ChatRequest:
         request, limits = parse(body), self.limits
@@ -105,21 +126,23 @@ class Service:
             ("messages", "characters of text", request.characters(), limits.prompt_characters),
             ("n", "answers", request.n, limits.choices),
             ("max_completion_tokens", "tokens of an answer", request.longest or 0, limits.new_tokens),
+            ("mm_processor_kwargs", "pixels of an image", request.max_pixels or 0, self.image_processor.budget),
         )
         for parameter, what, value, most in bounds:
             if value > most:
                 raise RefusalError(400, f"{value} {what}; at most {most} are served", "too_many", parameter)
         return request
 
-    async def _image(self, url: str, place: int) -> tuple[str, EncodedImage]:
-        """The digest of an image's file, and its tokens."""
+    async def _image(self, url: str, place: int, max_pixels: int | None) -> tuple[str, EncodedImage]:
+        """What tells an image from others, and its tokens."""
         try:
             data = await self._bytes(url)
             digest = await _in(self._checking, digest_of, data)
+            digest += f" within {max_pixels} pixels" if max_pixels else ""
             if known := self.encoder.known(digest):
                 return digest, known
             await _in(self._checking, self._check_header, data)
-            pixels = await _in(self._decoding, self._pixels, data)
+            pixels = await _in(self._decoding, self._pixels, data, max_pixels)
         except InputError as error:
             raise RefusalError(422, f"image {place}: {error}", "invalid_image", "messages") from None
         return digest, await asyncio.wrap_future(self.encoder.submit(digest, pixels))
@@ -134,9 +157,11 @@ class Service:
         if kind not in FORMATS:
             raise InputError(f"a {kind} file; send one of {', '.join(FORMATS)}")
 
-    def _pixels(self, data: bytes) -> BatchFeature:
-        image = load_image(data, max_image_pixels=self.limits.image_pixels)
-        return self.assistant.processor.image_processor(image, return_tensors="pt")
+    def _decoded(self, data: bytes) -> Image.Image:
+        return load_image(data, max_image_pixels=self.limits.image_pixels)
+
+    def _pixels(self, data: bytes, max_pixels: int | None) -> BatchFeature:
+        return self.image_processor(self._decoded(data), return_tensors="pt", **self.image_processor.within(max_pixels))
 
     def _prepared(self, request: ChatRequest, found: list[tuple[str, EncodedImage]]) -> Prepared:
         messages = [message.as_message() for message in request.messages]

@@ -18,14 +18,15 @@ _Result = TypeVar("_Result")
 _DISCARD_SECONDS = _LAST_SECONDS = 0.5
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: Limits, kind: str = "application/json") -> bytes:
     """The whole body.
 
     Raises:
-        RefusalError: it is not said to be JSON (a web page of any site could send it, then), or too large, or too slow.
+        RefusalError: it is not said to be of the kind (what is not JSON a web page of any site could send), or too
+            large, or too slow.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RefusalError(400, "the Content-Type must be application/json", "invalid_content_type")
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+        raise RefusalError(400, f"the Content-Type must be {kind}", "invalid_content_type")
     too_large = RefusalError(413, f"the body has more than {limits.body_bytes / 2**20:g} MiB", "body_too_large")
     if int(request.headers.get("content-length") or 0) > limits.body_bytes:
         raise too_large
