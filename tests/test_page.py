@@ -20,7 +20,7 @@ from convllava.geometry import Size
 from convllava.inference import Assistant
 from convllava.inference.encoder import ImageEncoder
 from convllava.inference.engine import Engine
-from convllava.serving import guard, server
+from convllava.serving import dialogue, guard, server
 from convllava.serving.budget import Budget
 from convllava.serving.dialogue import Picture, Reply, Talk, reply_to
 from convllava.serving.gate import Gate
@@ -78,6 +78,19 @@ def test_a_conversation_says_what_the_model_says_to_the_whole_history(service, t
     assert service.encoder.stats.images == 1
     assert reply.usage["prompt_tokens_details"]["cached_tokens"] > 16
     assert service.metrics.requests.labels(200)._value.get() == 2
+
+
+def test_the_last_look_is_whole_however_slowly_the_others_are_shown(service, talk, monkeypatch):
+    monkeypatch.setattr(dialogue, "_FRAME", 0.001)
+
+    async def last():
+        looks = []
+        async for reply in reply_to(service, talk, "what is red?"):
+            looks.append(reply)
+            await asyncio.sleep(0.5)
+        return looks[-1]
+
+    assert asyncio.run(last()).usage["completion_tokens"] == 8
 
 
 @given(height=st.integers(64, 700), width=st.integers(64, 700), side=st.floats(0, 1000))

@@ -94,10 +94,10 @@ async def reply_to(
     reply = Reply()
     work = asyncio.create_task(_answer(service, talk, question, max_pixels, reply))
     try:
-        while not work.done():
-            await asyncio.wait({work}, timeout=_FRAME)
+        while not (await asyncio.wait({work}, timeout=_FRAME))[0]:
             yield replace(reply)
         work.result()
+        yield reply  # whole, though it may have ended while the last look at it was being shown
     finally:
         work.cancel()
 
