@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import fresh, picture
+from conftest import picture, talkative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +59,13 @@ def offline(assistant, question, image, count=8):
     return assistant.chat([{"role": "user", "content": question}], images, max_new_tokens=count)
 
 
+def test_answers_of_the_random_model_tell_questions_and_images_apart(assistant):
+    """Or no comparison of answers could fail."""
+    answers = {offline(assistant, question, image, 12) for question in QUESTIONS for image in (None, 0, 1, 2)}
+    assert len(answers) > 8
+    assert sum(len(set(answer)) for answer in answers) > 4 * len(answers)
+
+
 @pytest.mark.parametrize("mix", range(6))
 def test_greedy_answers_are_the_same_in_any_company(assistant, mix):
     dice = random.Random(mix)
@@ -86,7 +93,7 @@ def test_the_weights_in_the_package_answer_as_alone():
 
 
 def test_weights_by_columns_answer_the_same():
-    assistant = Assistant(*fresh())
+    assistant = Assistant(*talkative())
     expected = [offline(assistant, question, 1) for question in QUESTIONS]
     writer = Writer(assistant)
     writer.engine = Engine(assistant)
