@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import picture
+from killing import killed_after
 from test_training import CHAT, log, recipe
 from test_training import weights as weights_of
 
@@ -106,21 +107,12 @@ def test_the_next_stage_trains_what_the_adapter_has_made(run, tmp_path):
     assert all(last[name].equal(adapted[name]) for name in adapted if part_of(name) in ("stem", "stage4"))
 
 
-def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path):
     plan = recipe(replaced(adapter=Adapter(rank=4, dropout=0.1, parts=BOTH.parts)), save_every=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     engine.train(plan, whole)
-    original = engine.StageTrainer.training_step
-
-    def dying(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(3):
         engine.train(plan, parts)
-    monkeypatch.undo()
     engine.train(plan, parts, resume=True)
     assert [line["loss"] for line in log(parts)] == [line["loss"] for line in log(whole)]
     for name, parameter in weights_of(whole / "0-lora").items():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fresh, picture
+from killing import killed_after
 
 from convllava.errors import InputError
 from convllava.training import engine
@@ -79,16 +80,13 @@ def test_a_tower_goes_on_from_any_stage_with_the_same_numbers(stages):
     torch.testing.assert_close(again.last_hidden_state, whole.last_hidden_state, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("trains", "frozen"), [(PROJECTOR, 4), (INSTRUCT, 5), ({"stage3": 1e-3, "stage5": 1e-3}, 2)])
+@pytest.mark.parametrize(("trains", "frozen"), [(PROJECTOR, 4), (INSTRUCT, 5)])
 def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trains, frozen):
-    settings = {"trains": trains, "batch_size": 1, "steps": 12}
+    settings = {"trains": trains, "batch_size": 1, "steps": 8}
     for name, gb in (("without", 0.0), ("first", 1.0), ("second", 1.0)):
         engine.train(recipe(folder, gb, **settings), folder / name)
         assert losses(folder / name) == losses(folder / "without")
         assert encoded == [frozen] * (5 * (gb > 0))
-    engine.train(recipe(folder, 0.0, trains=trains), folder / "batches")
-    engine.train(recipe(folder, trains=trains), folder / "kept")
-    assert losses(folder / "kept") == pytest.approx(losses(folder / "batches"), abs=1e-6)
 
 
 def test_packed_passes_of_a_budget_adapters_and_evaluation_go_with_it(folder, encoded):
@@ -145,27 +143,13 @@ def test_names_are_of_pixels_and_of_their_shape():
     assert name_of(image) != name_of(image + 1)
 
 
-class KilledError(Exception):
-    """Stands in for a kill: raised in the middle of a step."""
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(folder, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(folder):
     whole = dataclasses.replace(recipe(folder, trains=PROJECTOR), save_every=2)
     engine.train(whole, folder / "whole")
     for path in (folder / ".cache" / "features").rglob("*.safetensors"):
         path.unlink()
-    step, calls = engine.StageTrainer.training_step, []
-
-    def dying(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KilledError
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
-    with pytest.raises(KilledError):
+    with killed_after(3):
         engine.train(whole, folder / "parts")
-    monkeypatch.undo()
     next((folder / ".cache" / "features").rglob("*.safetensors")).unlink()
     engine.train(whole, folder / "parts", resume=True)
     assert losses(folder / "parts") == losses(folder / "whole")

@@ -21,6 +21,7 @@ from conftest import fresh, picture
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
+from killing import killed_after
 from PIL import Image
 
 from convllava.data import storage
@@ -372,19 +373,8 @@ def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(folder, tmp_p
     plan = recipe(folder, Source(path), Source("data.json", "images"), steps=7)
     plan = Recipe(**{**vars(plan), "save_every": 2})
     engine.train(plan, tmp_path / "whole")
-    step = engine.StageTrainer.training_step
-    calls = []
-
-    def dying(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise InterruptedError
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
-    with pytest.raises(InterruptedError):
+    with killed_after(3):
         engine.train(plan, tmp_path / "parts")
-    monkeypatch.setattr(engine.StageTrainer, "training_step", step)
     monkeypatch.setattr(FileDataset, "__getitem__", noting(places := []))
     engine.train(plan, tmp_path / "parts", resume=True)
     assert places == list(range(2, 7))  # nothing is read that was trained on before

@@ -7,9 +7,10 @@ import json
 
 import pytest
 import torch
+from killing import KilledError, killed_after
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import CHAT, DATA, DENSE, KilledError, log, recipe, weights
+from test_training import CHAT, DATA, DENSE, log, recipe, weights
 
 from convllava.checkpoints import read
 from convllava.data.conversation import IGNORE, collate, pack
@@ -110,22 +111,13 @@ DROPPING = dataclasses.replace(AVERAGED, adapter=Adapter(rank=2, dropout=0.3))
 
 
 @pytest.mark.parametrize("stage", [AVERAGED, STOPPED, DROPPING], ids=["average", "early stopping", "dropout"])
-def test_a_resumed_run_leaves_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, stage):
+def test_a_resumed_run_leaves_the_weights_of_an_uninterrupted_one(tmp_path, stage):
     plan, whole, parts = recipe(stage, save_every=1), tmp_path / "whole", tmp_path / "parts"
     plan = dataclasses.replace(plan, workers=1 if stage is DROPPING else 0)  # loaders with workers draw a seed
     engine.train(plan, whole)
     steps = losses(whole)
-    original = engine.StageTrainer.training_step
-
-    def dying(self, *args, **kwargs):
-        if self.state.global_step == len(steps) - 1:
-            raise KilledError
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
-    with pytest.raises(KilledError):
+    with killed_after(len(steps) - 1):
         engine.train(plan, parts)
-    monkeypatch.undo()
     engine.train(plan, parts, resume=True)
     assert losses(parts) == steps
     assert losses(parts, "eval_loss") == losses(whole, "eval_loss")

@@ -16,6 +16,7 @@ import time
 
 import pytest
 import torch
+from killing import KilledError, killed_after
 from PIL import Image
 
 import convllava
@@ -101,29 +102,14 @@ def test_the_log_has_one_line_a_step(tmp_path):
     assert list((tmp_path / "tensorboard").rglob("events*"))
 
 
-class KilledError(Exception):
-    """Stands in for a kill: raised in the middle of a step."""
-
-
 @pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, GUIDED], ids=lambda stage: stage.name)
-def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, stage):
+def test_resumed_equals_uninterrupted(tmp_path, stage):
     plan = recipe(stage, save_every=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     engine.train(plan, whole)
-    original = engine.StageTrainer.training_step
-    calls = []
-
-    def dying(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KilledError
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(engine.StageTrainer, "training_step", dying)
-    with pytest.raises(KilledError):
+    with killed_after(2):
         engine.train(plan, parts)
     assert not (parts / f"0-{stage.name}").exists()
-    monkeypatch.setattr(engine.StageTrainer, "training_step", original)
     engine.train(plan, parts, resume=True)
     assert [line["loss"] for line in log(parts)] == [line["loss"] for line in log(whole)]
     spent = [line["processor"] for line in log(parts)]
