@@ -17,7 +17,6 @@ from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -141,7 +140,10 @@ class PageGuard:
             raise RefusalError(400, "only files that were uploaded can be named", "invalid_request")
 
     def _is_ours(self, path: str) -> bool:
-        return "\0" not in path and os.path.realpath(path).startswith(self._folder + os.sep)
+        try:
+            return os.path.realpath(path).startswith(self._folder + os.sep)
+        except ValueError:  # no file can have such a name
+            return False
 
 
 def _held(folder: str) -> int:
@@ -156,7 +158,7 @@ def _held(folder: str) -> int:
 def _check_origin(request: Request) -> None:
     """A page of another site must not make its visitors' browsers send anything."""
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         raise RefusalError(403, "the request comes from a page of another site", "foreign_origin")
 
 
