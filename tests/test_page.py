@@ -254,9 +254,20 @@ def test_only_uploaded_files_can_be_named(knock, tmp_path):
 def test_a_full_server_takes_no_picture_but_hears_who_stops(knock, tmp_path, monkeypatch):
     assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM, capacity=0)[0] == 429
     assert knock("POST", "/ui/gradio_api/cancel", b"{}", capacity=0)[0] == 200
-    (tmp_path / "held").write_bytes(b"0" * 11)
-    monkeypatch.setattr(guard, "_MOST_HELD", 10)
+    (tmp_path / "held").write_bytes(b"0" * 10_001)
+    monkeypatch.setattr(guard, "_MOST_HELD", 10_000)
     assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM)[0] == 503
+
+
+def test_many_empty_files_are_much_and_what_is_old_makes_room(knock, tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "empty").touch()
+    monkeypatch.setattr(guard, "_MOST_HELD", 6 * 4096 - 1)
+    assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM)[0] == 503
+    monkeypatch.setattr(guard, "KEPT_SECONDS", -60)
+    assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM)[0] == 200
+    assert not list(tmp_path.iterdir())
 
 
 def test_bodies_have_the_limits_of_the_api(knock):

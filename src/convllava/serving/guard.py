@@ -12,6 +12,7 @@ import hmac
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from http import HTTPStatus
@@ -35,8 +36,10 @@ _PLACES = re.compile(
 )
 """What a page asks for while it is used."""
 _UPLOAD, _FILE = "/gradio_api/upload", "/gradio_api/file="
-_MOST_HELD = 2**30
-"""Bytes of uploaded files that are held at a time."""
+KEPT_SECONDS = 3600
+"""Of an uploaded file."""
+_MOST_HELD, _LEAST = 2**30, 4096
+"""Bytes of uploaded files that are held at a time, and what each counts for at least, a folder too."""
 _LOOK_SECONDS = 0.3
 _HEADERS = {
     "Content-Security-Policy": (
@@ -126,9 +129,9 @@ class PageGuard:
         return body
 
     async def _upload(self, request: Request) -> bytes:
-        if _held(self._folder) > _MOST_HELD:
-            raise RefusalError(503, "too many pictures are held; try again later", "too_many_files")
         with self._gate.entered():
+            if await asyncio.to_thread(_held, self._folder) > _MOST_HELD:
+                raise RefusalError(503, "too many pictures are held; try again later", "too_many_files")
             return await read_body(request, self._limits, "multipart/form-data")
 
     def _check_files(self, body: bytes) -> None:
@@ -147,11 +150,18 @@ class PageGuard:
 
 
 def _held(folder: str) -> int:
-    """Bytes of all files within."""
-    total = 0
-    for file in Path(folder).rglob("*"):
-        with suppress(OSError):  # removed meanwhile
-            total += file.stat().st_size if file.is_file() else 0
+    """Bytes of all within, once what is too old is gone: Gradio forgets folders, and files that it did not ask for."""
+    total, oldest = 0, time.time() - KEPT_SECONDS
+    for parent, folders, files in os.walk(folder, topdown=False):
+        for path in (Path(parent, name) for name in (*files, *folders)):
+            with suppress(OSError):  # removed meanwhile, or not empty
+                found = path.lstat()
+                if found.st_ctime > oldest:
+                    total += max(found.st_size, _LEAST)
+                elif path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
     return total
 
 

@@ -25,14 +25,12 @@ from convllava.geometry import Box, Size, parse_boxes
 from convllava.images import load_image
 from convllava.serving.budget import Budget
 from convllava.serving.dialogue import Picture, Reply, Talk, reply_to
-from convllava.serving.guard import PAGE, PageGuard
+from convllava.serving.guard import KEPT_SECONDS, PAGE, PageGuard
 from convllava.serving.refusal import RefusalError
 from convllava.serving.service import Service
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 _STYLE = Path(__file__).with_name("page.css")
-_KEPT_SECONDS = 3600
-"""Of an uploaded file."""
 _SHOWN_SIDE = 1600
 """Most pixels of a side of a picture that is shown with boxes."""
 _INVITATION = "Drop a picture, or choose an example below."
@@ -99,7 +97,7 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """The page, not yet mounted."""
-        page = gr.Blocks(title="ConvLLaVA", analytics_enabled=False, delete_cache=(60, _KEPT_SECONDS))
+        page = gr.Blocks(title="ConvLLaVA", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS))
         with page:
             self._talk = gr.State(Talk())
             gr.HTML(f"ConvLLaVA <span>{escape(self._service.name)}</span>", elem_id="title")
