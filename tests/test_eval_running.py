@@ -186,6 +186,12 @@ def test_questions_about_several_images_are_asked_together(assistant, tmp_path):
     assert efficiency["peak_memory_mb"] > 0
 
 
+def test_answers_with_any_separator_are_continued(tmp_path):
+    entries = [{"id": str(number), "answer": f"one{chr(number)}two"} for number in (10, 13, 0x1C, 0x85, 0x2028, 0x2029)]
+    Journal(tmp_path, {}).add(entries)
+    assert list(Journal(tmp_path, {}).entries.values()) == entries
+
+
 def test_the_generated_world_through_a_run_is_that_of_evaluate(assistant, tmp_path):
     world = World("heldout", seed=3, size=192, simple=True)
     questions = world_questions(world, 3)

@@ -75,7 +75,7 @@ def _continued(path: Path) -> list[Entry]:
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    lines = whole.decode("utf-8").splitlines()
+    lines = whole.decode("utf-8").split("\n")[:-1]  # splitlines would break at separators that an answer may hold
     entries = [parse_json(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
