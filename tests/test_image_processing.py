@@ -203,6 +203,8 @@ def test_within_a_budget_no_canvas_has_more_pixels(mode: str, size: Size, pixels
     canvas = processor.placement(size, **processor.within(pixels)).canvas
     assert canvas.height * canvas.width <= pixels
     assert processor.placement(size, **processor.within(processor.budget)) == processor.placement(size)
+    with pytest.raises(InputError, match="max_pixels 4095 is less than one visual token; give at least 4096"):
+        processor.within(64**2 - 1)
 
 
 def test_background_is_the_mean_colour() -> None:

@@ -366,9 +366,14 @@ def _budget(stride: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     _check_positive(stride=stride, min_pixels=min_pixels, max_pixels=max_pixels)
     if min_pixels > max_pixels:
         raise InputError(f"min_pixels {min_pixels} is more than max_pixels {max_pixels}; swap or change them")
+    check_most(max_pixels, stride)
+    return -(-min_pixels // stride**2), max_pixels // stride**2
+
+
+def check_most(max_pixels: int, stride: int = DEFAULT_STRIDE) -> None:
+    """Raises InputError where not one visual token has room in so many pixels."""
     if max_pixels < stride**2:
         raise InputError(f"max_pixels {max_pixels} is less than one visual token; give at least {stride**2}")
-    return -(-min_pixels // stride**2), max_pixels // stride**2
 
 
 def _check_positive(**settings: int) -> None:

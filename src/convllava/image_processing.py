@@ -27,6 +27,7 @@ from convllava.geometry import (
     DEFAULT_STRIDE,
     Placement,
     Size,
+    check_most,
     grid,
     place,
     unchanged,
@@ -140,9 +141,14 @@ class ConvLlavaImageProcessorPil(PilBackend):
         return self.side**2 if self.mode in _SQUARE else self.max_pixels
 
     def within(self, pixels: int | None) -> dict[str, int]:
-        """Settings, of `placement` or of a call, with which a canvas has at most so many pixels; None is the budget."""
+        """Settings, of `placement` or of a call, with which a canvas has at most so many pixels; None is the budget.
+
+        Raises:
+            InputError: no visual token has room in so few.
+        """
         if pixels is None:
             return {}
+        check_most(pixels, self.stride)
         if self.mode in _SQUARE:
             return {"side": isqrt(pixels) // self.stride * self.stride}
         return {"min_pixels": min(self.min_pixels, pixels), "max_pixels": pixels}
