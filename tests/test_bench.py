@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def suites_photograph() -> bytes:
         (("tower", "--towers", "X"), "there is no tower 'X'"),
         (("tower", "--sides", "100"), "give multiples of 64"),
         (("first-token", "--language", "9b"), "there is no language model '9b'"),
-        (("serving", "--tokens", "32,0"), "--tokens 32,0: give positive numbers"),
+        (("serving", "--tokens", "32,0"), "--tokens 32,0: give whole numbers above 0"),
         (("serving", "--vllm", "/nowhere/python"), "--vllm /nowhere/python is no program"),
     ],
 )
@@ -255,6 +256,12 @@ def test_processor_time_of_a_server_counts_those_it_has_started():
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         until(lambda: servers.Running("", "", process.pid).cpu_seconds() > servers._cpu_seconds(process.pid) + 0.1)
         process.communicate(b"\n")
+
+
+def test_a_folder_with_a_space_is_one_argument():
+    folder = Path("with a space")
+    for server in (servers.ours(folder), servers.vllm(folder, Path(sys.executable))):
+        assert str(folder) in server.command
 
 
 def test_a_server_that_does_not_start_says_why():

@@ -90,7 +90,7 @@ def vllm(folder: Path, python: Path) -> Server:
     if python.is_dir() or not os.access(python, os.X_OK):
         raise InputError(f"--vllm {python} is no program; give the python of an environment that has vLLM")
     port = _free_port()
-    options = f"--model {folder} --served-model-name model --host 127.0.0.1 --port {port}".split()
+    options = ["--model", str(folder), *f"--served-model-name model --host 127.0.0.1 --port {port}".split()]
     options += f"--dtype float32 --max-num-seqs {SLOTS} --max-model-len 2048".split()
     # By itself it would take all processors but one, whatever the others may.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -47,23 +47,3 @@ class Settings:
         if self.language not in language_models():
             known = ", ".join(language_models())
             raise InputError(f"there is no language model {self.language!r}; choose one of {known}")
-
-
-def parse_sides(sides: str) -> list[int]:
-    """Sides of squares in pixels, as the command line has them; InputError for what is no multiple of 64."""
-    found = _parse(sides, "--sides", "multiples of 64")
-    if any(side % 64 for side in found):
-        raise InputError(f"--sides {sides}: give multiples of 64, separated by commas")
-    return found
-
-
-def parse_tokens(tokens: str) -> list[int]:
-    """Lengths of answers, as the command line has them; InputError for what is no positive number."""
-    return _parse(tokens, "--tokens", "positive numbers")
-
-
-def _parse(text: str, option: str, what: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"{option} {text}: give {what}, separated by commas")
-    return [int(part) for part in parts]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convllava.cli.options import AsJson, ImageMode, MaxPixels, Model, ShortSide, pixels, show
+from convllava.cli.options import AsJson, ImageMode, MaxPixels, Model, ShortSide, pixels, show, squares
 from convllava.errors import InputError
 
 if TYPE_CHECKING:
@@ -160,12 +160,11 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Measure what a model reads by the height of the text, at several resolutions."""
-    from convllava.bench.settings import parse_sides
     from convllava.evaluation.generated.sweep import sweep as run
     from convllava.evaluation.report import rows_table
     from convllava.inference import load
 
-    report = run(model, load(model), _world(seed, size, simple), samples, parse_sides(sides), output)
+    report = run(model, load(model), _world(seed, size, simple), samples, squares(sides), output)
     measured = ("n", "accuracy", "low", "high")
     tables = {"resolutions": ("side", *measured), "rows": ("side", "from", "to", *measured)}
     show(report, as_json, lambda: [rows_table(f"{model}: {key}", report[key], tables[key]) for key in tables])

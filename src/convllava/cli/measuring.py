@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from convllava.cli.options import AsJson, show
+from convllava.cli.options import AsJson, numbers, show, squares
 
 
 def bench(
@@ -33,10 +33,10 @@ def bench(
 ) -> None:
     """Measure speed and memory side by side with a baseline."""
     from convllava.bench.report import run, table_of
-    from convllava.bench.settings import Settings, parse_sides, parse_tokens
+    from convllava.bench.settings import Settings
 
     settings = Settings(
-        towers.split(","), parse_sides(sides), language, peers, vllm, parse_tokens(tokens), repeats, threads
+        towers.split(","), squares(sides), language, peers, vllm, numbers("--tokens", tokens), repeats, threads
     )
     report = run(suite, settings, output)
     show(report, as_json, lambda: [table_of(report)])

@@ -28,12 +28,18 @@ def pixels(image_mode: str | None, short_side: int | None, max_pixels: int | Non
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers above 0, separated by commas."""
+def numbers(option: str, text: str, of: int = 1) -> list[int]:
+    """Whole numbers above 0, multiples of another, separated by commas."""
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"{option} {text}: give whole numbers above 0, separated by commas")
+    if not all(part.isdecimal() and int(part) and int(part) % of == 0 for part in parts):
+        what = "whole numbers above 0" if of == 1 else f"multiples of {of}"
+        raise InputError(f"{option} {text}: give {what}, separated by commas")
     return [int(part) for part in parts]
+
+
+def squares(text: str) -> list[int]:
+    """Sides of square images in pixels, which the tower divides into cells of 64."""
+    return numbers("--sides", text, of=64)
 
 
 def show(report: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> None:
