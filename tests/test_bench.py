@@ -258,6 +258,16 @@ def test_processor_time_of_a_server_counts_those_it_has_started():
         process.communicate(b"\n")
 
 
+def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(monkeypatch):
+    monkeypatch.setattr(servers, "_ENDING_SECONDS", 0.1)
+    port = servers._free_port()
+    ignoring = "import signal, socket; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    listening = f"place = socket.create_server(('127.0.0.1', {port})); signal.pause()"
+    with servers.started(servers.Server([sys.executable, "-c", ignoring + listening], port, "")) as running:
+        assert Path(f"/proc/{running.pid}").exists()
+    assert not Path(f"/proc/{running.pid}").exists()
+
+
 def test_a_folder_with_a_space_is_one_argument():
     folder = Path("with a space")
     for server in (servers.ours(folder), servers.vllm(folder, Path(sys.executable))):

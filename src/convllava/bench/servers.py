@@ -23,6 +23,7 @@ SLOTS = 8
 """Answers that are written at once."""
 _STARTING_SECONDS = 600
 """vLLM compiles the model first."""
+_ENDING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def started(server: Server) -> Iterator[Running]:
             _await(process, server.port, log)
             yield Running(f"127.0.0.1:{server.port}", server.model, process.pid, server.asked)
         finally:
-            process.terminate()
+            _end(process)
 
 
 def _await(process: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> None:
@@ -128,6 +129,14 @@ def _await(process: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> None:
     process.kill()
     log.seek(0)
     raise InputError(f"the server does not start: {log.read()[-300:].decode(errors='replace')}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _free_port() -> int:
