@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import picture
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import killed_after
@@ -278,6 +279,16 @@ def test_a_stamp_changes_with_the_file(tmp_path, root):
             file.write(content)
         found += [storage.stamp(address), storage.stamp(address)]
     assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_a_stamp_changes_where_the_file_system_identifies_a_file_by_its_address_alone(monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "ukey", lambda self, path: path)  # as that of http does
+    found = []
+    for content in (b"[]", b"[1]"):
+        with fsspec.open("memory://web/a.json", "wb") as file:
+            file.write(content)
+        found.append(storage.stamp("memory://web/a.json"))
+    assert found[0] != found[1]
 
 
 def test_the_same_places_are_read_whatever_the_packing_of_items():
