@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
@@ -172,12 +173,30 @@ def test_costs_are_measured_once_and_again_where_the_file_is_another(folder, mon
     engine.train(twice, folder / "one", max_steps=1)
     with_planned_steps(twice, folder / "two")
     assert measured == [1]
-    assert len(list((folder / ".cache" / "costs").iterdir())) == 1
+    assert len(list((folder / ".cache" / "costs").glob("*.npy"))) == 1
     (folder / "data.json").write_text((folder / "data.json").read_text() + "\n")
     with_planned_steps(twice, folder / "three")
     assert measured == [1, 1]
     with_planned_steps(recipe(folder, pixels={"max_pixels": 64 * 128}), folder / "four")
     assert measured == [1, 1, 1]
+
+
+def test_of_runs_that_start_together_one_measures(folder, monkeypatch):
+    append, others = measuring.Notes.append, []
+
+    def while_another_starts(self, job, findings):
+        monkeypatch.setattr(measuring.Notes, "append", append)
+        others.append(Thread(target=with_planned_steps, args=(recipe(folder), folder / "other")))
+        others[0].start()
+        others[0].join(timeout=2)
+        append(self, job, findings)
+
+    monkeypatch.setattr(measuring.Notes, "append", while_another_starts)
+    one = with_planned_steps(recipe(folder), folder / "one")
+    others[0].join()
+    (path,) = (folder / ".cache" / "costs").glob("*.npy")
+    assert (np.load(path)[:, 0] != 0).all()
+    assert with_planned_steps(recipe(folder), folder / "later") == one
 
 
 def test_a_measuring_that_was_killed_goes_on(folder, monkeypatch):
