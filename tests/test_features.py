@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import fresh, picture
 from killing import killed_after
+from safetensors.torch import save_file
 
 from convllava.errors import InputError
 from convllava.training import engine
@@ -89,6 +90,13 @@ def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trai
         assert encoded == [frozen] * (5 * (gb > 0))
 
 
+def test_in_bfloat16_the_frozen_stages_run_in_it_too(folder):
+    settings = {"trains": PROJECTOR, "precision": "bfloat16", "batch_size": 1, "steps": 8}
+    for name, gb in (("without", 0.0), ("with", 1.0)):
+        engine.train(recipe(folder, gb, **settings), folder / name)
+    assert losses(folder / "with") == losses(folder / "without")
+
+
 def test_packed_passes_of_a_budget_adapters_and_evaluation_go_with_it(folder, encoded):
     held_out = Evaluation(every=3, samples=6, sources=[Source("data.json")], pictures=1)
     adapter = Adapter(rank=2, parts=["language_model"])
@@ -105,6 +113,15 @@ def test_other_weights_have_other_features(folder, encoded):
     engine.train(dataclasses.replace(recipe(folder), seed=1), folder / "two")
     assert len(encoded) == 10
     assert len(list((folder / ".cache" / "features").iterdir())) == 2
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}])
+def test_the_same_weights_with_other_settings_have_other_features(folder, encoded, change):
+    first = recipe(folder)
+    second = dataclasses.replace(first, model=dataclasses.replace(first.model, vision=first.model.vision | change))
+    engine.train(first, folder / "one")
+    engine.train(second, folder / "two")
+    assert len(encoded) == 10
 
 
 def test_what_has_no_room_is_computed_again(folder, encoded):
@@ -135,6 +152,23 @@ def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path,
     assert "No space left" in capsys.readouterr().err
     assert store.read("cd" + name) is None
     assert store.room == 0
+
+
+def test_runs_that_keep_the_same_features_at_the_same_time_do_not_meet(tmp_path, monkeypatch):
+    one, two = FeatureStore(tmp_path, 1e9), FeatureStore(tmp_path, 1e9)
+    ids = iter((1, 2))
+    monkeypatch.setattr("convllava.training.features.os.getpid", lambda: next(ids))
+
+    def while_the_other_does(tensors, path):
+        monkeypatch.setattr("convllava.training.features.save_file", save_file)
+        save_file(tensors, path)
+        two.write("abcd", torch.ones(3))
+
+    monkeypatch.setattr("convllava.training.features.save_file", while_the_other_does)
+    one.write("abcd", torch.ones(3))
+    assert one.room == two.room > 0
+    assert one.read("abcd").equal(torch.ones(3))
+    assert len(list((tmp_path / "ab").iterdir())) == 1
 
 
 def test_names_are_of_pixels_and_of_their_shape():

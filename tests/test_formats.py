@@ -260,6 +260,17 @@ def test_an_index_that_cannot_be_kept_is_read_again(tmp_path, monkeypatch):
     assert len(open_one(tmp_path / "a.tar")) == len(open_one(tmp_path / "a.tar")) == 5
 
 
+def test_a_user_without_a_home_reads_tar_files_all_the_same(tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(indices.CACHE, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(indices, "_WORTH", 1)
+    write_tar(tmp_path / "a.tar", members())
+    assert len(open_one(tmp_path / "a.tar")) == 5
+
+
 def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path):
     for name in ("data.tar", "finevision.parquet"):
         path = tmp_path / name

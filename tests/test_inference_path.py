@@ -176,6 +176,12 @@ def test_bands_of_another_height_than_was_said_are_refused(height, message):
         list(tower().stream([torch.zeros(3, 64, 64)] * 2, height))
 
 
+@pytest.mark.parametrize("height", [0, 40, 96])
+def test_a_height_that_the_tower_cannot_halve_is_refused_before_a_band_is_read(height):
+    with pytest.raises(InputError, match=f"height {height} is no multiple of the tower's stride 64"):
+        tower().stream(iter(()), height)
+
+
 @torch.no_grad()
 def test_a_reader_may_use_one_buffer_for_all_bands():
     model = tower()

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 from conftest import picture
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import killed_after
@@ -171,12 +173,30 @@ def test_costs_are_measured_once_and_again_where_the_file_is_another(folder, mon
     engine.train(twice, folder / "one", max_steps=1)
     with_planned_steps(twice, folder / "two")
     assert measured == [1]
-    assert len(list((folder / ".cache" / "costs").iterdir())) == 1
+    assert len(list((folder / ".cache" / "costs").glob("*.npy"))) == 1
     (folder / "data.json").write_text((folder / "data.json").read_text() + "\n")
     with_planned_steps(twice, folder / "three")
     assert measured == [1, 1]
     with_planned_steps(recipe(folder, pixels={"max_pixels": 64 * 128}), folder / "four")
     assert measured == [1, 1, 1]
+
+
+def test_of_runs_that_start_together_one_measures(folder, monkeypatch):
+    append, others = measuring.Notes.append, []
+
+    def while_another_starts(self, job, findings):
+        monkeypatch.setattr(measuring.Notes, "append", append)
+        others.append(Thread(target=with_planned_steps, args=(recipe(folder), folder / "other")))
+        others[0].start()
+        others[0].join(timeout=2)
+        append(self, job, findings)
+
+    monkeypatch.setattr(measuring.Notes, "append", while_another_starts)
+    one = with_planned_steps(recipe(folder), folder / "one")
+    others[0].join()
+    (path,) = (folder / ".cache" / "costs").glob("*.npy")
+    assert (np.load(path)[:, 0] != 0).all()
+    assert with_planned_steps(recipe(folder), folder / "later") == one
 
 
 def test_a_measuring_that_was_killed_goes_on(folder, monkeypatch):
@@ -278,6 +298,16 @@ def test_a_stamp_changes_with_the_file(tmp_path, root):
             file.write(content)
         found += [storage.stamp(address), storage.stamp(address)]
     assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_a_stamp_changes_where_the_file_system_identifies_a_file_by_its_address_alone(monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "ukey", lambda self, path: path)  # as that of http does
+    found = []
+    for content in (b"[]", b"[1]"):
+        with fsspec.open("memory://web/a.json", "wb") as file:
+            file.write(content)
+        found.append(storage.stamp("memory://web/a.json"))
+    assert found[0] != found[1]
 
 
 def test_the_same_places_are_read_whatever_the_packing_of_items():

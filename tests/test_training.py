@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from killing import KilledError, killed_after
@@ -33,6 +34,7 @@ from convllava.training.calibration import calibrate
 from convllava.training.losses import answer_loss, answer_weights
 from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
 from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Stage, dump_recipe, load_recipe
+from convllava.training.reporting import processor_seconds
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 """Settings of a process that shares the machine with other tests."""
@@ -463,6 +465,14 @@ def test_a_bad_last_stage_is_refused_before_anything_is_written(tmp_path):
         with pytest.raises(InputError):
             engine.train(recipe(DENSE, bad), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_ends_while_its_seconds_are_asked_for_stops_no_run(monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    worker = psutil.Process(ended.pid)
+    ended.wait()
+    monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [worker])
+    assert processor_seconds() > 0
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):

@@ -101,7 +101,8 @@ def _exists(address: str) -> bool:
 
 def _fingerprint(address: str) -> str:
     system, path = _system(address)
-    return str(system.ukey(path))
+    info = system.info(path)  # since of an address of the web, ukey tells the address alone
+    return str([system.ukey(path), *(info.get(key) for key in ("size", "ETag", "Last-Modified"))])
 
 
 def _open(address: str) -> BinaryIO:

@@ -10,6 +10,7 @@ same numbers whatever has been kept before, by itself, by another process or by 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -54,7 +55,8 @@ class FeatureStore:
         if features.nbytes > self.room:
             return
         path = self._path(name)
-        partial = path.with_name(f".{path.name}.{process_number()}")
+        # Runs that share the folder all have a process 0, machines that share the disk a process of this id.
+        partial = path.with_name(f".{path.name}.{process_number()}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({FEATURES: features.contiguous().cpu()}, partial)
@@ -150,10 +152,12 @@ def name_of(image: Tensor) -> str:
 
 
 def _digest(stage: Stage, tower: ConvLlavaVisionModel, count: int) -> str:
-    """Of the frozen weights, how many stages they are, and the precision in which they run."""
-    content = hashlib.sha256(f"{count} {stage.precision} {tower.dtype}".encode())
+    """Of the frozen weights, how many stages they are, what lies between them, and the precision in which they run."""
+    config = tower.config
+    settings = (count, stage.precision, tower.dtype, config.hidden_act, config.layer_norm_eps)
+    content = hashlib.sha256(repr(settings).encode())
     for name, weight in _frozen(tower, count):
-        content.update(name.encode())
+        content.update(f"{name} {tuple(weight.shape)}".encode())
         content.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return content.hexdigest()[:32]
 

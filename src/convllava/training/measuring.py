@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock  # a dependency of torch
 from torch.utils.data import Dataset
 
 from convllava.data import storage
@@ -95,7 +96,7 @@ def limits_of(stage: Stage) -> Limits:
 def costs_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor, folder: Path) -> Integers:
     """Tokens and pixels of every record of a source, (records, 2); `UNUSABLE` tokens where training takes none.
 
-    The first process measures, the others wait until its file is there.
+    The first process measures, the others wait until its file is there. Of runs that start together one measures.
 
     Raises:
         InputError: the source cannot be read, or the file not be written.
@@ -105,7 +106,9 @@ def costs_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaP
     path = folder / f"{digest}.npy"
     if not path.exists() and is_first_process():
         make_output(folder)
-        measure(examination_of(recipe, stage, alone, processor), path, digest, recipe.workers)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                measure(examination_of(recipe, stage, alone, processor), path, digest, recipe.workers)
     while not path.exists():  # not at a barrier, which gives up after minutes
         time.sleep(_LOOK_AGAIN)
     return np.load(path, allow_pickle=False)

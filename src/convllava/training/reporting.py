@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from psutil import Process
+from psutil import NoSuchProcess, Process
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -104,8 +104,15 @@ class StepLog(TrainerCallback):
 def processor_seconds() -> float:
     """Seconds that this process and its children, which live, have spent on processors."""
     own = Process()
-    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
-    return sum(spent.user + spent.system for spent in times)
+    return sum(map(_seconds_of, (own, *own.children(recursive=True))))
+
+
+def _seconds_of(process: Process) -> float:
+    try:
+        spent = process.cpu_times()
+    except NoSuchProcess:  # it ended after it was listed
+        return 0.0
+    return spent.user + spent.system
 
 
 class ProgressBar(TrainerCallback):

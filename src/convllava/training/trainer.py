@@ -149,7 +149,8 @@ class StageTrainer(Trainer):
         skipped = inputs.pop(SKIPPED, ())
         self.skips.note(skipped, self.state.global_step + self.trained.training)
         if self.frozen is not None:
-            inputs = self.frozen.encoded(inputs)
+            with self.accelerator.autocast():  # which else begins in the model's forward
+                inputs = self.frozen.encoded(inputs)
         if self.trained.training:
             self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.

@@ -81,6 +81,10 @@ def stream(tower: ConvLlavaVisionModel, bands: Iterable[Tensor], height: int | N
         possible = inference.is_possible(tower)
     if not possible:
         raise InputError("the tower cannot be streamed: under autocast, or with adapters, hooks or quantised layers")
+    if height is not None and (height < 1 or height % tower.config.stride):
+        raise InputError(
+            f"height {height} is no multiple of the tower's stride {tower.config.stride}; resize the image"
+        )
     return _streamed(tower, bands, height)
 
 

@@ -22,6 +22,8 @@ CACHE = "CONVLLAVA_CACHE"
 """The environment variable that names another folder."""
 _WORTH = 2000
 """Samples from which on reading the headers takes longer than one notices."""
+_NO_CACHE = (OSError, RuntimeError)
+"""The second of a user without a home, as in some containers."""
 
 
 def kept(address: str) -> Packed | None:
@@ -33,7 +35,7 @@ def kept(address: str) -> Packed | None:
     try:
         with np.load(_path(address), allow_pickle=False) as arrays:
             return Packed.of_arrays(arrays["ends"], arrays["content"])
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except (*_NO_CACHE, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
@@ -41,16 +43,19 @@ def keep(address: str, index: Packed) -> None:
     """Keep the index of a file that has many samples."""
     if len(index) < _WORTH:
         return
-    path = _path(address)
+    with suppress(*_NO_CACHE):
+        _write(_path(address), index)
+
+
+def _write(path: Path, index: Packed) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")  # processes that start together all write it
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             np.savez(file, ends=index.ends, content=index.content)
         partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _path(address: str) -> Path:
