@@ -20,7 +20,7 @@ from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
 from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError, load
-from convllava.bench import batches, decoding, fastvit, peers, report, servers, serving, suites
+from convllava.bench import batches, decoding, fastvit, peers, report, servers, serving, steps, suites
 from convllava.bench import reading as data
 from convllava.bench.fastvit import FastVitHD
 from convllava.bench.settings import Settings
@@ -191,10 +191,13 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    for module in (suites, decoding, serving):
+    for module in (suites, decoding, serving, steps):
         monkeypatch.setattr(module, "language_models", lambda: {"135m": tiny, "0.5b": tiny, "7b": tiny})
     monkeypatch.setattr(decoding, "BATCHES", (1, 3))
-    monkeypatch.setattr(serving, "towers", lambda: {"T": small})
+    for module in (serving, steps):
+        monkeypatch.setattr(module, "towers", lambda: {"T": small})
+    monkeypatch.setattr(steps, "SAMPLES", 4)
+    monkeypatch.setattr(batches, "SAMPLES", 16)
     monkeypatch.setattr(serving, "CLIENTS", (1, 2))
     monkeypatch.setattr(serving, "started", started_here)
     monkeypatch.setattr(suites, "_photograph", lambda *_: suites_photograph())

@@ -170,9 +170,8 @@ def test_sdpa_equals_eager():
     torch.testing.assert_close(model(**inputs).logits[kept], expected[kept], atol=1e-4, rtol=0)
 
 
-def test_bfloat16_runs_and_stays_close(parts):
-    model, processor = parts
-    low, _ = fresh()
+def test_bfloat16_runs_and_stays_close():
+    (model, processor), (low, _) = fresh(), fresh()
     inputs = encoded(processor)
     logits = low.bfloat16()(**inputs).logits
     assert logits.dtype == torch.bfloat16

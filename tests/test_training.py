@@ -17,6 +17,7 @@ import time
 import psutil
 import pytest
 import torch
+from conftest import fresh
 from killing import KilledError, killed_after
 from PIL import Image
 
@@ -79,9 +80,9 @@ def test_only_the_named_parts_change_and_every_stage_loads(tmp_path):
     last = engine.train(recipe(DENSE, CHAT), tmp_path)
     assert last == tmp_path / "1-chat"
     assert isinstance(convllava.load(last).ask(torch.zeros(64, 64).numpy(), "what?", max_new_tokens=3), str)
-    fresh = dict(engine.start(recipe(DENSE))[0].named_parameters())
+    begun = dict(engine.start(recipe(DENSE))[0].named_parameters())
     for before, after, trained in (
-        (fresh, weights(tmp_path / "0-dense"), set(DENSE.trains)),
+        (begun, weights(tmp_path / "0-dense"), set(DENSE.trains)),
         (weights(tmp_path / "0-dense"), weights(tmp_path / "1-chat"), set(CHAT.trains)),
     ):
         changed = {part_of(name) for name in before if not before[name].equal(after[name])}
@@ -256,8 +257,8 @@ def mixed_items(processor):
     return [pages[0], ChatDataset(World(size=128, simple=True, turns=1), processor, 2, images=False)[1], pages[1]]
 
 
-def test_packed_equals_separate(parts):
-    model, processor = parts
+def test_packed_equals_separate():
+    model, processor = fresh()
     items = mixed_items(processor)
     with torch.no_grad():
         alone = [model(**collate([item], 0)) for item in items]
