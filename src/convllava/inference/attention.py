@@ -185,6 +185,7 @@ def attend(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise InputError(f"attention with {name} cannot decode several texts at once")
+    # Any layer of transformers has its number; nn.Module does not know of it.
     keys, values = ragged.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     keys[ragged.slots, :, ragged.positions] = key[0].transpose(0, 1)
     values[ragged.slots, :, ragged.positions] = value[0].transpose(0, 1)

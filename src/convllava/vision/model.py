@@ -39,8 +39,8 @@ class ConvLlavaVisionOutput(ModelOutput):
     """
 
     # ModelOutput demands these defaults; the tower always fills both.
-    last_hidden_state: Tensor = None  # type: ignore[assignment]
-    grids: Grids = None  # type: ignore[assignment]
+    last_hidden_state: Tensor = None  # type: ignore[assignment]  # a ModelOutput's fields have defaults
+    grids: Grids = None  # type: ignore[assignment]  # as above
 
     def maps(self) -> list[Tensor]:
         """One (rows, columns, channels) view per image."""
