@@ -18,6 +18,7 @@ def serve(
         str | None, typer.Option(envvar="CONVLLAVA_API_KEY", help="That clients must bring; better as the variable.")
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Serve a web page too, at /ui/.")] = False,
+    allow_hosts: Annotated[str, typer.Option(help="Names of this server, separated by commas, beside localhost.")] = "",
     allow_urls: Annotated[str, typer.Option(help="Hosts to fetch images from, separated by commas.")] = "",
     slots: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 8,
     context: Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer.")] = None,
@@ -44,7 +45,8 @@ def serve(
         port=port,
         api_key=api_key,
         ui=ui,
-        hosts=[name.strip() for name in allow_urls.split(",") if name.strip()],
+        names=_names(allow_hosts),
+        hosts=_names(allow_urls),
         slots=slots,
         context=context,
         step_tokens=step_tokens,
@@ -58,6 +60,10 @@ def serve(
             seconds=timeout,
         ),
     )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _import_serving() -> Any:

@@ -9,7 +9,6 @@ import asyncio
 import socket
 import sys
 from collections.abc import Callable, Collection, Mapping
-from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +22,7 @@ from convllava.inference.encoder import ON_CPU, ImageEncoder
 from convllava.inference.engine import Engine
 from convllava.serving.app import create_app
 from convllava.serving.gate import Gate
+from convllava.serving.hosts import HostGuard, is_loopback
 from convllava.serving.limits import Limits
 from convllava.serving.service import Service
 
@@ -85,6 +85,7 @@ def make_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
+    names: Collection[str] = (),
     hosts: Collection[str] = (),
     limits: Limits | None = None,
     slots: int = 8,
@@ -101,6 +102,7 @@ def make_server(
         name: By which clients ask for it.
         host, port: Where to listen; port 0 takes a free one.
         api_key: That clients must bring.
+        names: That requests may ask for beside localhost; where there are none and others reach the server, any.
         hosts: From which images behind URLs may be fetched.
         limits: Of a request; None takes the defaults.
         slots, context, step_tokens: Of `Engine`.
@@ -120,6 +122,8 @@ def make_server(
     app = create_app(service, api_key)
     if ui:
         _page().mount_page(app, service, api_key)
+    if names or is_loopback(host):
+        app.add_middleware(HostGuard, names=names)
     config = uvicorn.Config(
         app,
         host=host,
@@ -160,7 +164,7 @@ def serve(
         _page()
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // 2))
     assistant = load(model, pixels=pixels)
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         print(f"convllava: {host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
     name = Path(model).name if Path(model).is_dir() else model  # a client has no business with our folders
     server = make_server(assistant, name, api_key=api_key, ui=ui, announce=_announce(name, ui), **options)
@@ -192,10 +196,3 @@ def _announce(name: str, ui: bool) -> Callable[[str], None]:
         print(f"serving {name} at {address}/v1{page}", file=sys.stderr, flush=True)
 
     return announce
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

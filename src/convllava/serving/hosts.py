@@ -1,0 +1,58 @@
+"""Which names a server answers to.
+
+A page of any site can have its own name lead to 127.0.0.1 once a browser has loaded it, and the browser then takes our
+server for that site (DNS rebinding). What it cannot change is the name that it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from ipaddress import ip_address
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from convllava.serving.refusal import RefusalError
+from convllava.serving.transport import discard_body
+
+_OWN = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class HostGuard:
+    """ASGI middleware that answers only requests to names it knows, whatever their port.
+
+    Args:
+        app: What it stands before.
+        names: Beside those of this machine to itself.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str] = ()) -> None:
+        self.app, self._names = app, _OWN | {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            asked = Headers(scope=scope).get("host", "")
+            if (name := name_of(asked)) not in self._names:
+                message = f"no server of the name {name!r} is here; whoever serves can allow it (--allow-hosts)"
+                refusal = RefusalError(403, message, "unknown_host")
+                await discard_body(Request(scope, receive))
+                await JSONResponse(refusal.body, refusal.status)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def name_of(host: str) -> str:
+    """The name or address in a Host header, without port and brackets, in lower case."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].rstrip(".").lower()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

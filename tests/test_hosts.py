@@ -1,0 +1,43 @@
+"""A server answers to its own names alone, so that no site can have its name lead here."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from convllava.serving.hosts import HostGuard, is_loopback, name_of
+
+
+def answer(host: str, names: tuple[str, ...] = ()):
+    app = Starlette(routes=[Route("/", lambda _: PlainTextResponse("in"))])
+    return TestClient(HostGuard(app, names)).get("/", headers={"host": host})
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]", "ai.example.org"]
+)
+def test_its_own_names_are_answered_at_any_port(host):
+    assert answer(host, ("AI.example.org",)).text == "in"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "[::2]"])
+def test_other_names_are_refused_in_a_line_that_says_how_to_allow_them(host):
+    refused = answer(host)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (403, "unknown_host")
+    assert "--allow-hosts" in error["message"]
+
+
+@given(st.from_regex(r"[a-z0-9.-]{1,30}", fullmatch=True), st.integers(0, 65535))
+def test_a_name_is_the_same_with_and_without_a_port(name, port):
+    assert name_of(f"{name}:{port}") == name_of(name)
+
+
+def test_loopback_is_told_from_what_others_reach():
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
+    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
