@@ -199,6 +199,16 @@ def test_of_runs_that_start_together_one_measures(folder, monkeypatch):
     assert with_planned_steps(recipe(folder), folder / "later") == one
 
 
+def test_a_process_whose_files_the_first_one_never_measures_says_so(folder, monkeypatch):
+    monkeypatch.setattr(measuring, "is_first_process", lambda: False)
+    monkeypatch.setattr(measuring, "_PATIENCE", 0.0)
+    monkeypatch.setattr(measuring, "_LOOK_AGAIN", 0.01)
+    with pytest.raises(
+        InputError, match=r"source data.json: the first process measures other files than this one; give all"
+    ):
+        with_planned_steps(recipe(folder), folder / "run")
+
+
 def test_a_measuring_that_was_killed_goes_on(folder, monkeypatch):
     append = measuring.Notes.append
 

@@ -34,6 +34,8 @@ from convllava.training.recipe import Recipe, Source, Stage
 
 _LOOK_AGAIN = 1.0
 """Seconds between two looks of a process at whether the first one is done."""
+_PATIENCE = 300.0
+"""Seconds after which the first process must have begun."""
 
 
 def with_planned_steps(recipe: Recipe, output: Path) -> Recipe:
@@ -99,7 +101,7 @@ def costs_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaP
     The first process measures, the others wait until its file is there. Of runs that start together one measures.
 
     Raises:
-        InputError: the source cannot be read, or the file not be written.
+        InputError: the source cannot be read, or the file not be written; the first process has other files.
     """
     alone = dataclasses.replace(source, repeat=1.0, weight=None)
     digest = digest_of(recipe, stage, alone, processor)
@@ -109,9 +111,20 @@ def costs_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaP
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 measure(examination_of(recipe, stage, alone, processor), path, digest, recipe.workers)
-    while not path.exists():  # not at a barrier, which gives up after minutes
-        time.sleep(_LOOK_AGAIN)
+    _wait_for(path, source)
     return np.load(path, allow_pickle=False)
+
+
+def _wait_for(path: Path, source: Source) -> None:
+    """Until the first process has written the file; not at a barrier, which gives up after minutes."""
+    latest = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > latest and not path.with_suffix(".lock").exists():
+            raise InputError(
+                f"source {source.name}: the first process measures other files than this one; give all nodes the same "
+                f"folder {path.parent}, and data files of the same size and time (cp -p, rsync -t)"
+            )
+        time.sleep(_LOOK_AGAIN)
 
 
 def measure(examination: Examination, path: Path, digest: str, workers: int) -> None:
