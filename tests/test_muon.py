@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from convllava.training.muon import Muon, orthogonalise
+from convllava.training.muon import Muon, orthogonalise, owners_of
 
 
 @settings(max_examples=25, deadline=None)
@@ -67,3 +69,35 @@ def test_its_state_continues_where_it_was_saved():
     resumed = Muon(groups_of(twin, True))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert steps(model, optimizer, 5) == steps(twin, resumed, 5)
+
+
+def train_together(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        torch.save(trained().state_dict(), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def trained() -> nn.Module:
+    model = network()
+    steps(model, Muon(groups_of(model, True)), 5)
+    return model
+
+
+def test_two_processes_share_the_work_and_take_the_steps_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mp.spawn(train_together, (str(tmp_path),), nprocs=2)
+    alone = trained().state_dict()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, weight in alone.items():
+            torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
+
+
+def test_the_dearest_matrices_are_spread_first():
+    shapes = [(2, 2), (8, 8), (8, 4), (8, 6), (3, 2)]
+    owners = owners_of([torch.empty(shape) for shape in shapes], 2)
+    assert owners[1] != owners[3]
+    costs = [sum(max(s) * min(s) ** 2 for s, o in zip(shapes, owners, strict=True) if o == rank) for rank in (0, 1)]
+    assert max(costs) - min(costs) <= max(max(s) * min(s) ** 2 for s in shapes)

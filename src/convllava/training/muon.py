@@ -10,10 +10,11 @@ that one learning rate serves a part's matrices and vectors (arXiv 2502.16982, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -32,6 +33,31 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
+def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices, each orthogonalised; where several processes have the same ones, each does its share for all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [orthogonalise(matrix) for matrix in matrices]
+    owners, rank = owners_of(matrices, dist.get_world_size()), dist.get_rank()
+    found = [
+        orthogonalise(matrix) if owner == rank else torch.zeros_like(matrix)
+        for matrix, owner in zip(matrices, owners, strict=True)
+    ]
+    together = torch.cat([matrix.flatten() for matrix in found])
+    dist.all_reduce(together)
+    parts = together.split([matrix.numel() for matrix in matrices])
+    return [part.view_as(matrix) for part, matrix in zip(parts, matrices, strict=True)]
+
+
+def owners_of(matrices: Sequence[Tensor], processes: int) -> list[int]:
+    """The process that orthogonalises each matrix: the dearest first, each to the one that has least to do."""
+    costs = [max(matrix.shape) * min(matrix.shape) ** 2 for matrix in matrices]
+    owners, loads = [0] * len(costs), [0] * processes
+    for number in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += costs[number]
+    return owners
+
+
 class Muon(torch.optim.Optimizer):
     """Groups with `"muon": True` take orthogonal steps, the others AdamW's.
 
@@ -47,23 +73,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # as the Trainer calls
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    direct = self._orthogonal if group["muon"] else self._adam
-                    direction = direct(parameter, parameter.grad, group)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not moving:
+                continue
+            direct = self._orthogonal if group["muon"] else self._adam
+            for parameter, direction in zip(moving, direct(moving, group), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
-    def _orthogonal(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def _orthogonal(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Nesterov momentum, made orthogonal."""
-        state, momentum = self.state[parameter], group["betas"][0]
+        momenta = [self._momentum(parameter, group["betas"][0]).flatten(1) for parameter in parameters]
+        return [
+            (direction * max(direction.shape) ** 0.5).view_as(parameter)
+            for parameter, direction in zip(parameters, orthogonalise_all(momenta), strict=True)
+        ]
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if not state:
             state["mean"] = torch.zeros_like(parameter)
         mean = state["mean"].lerp_(gradient, 1 - momentum)
-        direction = orthogonalise(torch.lerp(gradient, mean, momentum).flatten(1))
-        return (direction * max(direction.shape) ** 0.5).view_as(parameter)
+        return torch.lerp(gradient, mean, momentum)
 
-    def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def _adam(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        return [self._adam_direction(parameter, group) for parameter in parameters]
+
+    def _adam_direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
+        gradient = parameter.grad
+        assert gradient is not None
         if not state:
             state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
         state["step"] = step = state["step"] + 1
