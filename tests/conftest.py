@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from official_files import CHECKPOINT
 from PIL import Image
 
 from convllava.building import Parts, build_fresh
@@ -68,6 +71,12 @@ def talkative() -> Parts:
 def parts() -> Parts:
     """Model and processor; not to be changed."""
     return talkative()
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A checkpoint in the official layout, which may be changed."""
+    return shutil.copytree(CHECKPOINT, tmp_path / "official")
 
 
 @pytest.fixture(scope="session")
