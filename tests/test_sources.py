@@ -132,8 +132,11 @@ def test_a_bad_sample_is_replaced_and_told_of(folder):
     (reason,) = {reason for _, reason in told}
     assert "sample s1" in reason
     assert "broken.png" in reason
-    with pytest.raises(InputError, match=r"in a row cannot be used; the last: data\.json: sample s1"):
-        dataset(folder, [record(1, "broken.png")])[0]
+
+
+def test_a_dataset_of_no_usable_sample_says_so(folder):
+    with pytest.raises(InputError, match=r"100 samples in a row cannot be used; the last: data\.json: sample s1"):
+        dataset(folder, [record(1, "gone.png")])[0]
 
 
 def test_what_is_too_long_is_cut_in_its_text_only(folder):

@@ -30,6 +30,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 TWO = (*TORCHRUN, *ONE)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 """Settings of a process that shares the machine with other tests."""
+SMALLEST = ModelSpec(
+    vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+    language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
+)
+"""For what the data do, whatever is learnt of them."""
 
 
 def recipe(*stages: Stage, **settings: object) -> Recipe:
