@@ -74,8 +74,10 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def logged(run: Path, name: str = "loss") -> list[Any]:
-    """A value of every line that has it."""
-    return [line[name] for line in log(run) if name in line]
+    """A value of every line that has it, of which there is one at least."""
+    found = [line[name] for line in log(run) if name in line]
+    assert found, f"{run} has logged no {name}"
+    return found
 
 
 def weights(checkpoint: Path) -> dict[str, Tensor]:
