@@ -1,15 +1,20 @@
-"""Tiny random models that every test file may use."""
+"""Tiny random models and generated pages that every test file may use."""
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from official_files import CHECKPOINT
 from PIL import Image
 
 from convllava.building import Parts, build_fresh
+from convllava.synthetic import Sample, World
+from convllava.synthetic.splits import SPLITS
 
 torch.set_num_threads(1)
 
@@ -66,3 +71,22 @@ def talkative() -> Parts:
 def parts() -> Parts:
     """Model and processor; not to be changed."""
     return talkative()
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A checkpoint in the official layout, which may be changed."""
+    return shutil.copytree(CHECKPOINT, tmp_path / "official")
+
+
+@pytest.fixture(scope="session")
+def samples_by_split() -> dict[str, list[Sample]]:
+    """Some hundred small samples of each split, with every question that the sample can ask."""
+    worlds = {split: World(split=split, seed=3, size=256, turns=50) for split in SPLITS}
+    return {split: [world.sample(index) for index in range(160)] for split, world in worlds.items()}
+
+
+@pytest.fixture(scope="session")
+def samples(samples_by_split) -> list[Sample]:
+    """Those of both splits."""
+    return [sample for of_split in samples_by_split.values() for sample in of_split]

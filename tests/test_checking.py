@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import fresh, picture
+from killing import killed_noting
 from PIL import Image
+from training_runs import SMALLEST
 from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaConfig, LlamaForCausalLM
 
 from convllava import cli
@@ -86,12 +88,7 @@ def write(folder: Path, records: list[dict[str, Any]], name: str = "data.json") 
 def recipe(folder: Path, *sources: Source, **settings: Any) -> Recipe:
     data = Data(sources=list(sources or [Source("data.json", "images")]), max_tokens=60, max_skipped=0.9)
     stage = Stage("files", None, {"projector": 1e-3}, data, epochs=1, batch_size=2)
-    model = ModelSpec(
-        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
-        language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-        pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
-    )
-    return Recipe("files", [dataclasses.replace(stage, **settings)], model, data_root=str(folder), workers=0)
+    return Recipe("files", [dataclasses.replace(stage, **settings)], SMALLEST, data_root=str(folder), workers=0)
 
 
 def report(output: Path) -> list[dict[str, Any]]:
@@ -163,22 +160,13 @@ def test_two_workers_find_what_none_finds(folder, monkeypatch):
 def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
     monkeypatch.setattr(looking, "_TOGETHER", 2)
     whole = check(recipe(folder), folder / "whole", 0)
-    append, looked = checking.Notes.append, []
-
-    def dying(self, job, findings):
-        looked.extend(finding.index for finding in findings)
-        if len(looked) == 6:
-            with self.path.open("a") as file:
-                file.write('[0, 4, "s4", 0, ')
-            raise InterruptedError
-        append(self, job, findings)
-
-    monkeypatch.setattr(checking.Notes, "append", dying)
-    with pytest.raises(InterruptedError):
+    with killed_noting(5):
         check(recipe(folder), folder / "parts", 0)
     assert not (folder / "parts" / "report.jsonl").exists()
+    append, looked = checking.Notes.append, []
+    monkeypatch.setattr(checking.Notes, "append", lambda *all: looked.extend(all[2]) or append(*all))
     assert check(recipe(folder), folder / "parts", 0) == whole
-    assert looked == [*range(6), *range(4, len(RECORDS))]
+    assert [finding.index for finding in looked] == list(range(5, len(RECORDS)))
     assert report(folder / "parts") == report(folder / "whole")
 
 

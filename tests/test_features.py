@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,12 @@ import torch
 from conftest import fresh, picture
 from killing import killed_after
 from safetensors.torch import save_file
+from training_runs import ONE, TWO, logged, train
 
 from convllava.errors import InputError
 from convllava.training import engine
 from convllava.training.features import FeatureStore, frozen_stages, name_of
-from convllava.training.recipe import Adapter, Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage, dump_recipe
+from convllava.training.recipe import Adapter, Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage
 from convllava.training.sharding import check_sharding
 from convllava.vision import ConvLlavaStageFeatures, ConvLlavaVisionModel
 
@@ -48,11 +46,6 @@ def recipe(folder: Path, gb: float = 1.0, **settings: Any) -> Recipe:
         pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
     )
     return Recipe("files", [dataclasses.replace(stage, **settings)], model, data_root=str(folder), workers=0)
-
-
-def losses(run: Path, key: str = "loss") -> list[float]:
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
 
 
 @pytest.fixture
@@ -86,7 +79,7 @@ def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trai
     settings = {"trains": trains, "batch_size": 1, "steps": 8}
     for name, gb in (("without", 0.0), ("first", 1.0), ("second", 1.0)):
         engine.train(recipe(folder, gb, **settings), folder / name)
-        assert losses(folder / name) == losses(folder / "without")
+        assert logged(folder / name) == logged(folder / "without")
         assert encoded == [frozen] * (5 * (gb > 0))
 
 
@@ -94,7 +87,7 @@ def test_in_bfloat16_the_frozen_stages_run_in_it_too(folder):
     settings = {"trains": PROJECTOR, "precision": "bfloat16", "batch_size": 1, "steps": 8}
     for name, gb in (("without", 0.0), ("with", 1.0)):
         engine.train(recipe(folder, gb, **settings), folder / name)
-    assert losses(folder / "with") == losses(folder / "without")
+    assert logged(folder / "with") == logged(folder / "without")
 
 
 def test_packed_passes_of_a_budget_adapters_and_evaluation_go_with_it(folder, encoded):
@@ -105,7 +98,7 @@ def test_packed_passes_of_a_budget_adapters_and_evaluation_go_with_it(folder, en
         engine.train(recipe(folder, gb, **settings), folder / name)
     assert len(encoded) == 5
     for key in ("loss", "eval_loss"):
-        assert losses(folder / "with", key) == pytest.approx(losses(folder / "without", key), abs=1e-6)
+        assert logged(folder / "with", key) == pytest.approx(logged(folder / "without", key), abs=1e-6)
 
 
 def test_other_weights_have_other_features(folder, encoded):
@@ -131,7 +124,7 @@ def test_what_has_no_room_is_computed_again(folder, encoded):
     assert sum(path.stat().st_size for path in kept) < 1000
     assert len(encoded) > 5
     engine.train(recipe(folder, gb=0.0), folder / "without")
-    assert losses(folder / "little") == pytest.approx(losses(folder / "without"), abs=1e-6)
+    assert logged(folder / "little") == pytest.approx(logged(folder / "without"), abs=1e-6)
 
 
 def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path, monkeypatch, capsys):
@@ -186,17 +179,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder):
         engine.train(whole, folder / "parts")
     next((folder / ".cache" / "features").rglob("*.safetensors")).unlink()
     engine.train(whole, folder / "parts", resume=True)
-    assert losses(folder / "parts") == losses(folder / "whole")
+    assert logged(folder / "parts") == logged(folder / "whole")
 
 
 def test_two_processes_keep_the_features_of_one(folder):
-    (folder / "recipe.yaml").write_text(dump_recipe(dataclasses.replace(recipe(folder, trains=PROJECTOR), workers=1)))
-    command = ["-m", "convllava", "train", str(folder / "recipe.yaml"), "--output"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, start in (("two", launcher), ("one", [])):
-        subprocess.run([sys.executable, *start, *command, str(folder / name)], check=True, env=alone, timeout=300)
-    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), abs=1e-4)
+    plan = dataclasses.replace(recipe(folder, trains=PROJECTOR), workers=1)
+    for name, program in (("two", TWO), ("one", ONE)):
+        train(plan, folder / name, program)
+    assert logged(folder / "two") == pytest.approx(logged(folder / "one"), abs=1e-4)
     files = [path for path in (folder / ".cache" / "features").rglob("*") if path.is_file()]
     assert sorted(path.suffix for path in files) == [".safetensors"] * 5
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_training import CHAT, recipe
+from training_runs import CHAT, recipe
 
 from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from threading import Thread
@@ -19,7 +16,8 @@ from conftest import picture
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing import killed_after
+from killing import killed_after, killed_noting
+from training_runs import ONE, SMALLEST, TWO, logged, train
 
 from convllava.data import storage
 from convllava.data.formats import Records
@@ -31,7 +29,7 @@ from convllava.training.beginning import processor_of
 from convllava.training.inputs import make_collator, make_dataset
 from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.plan import plan
-from convllava.training.recipe import Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage, dump_recipe
+from convllava.training.recipe import Budget, Data, Evaluation, Recipe, Source, Stage
 
 BUDGET = Budget(tokens=150, pixels=4 * 128 * 128, passes=2)
 
@@ -137,16 +135,7 @@ def recipe(folder: Path, **settings: Any) -> Recipe:
     data = Data(sources=[Source("data.json", "images")], max_skipped=0.5)
     trains = {"stage5": 1e-3, "projector": 1e-3, "language_model": 1e-3}
     stage = Stage("files", None, trains, data, epochs=2, batch_size=16, budget=BUDGET)
-    model = ModelSpec(
-        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
-        language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-        pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
-    )
-    return Recipe("files", [dataclasses.replace(stage, **settings)], model, data_root=str(folder), workers=0)
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return Recipe("files", [dataclasses.replace(stage, **settings)], SMALLEST, data_root=str(folder), workers=0)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -210,16 +199,9 @@ def test_a_process_whose_files_the_first_one_never_measures_says_so(folder, monk
 
 
 def test_a_measuring_that_was_killed_goes_on(folder, monkeypatch):
-    append = measuring.Notes.append
-
-    def dying(self, job, findings):
-        append(self, job, findings[:10])
-        raise InterruptedError
-
-    monkeypatch.setattr(measuring.Notes, "append", dying)
-    with pytest.raises(InterruptedError):
+    with killed_noting(10):
         with_planned_steps(recipe(folder), folder / "run")
-    seen = []
+    append, seen = measuring.Notes.append, []
     monkeypatch.setattr(measuring.Notes, "append", lambda *all: seen.extend(all[2]) or append(*all))
     with_planned_steps(recipe(folder), folder / "run")
     assert [finding.index for finding in seen] == list(range(10, 24))
@@ -231,7 +213,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_skips_what_is_bad(folder)
     with killed_after(3):
         engine.train(whole, folder / "parts")
     engine.train(whole, folder / "parts", resume=True)
-    assert losses(folder / "parts") == losses(folder / "whole")
+    assert logged(folder / "parts") == logged(folder / "whole")
     assert "gone.png" in (folder / "parts" / "skipped.jsonl").read_text()
     with pytest.raises(InputError, match=r"another recipe \(.*budget.tokens: 150 -> 160"):
         engine.train(recipe(folder, budget=dataclasses.replace(BUDGET, tokens=160)), folder / "parts", resume=True)
@@ -239,21 +221,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_skips_what_is_bad(folder)
 
 def test_two_processes_have_the_losses_of_one(folder):
     held_out = Evaluation(every=2, samples=5, sources=[Source("data.json", "images")], pictures=0)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe(folder, evaluation=held_out)))
-    command = ["-m", "convllava", "train", str(folder / "recipe.yaml"), "--output"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, start in (("two", launcher), ("one", [])):
-        subprocess.run([sys.executable, *start, *command, str(folder / name)], check=True, env=alone, timeout=300)
+    for name, program in (("two", TWO), ("one", ONE)):
+        train(recipe(folder, evaluation=held_out), folder / name, program)
     for key in ("loss", "eval_loss"):
-        one, two = (values(folder / name, key) for name in ("one", "two"))
+        one, two = (logged(folder / name, key) for name in ("one", "two"))
         assert two == pytest.approx(one, abs=1e-4)
         assert one
-
-
-def values(run: Path, key: str) -> list[float]:
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
 
 
 @pytest.mark.parametrize(

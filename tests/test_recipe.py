@@ -99,3 +99,28 @@ def test_a_missing_recipe_is_named(tmp_path):
 def test_settings_that_would_have_no_meaning_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         Stage("one", 1, {"projector": 1e-3}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("{path: a.json, weight: 0}", "weight must be above 0, and stands in place of repeat"),
+        ("{path: a.json, weight: 1, repeat: 2}", "stands in place of repeat"),
+        ("{path: a.json, weight: 1}, {path: b.json}", "source a.json: weight is for all sources"),
+        ("{path: []}", "a source needs a path"),
+        ("{path: [1]}", r"path\[0\] must be a str"),
+        ("{path: a.json, format: csv}", "format must be one of json, parquet, webdataset, datasets"),
+    ],
+)
+def test_a_source_of_a_recipe_is_checked_as_it_is_read(tmp_path, sources, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(tmp_path, with_sources(sources)))
+
+
+def with_sources(sources: str) -> str:
+    return MINIMAL.replace("steps: 3", f"steps: 3, data: {{sources: [{sources}]}}")
+
+
+def test_paths_of_a_recipe_may_be_a_list(tmp_path):
+    path = write(tmp_path, with_sources("{path: [a.tar, b-*.tar], weight: 2}"))
+    assert load_recipe(path).stages[0].data.sources[0].paths == ["a.tar", "b-*.tar"]

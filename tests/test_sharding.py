@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import picture
-from test_training import ALONE, CHAT, log, recipe, weights
+from training_runs import CHAT, ONE, TORCHRUN, logged, recipe, train, weights
 
 from convllava.errors import InputError
-from convllava.training.recipe import Data, Evaluation, Source, dump_recipe
+from convllava.training.recipe import Data, Evaluation, Source
 from convllava.training.sharding import check_sharding, deepspeed_config
 
-SHARED = [
-    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    str(Path(__file__).parent / "sharded_on_cpu.py"),
-]
+SHARED = (*TORCHRUN, str(Path(__file__).parent / "sharded_on_cpu.py"))
 
 
 def test_fsdp_equals_one_process_with_text_alone_in_some(tmp_path):
@@ -30,14 +25,10 @@ def test_fsdp_equals_one_process_with_text_alone_in_some(tmp_path):
     records[0]["image"] = "a.png"
     (tmp_path / "data.json").write_text(json.dumps(records))
     stage = dataclasses.replace(CHAT, data=Data(sources=[Source("data.json")]))
-    plan = tmp_path / "recipe.yaml"
-    for name, command, sharding in (("one", ["-m", "convllava"], "none"), ("two", SHARED, "fsdp")):
-        settings = recipe(stage, data_root=str(tmp_path), save_every=2, sharding=sharding)
-        plan.write_text(dump_recipe(settings))
-        run = [sys.executable, *command, "train", str(plan), "--resume", "--output", str(tmp_path / name)]
-        subprocess.run(run, check=True, env=ALONE, timeout=300)
-    one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-4)
+    for name, program, sharding in (("one", ONE, "none"), ("two", SHARED, "fsdp")):
+        plan = recipe(stage, data_root=str(tmp_path), save_every=2, sharding=sharding)
+        train(plan, tmp_path / name, program)
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=1e-4)
     whole, shared = weights(tmp_path / "one/0-chat"), weights(tmp_path / "two/0-chat")
     assert whole.keys() == shared.keys()
     for name, weight in whole.items():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fresh, picture
+from training_runs import ONE, SMALLEST, TWO, logged, train
 
 from convllava.data.conversation import IGNORE, SKIPPED
 from convllava.data.formats import Records, open_records
@@ -21,7 +19,7 @@ from convllava.data.sources import FileDataset, steps_of
 from convllava.errors import InputError
 from convllava.training import engine
 from convllava.training.plan import plan
-from convllava.training.recipe import Data, ModelSpec, Recipe, Source, Stage, dump_recipe
+from convllava.training.recipe import Data, ModelSpec, Recipe, Source, Stage
 from convllava.training.reporting import Skips
 
 
@@ -132,8 +130,11 @@ def test_a_bad_sample_is_replaced_and_told_of(folder):
     (reason,) = {reason for _, reason in told}
     assert "sample s1" in reason
     assert "broken.png" in reason
-    with pytest.raises(InputError, match=r"in a row cannot be used; the last: data\.json: sample s1"):
-        dataset(folder, [record(1, "broken.png")])[0]
+
+
+def test_a_dataset_of_no_usable_sample_says_so(folder):
+    with pytest.raises(InputError, match=r"100 samples in a row cannot be used; the last: data\.json: sample s1"):
+        dataset(folder, [record(1, "gone.png")])[0]
 
 
 def test_what_is_too_long_is_cut_in_its_text_only(folder):
@@ -152,20 +153,9 @@ def test_what_is_too_long_is_cut_in_its_text_only(folder):
 
 
 def recipe(folder: Path, **data: object) -> Recipe:
-    stage = Stage(
-        "files",
-        None,
-        {"projector": 1e-3},
-        Data(sources=[Source("data.json", "images")], **data),
-        epochs=2,
-        batch_size=2,
-    )  # type: ignore[arg-type]
-    model = ModelSpec(
-        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
-        language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-        pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
-    )
-    return Recipe("files", [stage], model, data_root=str(folder), workers=0)
+    found = Data(sources=[Source("data.json", "images")], **data)  # type: ignore[arg-type]
+    stage = Stage("files", None, {"projector": 1e-3}, found, epochs=2, batch_size=2)
+    return Recipe("files", [stage], SMALLEST, data_root=str(folder), workers=0)
 
 
 def test_training_on_files_with_and_without_images_counts_what_it_skips(folder):
@@ -178,8 +168,7 @@ def test_training_on_files_with_and_without_images_counts_what_it_skips(folder):
     write(folder, records)
     output = folder / "run"
     engine.train(recipe(folder, max_skipped=0.5), output)
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert logged(output, "step") == [1, 2, 3, 4]
     skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["file"]) for line in skipped] == [("files", "data.json")]
     assert "sample s2" in skipped[0]["reason"]
@@ -190,19 +179,11 @@ def test_training_on_files_with_and_without_images_counts_what_it_skips(folder):
 def test_a_process_with_text_alone_neither_stops_nor_stalls_the_others(folder):
     """The order is drawn, so of 4 samples with one image the two processes meet batches with and without one."""
     write(folder, [record(0), *(record(number, None, f"question {number}") for number in (1, 2, 3))])
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe(folder)))
-    command = ["-m", "convllava", "train", str(folder / "recipe.yaml"), "--output"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, start in (("one", []), ("two", launcher)):
-        subprocess.run([sys.executable, *start, *command, str(folder / name)], check=True, env=settings, timeout=300)
-    one, two = (losses(folder / name) for name in ("one", "two"))
+    train(recipe(folder), folder / "one", ONE)
+    train(recipe(folder), folder / "two", TWO)
+    one, two = (logged(folder / name) for name in ("one", "two"))
     assert len(one) == 4
     assert two == pytest.approx(one, abs=1e-4)
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_plan_counts_steps_or_names_what_is_missing(folder):

@@ -1,0 +1,92 @@
+"""Conversations as sequences and batches: labels are the answers, and packed samples are separate ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import fresh
+from training_runs import CHAT, DATA, log, recipe
+
+from convllava.data.conversation import IGNORE, collate, encode, lengths_of, pack
+from convllava.data.synthetic import ChatDataset
+from convllava.errors import InputError
+from convllava.synthetic import World
+from convllava.training import engine
+
+
+def test_labels_are_exactly_the_answers_and_their_ends():
+    _, processor = engine.start(recipe(CHAT))
+    world = World(size=128, simple=True, turns=3)
+    dataset = ChatDataset(world, processor, 4, captions=1.0)
+    messages = dataset.messages(world.sample(0), dataset.turns(world.sample(0)))
+    item = dataset[0]
+    text = processor.tokenizer.decode(item["input_ids"][item["labels"] != IGNORE])
+    answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+    assert world.sample(0).caption in answers
+    assert text.replace("<|end|> ", "<|end|>") == "".join(f"{answer}<|end|>" for answer in answers)
+    assert item["labels"][item["labels"] != IGNORE].equal(item["input_ids"][item["labels"] != IGNORE])
+
+
+def test_a_template_that_marks_no_answer_is_refused():
+    _, processor = engine.start(recipe(CHAT))
+    processor.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
+    with pytest.raises(InputError, match="marks no assistant text"):
+        encode(processor, [{"role": "user", "content": [{"type": "text", "text": "a"}]}])
+
+
+def test_batched_loss_equals_the_mean_over_all_supervised_tokens():
+    model, processor = engine.start(recipe(CHAT))
+    dataset = ChatDataset(World(size=128, simple=True), processor, 3, captions=0.5)
+    items = [dataset[index] for index in range(3)]
+    batch = model(**collate(items, processor.tokenizer.pad_token_id)).loss
+    totals = [(model(**collate([item], 0)).loss, int((item["labels"][1:] != IGNORE).sum())) for item in items]
+    expected = sum(loss * count for loss, count in totals) / sum(count for _, count in totals)
+    torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
+
+
+def mixed_items(processor):
+    """Two pages, one of them long, and text alone."""
+    pages = ChatDataset(World(size=128, simple=True, turns=4), processor, 2)
+    return [pages[0], ChatDataset(World(size=128, simple=True, turns=1), processor, 2, images=False)[1], pages[1]]
+
+
+def test_packed_equals_separate():
+    model, processor = fresh()
+    items = mixed_items(processor)
+    with torch.no_grad():
+        alone = [model(**collate([item], 0)) for item in items]
+        packed = model(**pack(items))
+    torch.testing.assert_close(packed.logits[0], torch.cat([out.logits[0] for out in alone]), atol=1e-5, rtol=0)
+    counts = torch.tensor([(item["labels"][1:] != IGNORE).sum() for item in items])
+    mean = (torch.stack([out.loss for out in alone]) * counts).sum() / counts.sum()
+    torch.testing.assert_close(packed.loss, mean, atol=1e-5, rtol=0)
+
+
+def test_packing_wastes_nothing_and_padding_is_counted_beside_it(parts):
+    items = mixed_items(parts[1])
+    lengths = [len(item["input_ids"]) for item in items]
+    assert lengths_of(pack(items)) == lengths_of(collate(items, 0)) == lengths
+    assert pack(items)["input_ids"].shape == (1, sum(lengths))
+
+
+def test_a_family_whose_samples_would_see_each_other_in_a_row_is_refused(tmp_path):
+    plan = recipe(dataclasses.replace(CHAT, packing=True))
+    layers = {"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    language = {**plan.model.language, **layers, "num_key_value_heads": 2}
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, language=language))
+    with pytest.raises(InputError, match="samples in one row of a lfm2 see each other; leave out packing"):
+        engine.train(plan, tmp_path / "run")
+
+
+def test_a_packed_run_has_the_losses_of_a_padded_one(tmp_path):
+    data = dataclasses.replace(DATA, turns=6)
+    stage = dataclasses.replace(CHAT, data=data, batch_size=4)
+    engine.train(recipe(stage), tmp_path / "padded")
+    engine.train(recipe(dataclasses.replace(stage, packing=True)), tmp_path / "packed")
+    padded, packed = log(tmp_path / "padded"), log(tmp_path / "packed")
+    for one, other in zip(padded, packed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert padded[-1]["positions"] == padded[-1]["padded"] == packed[-1]["padded"]
+    assert packed[-1]["tokens"] == packed[-1]["positions"] == padded[-1]["tokens"] < 0.95 * packed[-1]["padded"]

@@ -1,0 +1,116 @@
+"""Objectives: what cells of a page and visual tokens are asked for, and how answers are weighed."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from training_runs import ALIGN, CHAT, DENSE, recipe
+
+from convllava.data.cells import GLYPH_CELL, DenseDataset, boxes, label_maps, spelling, word_tokens, words
+from convllava.data.conversation import IGNORE
+from convllava.data.synthetic import ChatDataset
+from convllava.geometry import Size, native, unchanged
+from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
+from convllava.training import engine
+from convllava.training.alignment import Alignment, vocabulary_of
+from convllava.training.calibration import calibrate
+from convllava.training.losses import answer_loss, answer_weights
+
+
+def test_label_maps_lie_where_things_lie():
+    glyphs = (Glyph("A", (0, 0, 16, 16)), Glyph("i", (33, 40, 36, 56)))
+    things = (Thing("star", "red", (64, 0, 128, 32)),)
+    sample = Sample(0, "sheet", World(size=128, simple=True).sample(0).image.resize((128, 64)), "", (), glyphs, things)
+    labels = label_maps(sample, native(Size(64, 128), min_pixels=64 * 64, max_pixels=512 * 512), 32)
+    expected = torch.zeros(64 // GLYPH_CELL, 128 // GLYPH_CELL, dtype=torch.long)
+    expected[0:2, 0:2] = 1 + CHARACTERS.index("A")
+    expected[6, 4] = 1 + CHARACTERS.index("i")
+    assert labels["glyph"].equal(expected)
+    assert (labels["shape"] > 0).tolist() == [[False, False, True, True], [False] * 4]
+    assert labels["colour"].unique().tolist() == [0, 1]
+
+
+def labelled_page() -> Sample:
+    """64 x 64 pixels: "ab" and "c" on a line, below them "d"."""
+    boxes = {"a": (2, 2, 10, 12), "b": (11, 2, 20, 12), "c": (40, 2, 50, 12), "d": (2, 40, 10, 52)}
+    glyphs = tuple(Glyph(char, box) for char, box in boxes.items())
+    return Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ())
+
+
+def test_spelling_tells_what_each_character_follows_and_where_words_end():
+    printed = words(labelled_page())
+    assert ["".join(glyph.char for glyph in word) for word in printed] == ["ab", "c", "d"]
+    found = spelling(printed, unchanged(Size(64, 64), stride=32), 32)
+    a, b, c, d = (CHARACTERS.index(char) + 1 for char in "abcd")
+    assert found.tolist() == [
+        *([0, 0, 0, a], [0, 0, a, b], [0, a, b, 0]),
+        *([1, 0, 0, c], [1, 0, c, 0]),
+        *([2, 0, 0, d], [2, 0, d, 0]),
+    ]
+
+
+def test_cells_are_named_by_the_words_that_the_tokenizer_knows():
+    _, processor = engine.start(recipe(ALIGN))
+    glyphs = tuple(Glyph(char, (2 + 9 * i, 2, 10 + 9 * i, 12)) for i, char in enumerate("Total:"))
+    printed = words(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()))
+    found = word_tokens(printed, unchanged(Size(64, 64), stride=32), 32, processor.tokenizer)
+    ids = [processor.tokenizer(text).input_ids[0] for text in (" Total", " total")]
+    assert sorted(found.tolist()) == sorted([cell, name] for cell in (0, 1) for name in ids)
+    assert not len(word_tokens(words(labelled_page()), unchanged(Size(64, 64), stride=32), 32, processor.tokenizer))
+
+
+def test_boxes_are_told_from_the_centre_of_each_cell():
+    found = boxes([(8, 0, 40, 32), (48, 48, 64, 64)], unchanged(Size(64, 64), stride=32), 32)
+    expected = [[0, -0.25, -0.5, 0.75, 0.5], [3, 0.0, 0.0, 0.5, 0.5]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_dense_items_fit_the_grids():
+    _, processor = engine.start(recipe(DENSE))
+    for index in range(3):
+        item = DenseDataset(World(size=128, simple=True), processor, 3, sheets=0.5)[index]
+        height, width = item["pixel_values"].shape[1:]
+        assert item["glyph"].shape == (height // 8, width // 8)
+        assert item["shape"].shape == item["colour"].shape == (height // 32, width // 32)
+
+
+def test_visual_tokens_are_asked_for_all_words_of_their_cell_alike():
+    model, processor = engine.start(recipe(ALIGN))
+    alignment = Alignment(model, vocabulary_of(processor.tokenizer))
+    circle, red, x, total = (processor.tokenizer(text).input_ids[0] for text in (" circle", " red", "x", " total"))
+    embeddings = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
+    model.get_input_embeddings().weight.data = embeddings
+    printed = torch.zeros(3 * alignment.side**2, dtype=torch.long)
+    printed[alignment.side**2] = CHARACTERS.index("x") + 1
+    drawn = [torch.tensor([[1, 0, 0]])]
+    bags = alignment._bags(printed, drawn, drawn, torch.tensor([[1, total]]))
+    assert [row.nonzero().flatten().tolist() for row in bags] == [sorted([circle, red]), sorted([x, total]), []]
+    tokens = 1000 * torch.stack([embeddings[circle], embeddings[x], embeddings[5]])
+    log_shares = [torch.log_softmax(token @ embeddings.T, dim=-1) for token in tokens]
+    halves = -(log_shares[0][[circle, red]].mean() + log_shares[1][[x, total]].mean())
+    # The third cell is empty and says nothing.
+    torch.testing.assert_close(alignment._naming_loss(tokens, bags), halves / 2)
+    assert alignment._naming_loss(tokens, 0 * bags) == 0
+
+
+def test_balance_weighs_answers_by_their_length():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 6, 5), torch.full((2, 6), IGNORE)
+    labels[0, 1:3], labels[0, 4], labels[1, 2:] = torch.tensor([1, 2]), 3, torch.tensor([0, 1, 2, 3])
+    each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    answers = [each[0, 0:2].mean(), each[0, 3], each[1, 1:].mean()]
+    torch.testing.assert_close(answer_loss(logits, labels, answer_weights(labels, 1.0)), torch.stack(answers).mean())
+    torch.testing.assert_close(answer_loss(logits, labels, answer_weights(labels, 0.0)), each.sum() / 7)
+
+
+def test_calibration_gives_tokens_mean_zero_and_one_size():
+    model, processor = engine.start(recipe(CHAT))
+    world = World(size=128, simple=True)
+    dataset = ChatDataset(world, processor, 4)
+    images = [dataset[index]["pixel_values"][0] for index in range(4)]
+    calibrate(model, images)
+    projector = model.model.multi_modal_projector
+    features = model.model.vision_tower(images).last_hidden_state
+    tokens = projector.linear_2(projector.act(projector.linear_1(features)))
+    torch.testing.assert_close(tokens.mean(0), torch.zeros(tokens.shape[1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(1.0), atol=1e-3, rtol=0)

@@ -1,0 +1,137 @@
+"""Runs that are killed, lack room on the disk or share their batches: they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+from killing import killed_after, killed_in
+from training_runs import (
+    ALIGN,
+    ALONE,
+    CHAT,
+    DENSE,
+    GUIDED,
+    ONE,
+    TWO,
+    changed,
+    command,
+    log,
+    logged,
+    recipe,
+    train,
+    weights,
+)
+
+from convllava.errors import InputError
+from convllava.training import engine
+from convllava.training.recipe import Evaluation
+
+
+@pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, GUIDED], ids=lambda stage: stage.name)
+def test_resumed_equals_uninterrupted(tmp_path, stage):
+    plan = recipe(stage, save_every=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    engine.train(plan, whole)
+    with killed_after(2):
+        engine.train(plan, parts)
+    assert not (parts / f"0-{stage.name}").exists()
+    engine.train(plan, parts, resume=True)
+    assert logged(parts) == logged(whole)
+    spent = logged(parts, "processor")
+    assert spent[0] > 0
+    assert spent == sorted(spent), "time on the processor adds up over resumed parts"
+    assert not changed(weights(whole / f"0-{stage.name}"), weights(parts / f"0-{stage.name}"))
+
+
+def test_a_checkpoint_that_was_being_written_is_never_taken(tmp_path):
+    plan = recipe(CHAT, save_every=2)
+    with killed_in(engine.StageTrainer, "_save_rng_state"):
+        engine.train(plan, tmp_path)
+    progress = tmp_path / ".0-chat.progress"
+    assert list(progress.glob("checkpoint-*")) == []
+    engine.train(plan, tmp_path, resume=True)
+    assert (tmp_path / "0-chat").exists()
+    assert not progress.exists()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    plan, out = recipe(dataclasses.replace(CHAT, steps=6), save_every=2), tmp_path / "out"
+    limit = no_file_larger(200_000)
+    full = subprocess.run(command(plan, out), capture_output=True, text=True, preexec_fn=limit, env=ALONE)
+    assert full.returncode == 2
+    assert "the checkpoint of step 2 cannot be written" in full.stderr
+    assert "there is none before it" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert list((out / ".0-chat.progress").iterdir()) == []
+    train(plan, out)
+    assert logged(out, "step") == [1, 2, 3, 4, 5, 6]
+
+
+def no_file_larger(size):
+    """For a new process: a write beyond so many bytes fails, as on a full disk."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+@pytest.mark.parametrize("program", [ONE, TWO], ids=["1", "2"])
+def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, program):
+    plan = recipe(dataclasses.replace(CHAT, steps=8), save_every=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(plan, whole, program)
+    kill_when(lambda: len(log(killed)) >= 3, command(plan, killed, program))
+    assert not (killed / "0-chat").exists()
+    kill_when(lambda: any(killed.glob(".0-chat.progress/partial/*")), command(plan, killed, program))
+    train(plan, killed, program)
+    assert logged(killed) == logged(whole)
+    assert not changed(weights(whole / "0-chat"), weights(killed / "0-chat"))
+
+
+def kill_when(ready, started):
+    """Start a command, and kill it with all its processes as soon as `ready`, or when it has ended."""
+    process = subprocess.Popen(started, env=ALONE, start_new_session=True)
+    while process.poll() is None and not ready():
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_two_processes_have_the_loss_of_one_and_go_through_every_stage(tmp_path):
+    held_out = Evaluation(every=3, samples=5, pictures=0)  # of which the second process has none in its last batch
+    plan = recipe(dataclasses.replace(CHAT, steps=3, batch_size=4, evaluation=held_out), GUIDED)
+    train(plan, tmp_path / "one", ONE)
+    train(plan, tmp_path / "two", TWO)
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 3, 3, 1, 2, 3, 4]
+    for a, b in zip(one[:4], two[:4], strict=True):
+        key = "eval_loss" if "eval_loss" in a else "loss"
+        assert a[key] == pytest.approx(b[key], abs=1e-4)
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_a_changed_recipe_not_resumed(tmp_path):
+    engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
+    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
+        engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
+    with pytest.raises(InputError, match=r"another recipe \(seed: 0 -> 5\); resume with the same recipe"):
+        engine.prepare_output(recipe(CHAT, seed=5), tmp_path, resume=True)
+    engine.prepare_output(recipe(CHAT), tmp_path, resume=True)
+
+
+def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
+    engine.train(recipe(DENSE), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "chat", "in')
+    (tmp_path / "recipe.yaml").unlink()
+    engine.train(recipe(DENSE, CHAT), tmp_path)
+    assert logged(tmp_path, "step") == [1, 2, 3, 1, 2, 3, 4]
