@@ -125,8 +125,16 @@ class Tab:
 
     def requests(self):
         """Every address that the browser asked for."""
+        return [one["request"]["url"] for one in self._events("Network.requestWillBeSent")]
+
+    def answers(self):
+        """The status and kind of what was answered, by place."""
+        answers = [one["response"] for one in self._events("Network.responseReceived")]
+        return {urlsplit(one["url"]).path: (one["status"], one["mimeType"]) for one in answers}
+
+    def _events(self, method):
         entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [one["params"]["request"]["url"] for one in entries if one["method"] == "Network.requestWillBeSent"]
+        return [one["params"] for one in entries if one["method"] == method]
 
 
 @contextmanager
@@ -283,6 +291,17 @@ def test_a_closed_page_frees_its_slot(tab, slow):
     tab.wait(lambda: slow.engine.scheduler.running == slow.gate.inside == 0)
 
 
+def test_the_browser_finds_all_that_a_page_asks_for_and_its_icon(server):
+    with browser() as driver:
+        tab = Tab(driver, server.url)
+        manifest = driver.execute_cdp_cmd("Page.getAppManifest", {})
+        answers = tab.answers()
+    assert answers["/favicon.ico"] == (200, "image/svg+xml")
+    assert answers["/manifest.json"] == (200, "application/manifest+json")
+    assert {status for status, _ in answers.values()} == {200}
+    assert not manifest["errors"]
+
+
 def status_of(url, data=None, **headers):
     try:
         with urlopen(Request(url, data, {name.replace("_", "-"): text for name, text in headers.items()})) as answer:
@@ -305,6 +324,7 @@ def test_no_file_and_no_address_is_read_for_a_request(tab, server):
 def test_with_a_key_the_page_asks_for_it():
     with serving(load("tiny", device="cpu"), ui=True, api_key="key") as running, browser() as driver:
         assert status_of(f"{running.url}/ui/") == 401
+        assert status_of(f"{running.url}/manifest.json") == status_of(f"{running.url}/favicon.ico") == 200
         known = {"Authorization": "Basic " + base64.b64encode(b":key").decode()}
         driver.execute_cdp_cmd("Network.enable", {})
         driver.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": known})

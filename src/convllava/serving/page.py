@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from PIL import Image
 
 from convllava.drawing import draw_boxes
@@ -30,7 +30,7 @@ from convllava.serving.refusal import RefusalError
 from convllava.serving.service import Service
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-_STYLE = Path(__file__).with_name("page.css")
+_STYLE, _ICON = (Path(__file__).with_name(name) for name in ("page.css", "icon.svg"))
 _SHOWN_SIDE = 1600
 """Most pixels of a side of a picture that is shown with boxes."""
 _INVITATION = "Drop a picture, or choose an example below."
@@ -66,6 +66,23 @@ def mount_page(app: FastAPI, service: Service, api_key: str | None = None) -> No
     )
     app.add_middleware(PageGuard, gate=service.gate, limits=service.limits, folder=Path(folder.name), api_key=api_key)
     app.add_api_route("/", lambda: RedirectResponse(f"{PAGE}/"), include_in_schema=False)
+    _add_icon(app)
+
+
+def _add_icon(app: FastAPI) -> None:
+    """Where browsers look: Gradio's page names no icon, which is then sought at the root, and a manifest that is there.
+
+    A browser brings no password for a manifest, so both are open; they say no more than that this is our server.
+    """
+    place = "/favicon.ico"
+    icon = {"src": place, "type": "image/svg+xml", "sizes": "any"}
+    manifest = {"name": "ConvLLaVA", "start_url": f"{PAGE}/", "display": "browser", "icons": [icon]}
+    app.add_api_route(place, lambda: FileResponse(_ICON), include_in_schema=False)
+    app.add_api_route(
+        "/manifest.json",
+        lambda: JSONResponse(manifest, media_type="application/manifest+json"),
+        include_in_schema=False,
+    )
 
 
 def _remove_in_the_end(app: FastAPI, folder: TemporaryDirectory[str]) -> None:
