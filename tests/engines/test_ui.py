@@ -32,6 +32,7 @@ from convllava import load
 from convllava.drawing import draw_boxes
 from convllava.geometry import Size, parse_box
 from convllava.images import load_image
+from convllava.serving import guard
 from convllava.serving.budget import Budget
 from convllava.serving.limits import Limits
 from convllava.serving.page import EXAMPLES
@@ -114,6 +115,10 @@ class Tab:
 
     def said(self):
         return [message.text.strip() for message in self.all("#chat .message.user, #chat .message.bot")]
+
+    def refusals(self):
+        """What Gradio says of uploads that failed."""
+        return [toast.text for toast in self.all("[data-testid=toast-text]")]
 
     def image(self):
         """What the picture's place shows; None before there is one."""
@@ -268,6 +273,25 @@ def test_a_bad_file_is_one_line_and_the_next_is_taken(tab, tmp_path, data, line)
     tab.wait(lambda: "there is no picture yet" in tab.text("facts"))
     tab.show(RECEIPT)
     assert not tab.said()
+
+
+def test_a_file_that_is_too_large_is_one_line_and_the_next_is_taken(tab, tmp_path):
+    assert tab.text("cost") == "Drop a picture of at most 15 MiB, or choose an example below."
+    file = tmp_path / "large.png"
+    with file.open("wb") as whole:
+        whole.truncate(15 * 2**20 + 1)
+    tab.drop(file)
+    tab.wait(lambda: tab.refusals() == ['File(s) exceed the maximum allowed size of 15.0 Mb: "large.png"'])
+    assert tab.image() is None
+    tab.show(RECEIPT)
+
+
+def test_what_the_door_refuses_is_one_line_and_the_next_is_taken(tab, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr(guard, "_MOST_HELD", -1)
+        tab.drop(RECEIPT)
+        tab.wait(lambda: tab.refusals() == ["HTTP 503: too many pictures are held; try again later"])
+    tab.show(RECEIPT)
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(tab, slow, assistant):
