@@ -33,6 +33,25 @@ def test_other_names_are_refused_in_a_line_that_says_how_to_allow_them(host):
     assert "--allow-hosts" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("AI.example.org:8000", "ai.example.org"),
+        ("ai.example.org.", "ai.example.org:8000"),
+        ("ai.example.org.:8000", "ai.example.org."),
+        ("[FD00::1]:8000", "[fd00::1]"),
+        ("fd00::1", "[fd00::1]:8000"),
+    ],
+)
+def test_a_name_is_allowed_however_it_is_written(given, asked):
+    assert answer(asked, (given,)).text == "in"
+    assert answer("fd00", (given,)).status_code == 403
+
+
+def test_a_name_that_is_none_allows_nothing():
+    assert answer("", (":8000", ".", "[]")).status_code == 403
+
+
 @given(st.from_regex(r"[a-z0-9.-]{1,30}", fullmatch=True), st.integers(0, 65535))
 def test_a_name_is_the_same_with_and_without_a_port(name, port):
     assert name_of(f"{name}:{port}") == name_of(name)

@@ -183,10 +183,10 @@ def knock(tmp_path):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    seen, headers_out = [], []
+    seen, headers_out, body_out = [], [], []
 
-    def knock(method, path, body=b"", headers=None, key=None, capacity=2):
-        door = PageGuard(page, Gate(capacity), LIMITS, tmp_path, key)
+    def knock(method, path, body=b"", headers=None, key=None, gate=None):
+        door = PageGuard(page, gate or Gate(2), LIMITS, tmp_path, key)
         told = {"host": "here:8000", "content-type": "application/json"} | (headers or {})
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "scheme": "http"}
         scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in told.items()]
@@ -200,10 +200,10 @@ def knock(tmp_path):
 
         seen.clear()
         asyncio.run(door(scope, receive, send))
-        headers_out[:] = sent[0]["headers"]
+        headers_out[:], body_out[:] = sent[0]["headers"], [message["body"] for message in sent[1:]]
         return sent[0]["status"], seen[0] if seen else None
 
-    knock.headers = headers_out
+    knock.headers, knock.body = headers_out, body_out
     return knock
 
 
@@ -252,11 +252,29 @@ def test_only_uploaded_files_can_be_named(knock, tmp_path):
 
 
 def test_a_full_server_takes_no_picture_but_hears_who_stops(knock, tmp_path, monkeypatch):
-    assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM, capacity=0)[0] == 429
-    assert knock("POST", "/ui/gradio_api/cancel", b"{}", capacity=0)[0] == 200
+    assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM, gate=Gate(0))[0] == 429
+    assert knock("POST", "/ui/gradio_api/cancel", b"{}", gate=Gate(0))[0] == 200
     (tmp_path / "held").write_bytes(b"0" * 10_001)
     monkeypatch.setattr(guard, "_MOST_HELD", 10_000)
     assert knock("POST", "/ui/gradio_api/upload", b"abc", FORM)[0] == 503
+
+
+def test_an_upload_is_refused_in_words_since_gradio_shows_all_of_the_answer(knock, monkeypatch):
+    large, draining = b"0" * (LIMITS.body_bytes + 1), Gate(2)
+    draining.drain()
+    monkeypatch.setattr(guard, "_MOST_HELD", -1)
+    for body, gate, line in (
+        (b"abc", Gate(0), b"0 requests are being served; try again later"),
+        (b"abc", draining, b"the server is going down; ask another or try again later"),
+        (b"abc", Gate(2), b"too many pictures are held; try again later"),
+    ):
+        knock("POST", "/ui/gradio_api/upload", body, FORM, gate=gate)
+        assert knock.body == [line]
+    monkeypatch.setattr(guard, "_MOST_HELD", 0)
+    knock("POST", "/ui/gradio_api/upload", large, FORM)
+    assert knock.body == [b"the body has more than 0.286102 MiB; send fewer or smaller images"]
+    knock("POST", JOIN, large)
+    assert json.loads(knock.body[0])["error"]["code"] == "body_too_large"
 
 
 def test_many_empty_files_are_much_and_what_is_old_makes_room(knock, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ from convllava import load
 from convllava.drawing import draw_boxes
 from convllava.geometry import Size, parse_box
 from convllava.images import load_image
+from convllava.serving import guard
 from convllava.serving.budget import Budget
 from convllava.serving.limits import Limits
 from convllava.serving.page import EXAMPLES
@@ -115,6 +116,10 @@ class Tab:
     def said(self):
         return [message.text.strip() for message in self.all("#chat .message.user, #chat .message.bot")]
 
+    def refusals(self):
+        """What Gradio says of uploads that failed."""
+        return [toast.text for toast in self.all("[data-testid=toast-text]")]
+
     def image(self):
         """What the picture's place shows; None before there is one."""
         found = self.all("#picture img")
@@ -125,8 +130,16 @@ class Tab:
 
     def requests(self):
         """Every address that the browser asked for."""
+        return [one["request"]["url"] for one in self._events("Network.requestWillBeSent")]
+
+    def answers(self):
+        """The status and kind of what was answered, by place."""
+        answers = [one["response"] for one in self._events("Network.responseReceived")]
+        return {urlsplit(one["url"]).path: (one["status"], one["mimeType"]) for one in answers}
+
+    def _events(self, method):
         entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [one["params"]["request"]["url"] for one in entries if one["method"] == "Network.requestWillBeSent"]
+        return [one["params"] for one in entries if one["method"] == method]
 
 
 @contextmanager
@@ -262,6 +275,25 @@ def test_a_bad_file_is_one_line_and_the_next_is_taken(tab, tmp_path, data, line)
     assert not tab.said()
 
 
+def test_a_file_that_is_too_large_is_one_line_and_the_next_is_taken(tab, tmp_path):
+    assert tab.text("cost") == "Drop a picture of at most 15 MiB, or choose an example below."
+    file = tmp_path / "large.png"
+    with file.open("wb") as whole:
+        whole.truncate(15 * 2**20 + 1)
+    tab.drop(file)
+    tab.wait(lambda: tab.refusals() == ['File(s) exceed the maximum allowed size of 15.0 Mb: "large.png"'])
+    assert tab.image() is None
+    tab.show(RECEIPT)
+
+
+def test_what_the_door_refuses_is_one_line_and_the_next_is_taken(tab, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr(guard, "_MOST_HELD", -1)
+        tab.drop(RECEIPT)
+        tab.wait(lambda: tab.refusals() == ["HTTP 503: too many pictures are held; try again later"])
+    tab.show(RECEIPT)
+
+
 def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(tab, slow, assistant):
     tab.show(RECEIPT)
     tab.begin(BOX)
@@ -281,6 +313,17 @@ def test_a_closed_page_frees_its_slot(tab, slow):
     tab.wait(lambda: slow.engine.scheduler.running == 1)
     tab.driver.get("about:blank")
     tab.wait(lambda: slow.engine.scheduler.running == slow.gate.inside == 0)
+
+
+def test_the_browser_finds_all_that_a_page_asks_for_and_its_icon(server):
+    with browser() as driver:
+        tab = Tab(driver, server.url)
+        manifest = driver.execute_cdp_cmd("Page.getAppManifest", {})
+        answers = tab.answers()
+    assert answers["/favicon.ico"] == (200, "image/svg+xml")
+    assert answers["/manifest.json"] == (200, "application/manifest+json")
+    assert {status for status, _ in answers.values()} == {200}
+    assert not manifest["errors"]
 
 
 def status_of(url, data=None, **headers):
@@ -305,6 +348,7 @@ def test_no_file_and_no_address_is_read_for_a_request(tab, server):
 def test_with_a_key_the_page_asks_for_it():
     with serving(load("tiny", device="cpu"), ui=True, api_key="key") as running, browser() as driver:
         assert status_of(f"{running.url}/ui/") == 401
+        assert status_of(f"{running.url}/manifest.json") == status_of(f"{running.url}/favicon.ico") == 200
         known = {"Authorization": "Basic " + base64.b64encode(b":key").decode()}
         driver.execute_cdp_cmd("Network.enable", {})
         driver.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": known})

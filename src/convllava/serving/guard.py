@@ -21,7 +21,7 @@ from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from convllava.serving.gate import Gate
@@ -79,8 +79,7 @@ class PageGuard:
         except RefusalError as refusal:
             if request.method == "POST":
                 await discard_body(request)
-            headers = _CHALLENGE if refusal.status == HTTPStatus.UNAUTHORIZED else refusal.headers
-            await JSONResponse(refusal.body, refusal.status, headers)(scope, receive, send)
+            await _answer(refusal, _place(request))(scope, receive, send)
             return
         await self.app(scope, receive, _with_headers(send))
 
@@ -88,7 +87,7 @@ class PageGuard:
         """What the page reads a request from."""
         _check_origin(request)
         self._check_key(request)
-        place = request.scope["path"].removeprefix(PAGE)
+        place = _place(request)
         if not _PLACES.fullmatch(place) or (place.startswith(_FILE) and not self._is_ours(place.removeprefix(_FILE))):
             raise RefusalError(404, "the page has no such place", "unknown_url")
         if request.method != "POST":
@@ -147,6 +146,17 @@ class PageGuard:
             return os.path.realpath(path).startswith(self._folder + os.sep)
         except ValueError:  # no file can have such a name
             return False
+
+
+def _place(request: Request) -> str:
+    return str(request.scope["path"]).removeprefix(PAGE)
+
+
+def _answer(refusal: RefusalError, place: str) -> Response:
+    headers = _CHALLENGE if refusal.status == HTTPStatus.UNAUTHORIZED else refusal.headers
+    if place == _UPLOAD:  # Gradio shows a person all that the answer to a failed upload holds
+        return PlainTextResponse(refusal.message, refusal.status, headers)
+    return JSONResponse(refusal.body, refusal.status, headers)
 
 
 def _held(folder: str) -> int:

@@ -23,13 +23,17 @@ _OWN = frozenset({"localhost", "127.0.0.1", "::1"})
 class HostGuard:
     """ASGI middleware that answers only requests to names it knows, whatever their port.
 
+    Other names get 403 and not 421, which invites a client to try again on another connection: there is none on which
+    this server would answer otherwise.
+
     Args:
         app: What it stands before.
-        names: Beside those of this machine to itself.
+        names: Beside those of this machine to itself; as a Host header has them, or addresses as they are.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str] = ()) -> None:
-        self.app, self._names = app, _OWN | {name.lower() for name in names}
+        # A request without a name must not be let in by something that has none either, such as ":8000".
+        self.app, self._names = app, _OWN | ({name_of(name) for name in names} - {""})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -44,9 +48,11 @@ class HostGuard:
 
 
 def name_of(host: str) -> str:
-    """The name or address in a Host header, without port and brackets, in lower case."""
+    """The name or address in a Host header, without port, brackets and a trailing dot, in lower case."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
+    if host.count(":") > 1:  # an IPv6 address, which has brackets only where a port may follow
+        return host.lower()
     return host.partition(":")[0].rstrip(".").lower()
 
 

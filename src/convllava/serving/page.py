@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from PIL import Image
 
 from convllava.drawing import draw_boxes
@@ -26,14 +26,14 @@ from convllava.images import load_image
 from convllava.serving.budget import Budget
 from convllava.serving.dialogue import Picture, Reply, Talk, reply_to
 from convllava.serving.guard import KEPT_SECONDS, PAGE, PageGuard
+from convllava.serving.limits import Limits
 from convllava.serving.refusal import RefusalError
 from convllava.serving.service import Service
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-_STYLE = Path(__file__).with_name("page.css")
+_STYLE, _ICON = (Path(__file__).with_name(name) for name in ("page.css", "icon.svg"))
 _SHOWN_SIDE = 1600
 """Most pixels of a side of a picture that is shown with boxes."""
-_INVITATION = "Drop a picture, or choose an example below."
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 
@@ -56,7 +56,7 @@ def mount_page(app: FastAPI, service: Service, api_key: str | None = None) -> No
         theme=gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=["ui-monospace", "monospace"]),
         css_paths=_STYLE,
         footer_links=[],
-        max_file_size=service.limits.body_bytes * 3 // 4,  # base64, as the API takes it, has a third more
+        max_file_size=_file_bytes(service.limits),
         show_error=False,
         run_history=False,
         ssr_mode=False,
@@ -66,6 +66,28 @@ def mount_page(app: FastAPI, service: Service, api_key: str | None = None) -> No
     )
     app.add_middleware(PageGuard, gate=service.gate, limits=service.limits, folder=Path(folder.name), api_key=api_key)
     app.add_api_route("/", lambda: RedirectResponse(f"{PAGE}/"), include_in_schema=False)
+    _add_icon(app)
+
+
+def _add_icon(app: FastAPI) -> None:
+    """Where browsers look: Gradio's page names no icon, which is then sought at the root, and a manifest that is there.
+
+    A browser brings no password for a manifest, so both are open; they say no more than that this is our server.
+    """
+    place = "/favicon.ico"
+    icon = {"src": place, "type": "image/svg+xml", "sizes": "any"}
+    manifest = {"name": "ConvLLaVA", "start_url": f"{PAGE}/", "display": "browser", "icons": [icon]}
+    app.add_api_route(place, lambda: FileResponse(_ICON), include_in_schema=False)
+    app.add_api_route(
+        "/manifest.json",
+        lambda: JSONResponse(manifest, media_type="application/manifest+json"),
+        include_in_schema=False,
+    )
+
+
+def _file_bytes(limits: Limits) -> int:
+    """Most of a picture: in base64, as the API takes it, it has a third more."""
+    return limits.body_bytes * 3 // 4
 
 
 def _remove_in_the_end(app: FastAPI, folder: TemporaryDirectory[str]) -> None:
@@ -89,6 +111,9 @@ class Page:
 
     def __init__(self, service: Service) -> None:
         self._service, self._budget = service, Budget(service.assistant)
+        # Said before: what is said of a larger one are Gradio's words, in its own place.
+        most = f"{_file_bytes(service.limits) / 2**20:g} MiB"
+        self._invitation = _line(f"Drop a picture of at most {most}, or choose an example below.")
         self._samples = [
             (page.with_suffix(".png"), question)
             for page in sorted(EXAMPLES.glob("*.json"))
@@ -123,7 +148,7 @@ class Page:
         self._side = gr.Slider(
             sides[0], sides[-1], sides[-1], step=sides.step, label="Pixel budget: a square of this side", elem_id="side"
         )
-        self._cost = gr.HTML(_line(_INVITATION), elem_id="cost")
+        self._cost = gr.HTML(self._invitation, elem_id="cost")
 
     def _lay_out_conversation(self) -> None:
         self._chat = gr.Chatbot(
@@ -164,7 +189,7 @@ class Page:
         self._picture.upload(
             self._take, [self._picture, self._side], seen, preprocess=False, cancels=[asking], **_QUIET
         )
-        self._picture.clear(_begin, None, seen, cancels=[asking], **_QUIET)
+        self._picture.clear(lambda: _begin(self._invitation), None, seen, cancels=[asking], **_QUIET)
         self._examples.click(self._take_example, [self._examples, self._side], seen, cancels=[asking], **_QUIET)
         self._chat.clear(lambda talk: Talk(talk.picture), self._talk, self._talk, cancels=[asking], **_QUIET)
         self._side.input(self._price, [self._talk, self._side], self._cost, **_QUIET)
@@ -236,9 +261,9 @@ def _with_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     return draw_boxes(image, [(x0 * scale, y0 * scale, x1 * scale, y1 * scale) for x0, y0, x1, y1 in boxes])
 
 
-def _begin(line: str | None = None) -> tuple[Any, ...]:
+def _begin(line: str) -> tuple[Any, ...]:
     """No picture and no conversation."""
-    return Talk(), None, [], line or _line(_INVITATION), _line(), _ready()
+    return Talk(), None, [], line, _line(), _ready()
 
 
 def _messages(talk: Talk) -> list[dict[str, str]]:

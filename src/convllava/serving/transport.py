@@ -27,7 +27,8 @@ async def read_body(request: Request, limits: Limits, kind: str = "application/j
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
         raise RefusalError(400, f"the Content-Type must be {kind}", "invalid_content_type")
-    too_large = RefusalError(413, f"the body has more than {limits.body_bytes / 2**20:g} MiB", "body_too_large")
+    most = f"{limits.body_bytes / 2**20:g} MiB"
+    too_large = RefusalError(413, f"the body has more than {most}; send fewer or smaller images", "body_too_large")
     if int(request.headers.get("content-length") or 0) > limits.body_bytes:
         raise too_large
     body = bytearray()
