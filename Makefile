@@ -64,7 +64,7 @@ $(VLLM)/.ready: pyproject.toml tests/engines/vllm.txt
 # Chromium and its driver are Debian's; elsewhere they may be any on the PATH.
 $(UI)/.ready: pyproject.toml tests/engines/ui.txt
 	{ command -v chromium && command -v chromedriver; } >/dev/null || \
-		apt-get install --yes chromium chromium-driver || \
+		{ apt-get update; apt-get install --yes chromium chromium-driver; } || \
 		{ echo "make test-ui needs chromium and chromedriver on the PATH; install them" >&2; exit 2; }
 	$(PYTHON) -m venv $(UI)
 	$(UI)/bin/pip install --quiet --constraint tests/engines/ui.txt --editable '.[ui]' pytest selenium
