@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import picture
+from conftest import fresh, picture
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -153,6 +153,8 @@ def test_a_sweep_bins_printed_answers_by_their_height_as_the_tower_sees_it(parts
     calls = reader.calls
     assert sweep("tiny", reader, world, 6, [128, 256], tmp_path)["rows"] == report["rows"]  # type: ignore[arg-type]
     assert reader.calls == calls
+    with pytest.raises(InputError, match="weights was "):
+        sweep("tiny", Reader(fresh(), world, 6), world, 6, [128], tmp_path)  # type: ignore[arg-type]
 
 
 def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
@@ -170,6 +172,8 @@ def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
     calls = reader.calls
     robustness("tiny", reader, world, 2, tmp_path)  # type: ignore[arg-type]
     assert reader.calls == calls
+    with pytest.raises(InputError, match="weights was "):
+        robustness("tiny", Reader(fresh(), world, 2), world, 2, tmp_path)  # type: ignore[arg-type]
 
 
 def test_the_commands_write_json_and_a_picture(parts, tmp_path, monkeypatch):

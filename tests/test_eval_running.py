@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 import torch
 from benchmark_files import base64_png, circular_rows, parquet_image, png, write_parquet, write_tsv
-from conftest import picture
+from conftest import fresh, picture
 from typer.testing import CliRunner
 
 from convllava import InputError
@@ -93,6 +93,17 @@ def test_changed_settings_are_refused_with_the_difference(assistant, tmp_path):
     with pytest.raises(InputError, match="questions was "):
         run_on(assistant, write_tsv(data, rows(6)), tmp_path / "out")
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+def test_answers_of_other_weights_by_the_same_name_are_refused(assistant, tmp_path):
+    data, settings = seedbench(tmp_path), tmp_path / "out" / "settings.json"
+    run_on(assistant, data, tmp_path / "out")
+    kept = json.loads(settings.read_text())
+    with pytest.raises(InputError, match=r"made otherwise: weights was 'float32 \w+' and is 'float32 \w+'; choose"):
+        run_on(Assistant(*fresh()), data, tmp_path / "out")
+    settings.write_text(json.dumps({key: value for key, value in kept.items() if key != "weights"}))
+    run_on(assistant, data, tmp_path / "out")  # a run that was begun before weights were told apart
+    assert json.loads(settings.read_text()) == kept
 
 
 def test_what_cannot_be_asked_counts_as_wrong_and_is_listed(assistant, tmp_path):

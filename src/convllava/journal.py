@@ -11,6 +11,8 @@ from convllava.errors import InputError
 from convllava.files import parse_json, read_json, write_json
 
 ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"
+WEIGHTS = "weights"
+"""The setting that tells the weights of a model from those that lay under its name before."""
 Entry = Mapping[str, Any]
 """An object with a text under `id`."""
 
@@ -20,7 +22,7 @@ class Journal:
 
     Args:
         folder: Holds the entries, a line each, and their settings.
-        settings: What the entries depend on.
+        settings: What the entries depend on. A run that was begun before `WEIGHTS` was among them takes it up.
         name: Of the file with the entries.
         settings_name: Of the file with the settings.
 
@@ -59,11 +61,14 @@ def _begin(entries: Path, settings: Mapping[str, Any], settings_name: str) -> No
             raise InputError(f"{folder} holds {entries.name} without {settings_name}; choose another --output")
         write_json(path, wanted)
         return
-    before = read_json(path)
+    kept = read_json(path)
+    before = {key: wanted[key] for key in (WEIGHTS,) if key in wanted} | kept
     changed = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
     if changed:
         differences = "; ".join(f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
         raise InputError(f"{folder} holds answers made otherwise: {differences}; choose another --output")
+    if before != kept:
+        write_json(path, before)
 
 
 def _continued(path: Path) -> list[Entry]:

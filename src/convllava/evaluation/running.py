@@ -25,7 +25,8 @@ from convllava.evaluation.scoring.results import Result, checked_answer, score
 from convllava.evaluation.scoring.rules import Aids, Judge
 from convllava.files import write_json
 from convllava.inference import Assistant
-from convllava.journal import JUDGEMENTS, RESULT, Journal
+from convllava.journal import JUDGEMENTS, RESULT, WEIGHTS, Journal
+from convllava.parts import weights_digest
 from convllava.progress import progress_bar
 
 TIMED = 5
@@ -185,6 +186,7 @@ def _settings(
     return {
         "benchmark": benchmark.name,
         "model": model,
+        WEIGHTS: weights_digest(assistant.model),
         "split": options.split,
         "categories": list(options.categories),
         "limit": options.limit,
