@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
-from convllava.files import parse_json, read_json, write_json
+from convllava.files import make_output, parse_json, read_json, write_json
 
 ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"
 WEIGHTS = "weights"
@@ -51,10 +51,7 @@ class Journal:
 def _begin(entries: Path, settings: Mapping[str, Any], settings_name: str) -> None:
     folder = entries.parent
     wanted = json.loads(json.dumps(settings))  # as it will be read back
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be a folder: {error.strerror}") from None
+    make_output(folder)
     path = folder / settings_name
     if not path.exists():
         if entries.exists():
