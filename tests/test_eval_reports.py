@@ -176,6 +176,19 @@ def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
         robustness("tiny", Reader(fresh(), world, 2), world, 2, tmp_path)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-m nonexistent --seed 77 compare a b", "--model stands before compare.*for eval alone"),
+        ("--model runs/x sweep --output y", "--model stands before sweep, which does not see it; put it behind sweep"),
+        ("--simple robustness --output y", "--simple stands before robustness.*put it behind robustness"),
+    ],
+)
+def test_options_before_a_subcommand_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["eval", *arguments.split()], catch_exceptions=False)
+
+
 def test_the_commands_write_json_and_a_picture(parts, tmp_path, monkeypatch):
     world = World("heldout", seed=3, size=256)
     monkeypatch.setattr("convllava.inference.load", lambda model: Reader(parts, world, 2))
