@@ -200,7 +200,9 @@ def _refuse_before(context: typer.Context, name: str) -> None:
         source = context.get_parameter_source(parameter.name)
         if source is not None and source.name == "COMMANDLINE":
             option = parameter.opts[0]
-            place = f"put it behind {name}" if option in known else f"it is for eval alone, and {name} has no such option"
+            place = (
+                f"put it behind {name}" if option in known else f"it is for eval alone, and {name} has no such option"
+            )
             raise InputError(f"{option} stands before {name}, which does not see it; {place}")
 
 
