@@ -76,6 +76,29 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path):
         compare(a, tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"units": [{"id": "0"}]}, r"result.json: unit 1 lacks an id, categories or a score"),
+        ({"units": {}}, "unit 1 lacks"),
+        ({"units": []}, "have no units"),
+        ({"score": "high"}, "score must be a number"),
+    ],
+)
+def test_malformed_results_are_refused(changes, message, tmp_path):
+    malformed = result(tmp_path / "a", [0, 1], **changes)
+    with pytest.raises(InputError, match=message):
+        compare(malformed, malformed)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": {"name": "m"}}, {"model": None}, {"efficiency": {"seconds_to_first_token": 1.0}}]
+)
+def test_a_result_without_what_is_drawn_is_refused(changes, tmp_path):
+    with pytest.raises(InputError, match=r"/a lacks (model|efficiency)\."):
+        plot_results([result(tmp_path / "a", [0, 1], **changes)], tmp_path / "p.png")
+
+
 def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
     folders = [
         result(tmp_path / str(n), [0, 1], efficiency={"seconds_to_first_token": 2.0**n, "pixels": 640.0**2})
@@ -90,6 +113,8 @@ def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
     with pytest.raises(InputError, match="draw one benchmark at a time"):
         plot_results([folders[0], result(tmp_path / "y", [0, 1], benchmark="mme")], tmp_path / "q.png")
     assert not (tmp_path / "q.png").exists()
+    with pytest.raises(InputError, match="cannot be written"):
+        plot_results(folders, tmp_path / "nowhere" / "q.png")
 
 
 @pytest.mark.parametrize("kind", DISTURBANCES, ids=lambda kind: kind.kind)

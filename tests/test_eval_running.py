@@ -203,6 +203,14 @@ def test_answers_with_any_separator_are_continued(tmp_path):
     assert list(Journal(tmp_path, {}).entries.values()) == entries
 
 
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    Journal(tmp_path, {}).add([{"id": "1", "answer": "one"}])
+    with (tmp_path / "answers.jsonl").open("ab") as file:
+        file.write(b'{"id": "\xff"}\n')
+    with pytest.raises(InputError, match=r"line 2 of .*answers.jsonl is not UTF-8"):
+        Journal(tmp_path, {})
+
+
 def test_the_generated_world_through_a_run_is_that_of_evaluate(assistant, tmp_path):
     world = World("heldout", seed=3, size=192, simple=True)
     questions = world_questions(world, 3)

@@ -77,7 +77,12 @@ def _continued(path: Path) -> list[Entry]:
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    lines = whole.decode("utf-8").split("\n")[:-1]  # splitlines would break at separators that an answer may hold
+    try:
+        text = whole.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = whole.count(b"\n", 0, error.start) + 1
+        raise InputError(f"line {number} of {path} is not UTF-8: {error.reason}; choose another --output") from None
+    lines = text.split("\n")[:-1]  # splitlines would break at separators that an answer may hold
     entries = [parse_json(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
+from convllava.files import replacing
 
 INK, MUTED, ACCENT = "#1d2433", "#8a93a6", "#2f6fde"
 
@@ -17,7 +18,7 @@ def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
     """Axes to draw on, in the package's plain style; the PNG is written when all is drawn.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: matplotlib is missing, or the picture cannot be written.
     """
     try:
         import matplotlib
@@ -34,8 +35,7 @@ def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         figure.tight_layout()
-        partial = path.with_name(f"{path.name}.partial")
-        figure.savefig(partial, format="png")
-        partial.replace(path)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png")
     finally:
         plt.close(figure)
