@@ -165,6 +165,14 @@ def test_likelihood_leaves_no_choice_unread(assistant, tmp_path):
         run_on(assistant, seedbench(tmp_path, 3), choices="random")
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"), [("bogus", "--choices is 'bogus'; choose one of"), ("likelihood", "have no options")]
+)
+def test_choices_of_the_generated_world_are_refused(choices, message):
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["eval", "--model", "nonexistent", "--choices", choices], catch_exceptions=False)
+
+
 def test_prompts_have_options_hints_and_images_where_they_belong(tmp_path):
     questions = load_questions(
         BENCHMARKS["mmbench"], write_tsv(tmp_path / "m.tsv", [circular_rows()[0] | {"hint": "Look."}])

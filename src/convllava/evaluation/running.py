@@ -95,12 +95,17 @@ def questions_of(benchmark: Benchmark, data: Path, options: Options) -> list[Que
     Raises:
         InputError: as `run`.
     """
+    check_options(benchmark, options)
+    return chosen_questions(benchmark, data, options)
+
+
+def check_options(benchmark: Benchmark, options: Options) -> None:
+    """Raise `InputError` for options that a benchmark cannot be run with."""
     if benchmark.needs_judge and options.judge is None:
         raise InputError(f"{benchmark.name} needs a judge; name one with --judge-url and --judge-model")
     if options.choices not in CHOICES:
         raise InputError(f"--choices is {options.choices!r}; choose one of {', '.join(CHOICES)}")
     _asking(benchmark, options)
-    return chosen_questions(benchmark, data, options)
 
 
 def chosen_questions(benchmark: Benchmark, data: Path, options: Options) -> list[Question]:
