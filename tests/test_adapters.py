@@ -13,8 +13,8 @@ from training_runs import CHAT, changed, logged, recipe, weights
 from convllava import checkpoints
 from convllava.adapters import apply, base_of
 from convllava.errors import InputError
+from convllava.parts import part_of
 from convllava.training import engine
-from convllava.training.parts import part_of
 from convllava.training.recipe import Adapter, ModelSpec, Stage
 
 BOTH = Adapter(rank=4, parts=["language_model", "stage4"])

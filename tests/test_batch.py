@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
-from conftest import picture
+from conftest import fresh, picture
 from hypothesis import given
 from hypothesis import strategies as st
 
 from convllava import InputError, load
 from convllava.checkpoints import write
 from convllava.cli.answering import ask
+from convllava.inference import Assistant
 from convllava.inference.batch import _line, answer_file, read_lines
 
 
@@ -61,7 +63,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_file(questions, model, tm
     output.write_bytes(whole[: whole.index(b"line 5") + 3])
     assert answer(questions, output, model)["continued"] == 4
     assert output.read_bytes() == whole
-    monkeypatch.setattr("convllava.inference.batch.load", None)  # nothing is left to be asked
+    monkeypatch.setattr(Assistant, "encode", None)  # nothing is left to be asked
     assert answer(questions, output, model)["continued"] == 7
 
 
@@ -93,6 +95,16 @@ def test_answers_made_otherwise_are_kept_and_the_run_refused(questions, model, t
     with pytest.raises(InputError, match="another --output"):
         answer(questions, questions, model)
     assert output.read_bytes() == whole
+
+
+def test_answers_of_other_weights_in_the_same_folder_are_refused(questions, model, tmp_path):
+    folder, output = shutil.copytree(model, tmp_path / "model"), tmp_path / "answers.jsonl"
+    answer(questions, output, str(folder))
+    write(*fresh(), folder)
+    with pytest.raises(InputError, match="weights was "):
+        answer(questions, output, str(folder))
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    assert answer(questions, output, str(folder))["continued"] == 7
 
 
 @pytest.mark.parametrize(

@@ -342,8 +342,11 @@ def test_a_preview_that_cannot_be_is_refused_in_one_line(folder):
     plan = recipe(folder)
     with pytest.raises(InputError, match="files has no stage 'instruct'; choose one of files"):
         preview(plan, "instruct", 1, folder / "a.png")
-    with pytest.raises(InputError, match="give the name of a picture"):
-        preview(plan, None, 1, folder / "a.txt")
+    for name in ("a.txt", "a.psd"):
+        with pytest.raises(InputError, match="give the name of a picture"):
+            preview(plan, None, 1, folder / name)
+    with pytest.raises(InputError, match=r"a\.h5 cannot be written: .*HDF5"):
+        preview(plan, None, 1, folder / "a.h5")
     with pytest.raises(InputError, match=r"a\.png cannot be written"):
         preview(plan, None, 1, folder / "none" / "a.png")
 

@@ -8,10 +8,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
 from conftest import fresh
 from PIL import Image
 
 import convllava
+from convllava import InputError
 from convllava.checkpoints import SHIPPED, write
 from convllava.demo import PAGES, run_demo
 from convllava.evaluation.generated.synthetic import evaluate
@@ -37,6 +39,14 @@ def test_demo_writes_report_and_picture(tmp_path):
     assert len(pages) == 2
     assert picture.width > sum(page.width for page in pages)
     assert picture.height > max(page.height for page in pages)
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("convllava.demo.load", lambda model: None)
+    monkeypatch.setattr("convllava.demo.measure", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file cannot be a folder"):
+        run_demo("tiny", tmp_path / "file", samples=3)
 
 
 def test_every_example_page_has_three_questions():

@@ -69,6 +69,20 @@ def test_a_list_of_answers_in_a_cell_is_several_truths(tmp_path):
     assert load("docvqa", write_tsv(tmp_path / "d.tsv", rows))[0].truths == ("a", "b's")
 
 
+@pytest.mark.parametrize(
+    ("name", "answer", "truths"),
+    [
+        ("chartqa", "[8, 3]", ("[8, 3]",)),
+        ("realworldqa", "[8, 3]", ("[8, 3]",)),
+        ("chartqa", "['14']", ("14",)),
+        ("ocrbench", "[77]", ("77",)),
+    ],
+)
+def test_an_answer_in_brackets_is_one_truth_where_cells_are_no_lists(name, answer, truths, tmp_path):
+    rows = [{"index": 1, "question": "q", "answer": answer, "image": base64_png()}]
+    assert load(name, write_tsv(tmp_path / "d.tsv", rows))[0].truths == truths
+
+
 @patient
 @given(st.lists(st.text(max_size=8), max_size=4), st.text(max_size=12))
 def test_a_written_list_is_read_back_and_any_other_text_is_itself(items, text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import picture
+from conftest import fresh, picture
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -76,6 +76,29 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path):
         compare(a, tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"units": [{"id": "0"}]}, r"result.json: unit 1 lacks an id, categories or a score"),
+        ({"units": {}}, "unit 1 lacks"),
+        ({"units": []}, "have no units"),
+        ({"score": "high"}, "score must be a number"),
+    ],
+)
+def test_malformed_results_are_refused(changes, message, tmp_path):
+    malformed = result(tmp_path / "a", [0, 1], **changes)
+    with pytest.raises(InputError, match=message):
+        compare(malformed, malformed)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": {"name": "m"}}, {"model": None}, {"efficiency": {"seconds_to_first_token": 1.0}}]
+)
+def test_a_result_without_what_is_drawn_is_refused(changes, tmp_path):
+    with pytest.raises(InputError, match=r"/a lacks (model|efficiency)\."):
+        plot_results([result(tmp_path / "a", [0, 1], **changes)], tmp_path / "p.png")
+
+
 def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
     folders = [
         result(tmp_path / str(n), [0, 1], efficiency={"seconds_to_first_token": 2.0**n, "pixels": 640.0**2})
@@ -90,6 +113,8 @@ def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
     with pytest.raises(InputError, match="draw one benchmark at a time"):
         plot_results([folders[0], result(tmp_path / "y", [0, 1], benchmark="mme")], tmp_path / "q.png")
     assert not (tmp_path / "q.png").exists()
+    with pytest.raises(InputError, match="cannot be written"):
+        plot_results(folders, tmp_path / "nowhere" / "q.png")
 
 
 @pytest.mark.parametrize("kind", DISTURBANCES, ids=lambda kind: kind.kind)
@@ -153,6 +178,8 @@ def test_a_sweep_bins_printed_answers_by_their_height_as_the_tower_sees_it(parts
     calls = reader.calls
     assert sweep("tiny", reader, world, 6, [128, 256], tmp_path)["rows"] == report["rows"]  # type: ignore[arg-type]
     assert reader.calls == calls
+    with pytest.raises(InputError, match="weights was "):
+        sweep("tiny", Reader(fresh(), world, 6), world, 6, [128], tmp_path)  # type: ignore[arg-type]
 
 
 def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
@@ -170,6 +197,21 @@ def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
     calls = reader.calls
     robustness("tiny", reader, world, 2, tmp_path)  # type: ignore[arg-type]
     assert reader.calls == calls
+    with pytest.raises(InputError, match="weights was "):
+        robustness("tiny", Reader(fresh(), world, 2), world, 2, tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-m nonexistent --seed 77 compare a b", "--model stands before compare.*for eval alone"),
+        ("--model runs/x sweep --output y", "--model stands before sweep, which does not see it; put it behind sweep"),
+        ("--simple robustness --output y", "--simple stands before robustness.*put it behind robustness"),
+    ],
+)
+def test_options_before_a_subcommand_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["eval", *arguments.split()], catch_exceptions=False)
 
 
 def test_the_commands_write_json_and_a_picture(parts, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 import torch
 from benchmark_files import base64_png, circular_rows, parquet_image, png, write_parquet, write_tsv
-from conftest import picture
+from conftest import fresh, picture
 from typer.testing import CliRunner
 
 from convllava import InputError
@@ -95,6 +95,17 @@ def test_changed_settings_are_refused_with_the_difference(assistant, tmp_path):
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
 
 
+def test_answers_of_other_weights_by_the_same_name_are_refused(assistant, tmp_path):
+    data, settings = seedbench(tmp_path), tmp_path / "out" / "settings.json"
+    run_on(assistant, data, tmp_path / "out")
+    kept = json.loads(settings.read_text())
+    with pytest.raises(InputError, match=r"made otherwise: weights was 'float32 \w+' and is 'float32 \w+'; choose"):
+        run_on(Assistant(*fresh()), data, tmp_path / "out")
+    settings.write_text(json.dumps({key: value for key, value in kept.items() if key != "weights"}))
+    run_on(assistant, data, tmp_path / "out")  # a run that was begun before weights were told apart
+    assert json.loads(settings.read_text()) == kept
+
+
 def test_what_cannot_be_asked_counts_as_wrong_and_is_listed(assistant, tmp_path):
     content = rows(5)
     content[1]["image"] = base64.b64encode(png(3)[:300]).decode()
@@ -154,6 +165,14 @@ def test_likelihood_leaves_no_choice_unread(assistant, tmp_path):
         run_on(assistant, seedbench(tmp_path, 3), choices="random")
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"), [("bogus", "--choices is 'bogus'; choose one of"), ("likelihood", "have no options")]
+)
+def test_choices_of_the_generated_world_are_refused(choices, message):
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(app, ["eval", "--model", "nonexistent", "--choices", choices], catch_exceptions=False)
+
+
 def test_prompts_have_options_hints_and_images_where_they_belong(tmp_path):
     questions = load_questions(
         BENCHMARKS["mmbench"], write_tsv(tmp_path / "m.tsv", [circular_rows()[0] | {"hint": "Look."}])
@@ -190,6 +209,14 @@ def test_answers_with_any_separator_are_continued(tmp_path):
     entries = [{"id": str(number), "answer": f"one{chr(number)}two"} for number in (10, 13, 0x1C, 0x85, 0x2028, 0x2029)]
     Journal(tmp_path, {}).add(entries)
     assert list(Journal(tmp_path, {}).entries.values()) == entries
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    Journal(tmp_path, {}).add([{"id": "1", "answer": "one"}])
+    with (tmp_path / "answers.jsonl").open("ab") as file:
+        file.write(b'{"id": "\xff"}\n')
+    with pytest.raises(InputError, match=r"line 2 of .*answers.jsonl is not UTF-8"):
+        Journal(tmp_path, {})
 
 
 def test_the_generated_world_through_a_run_is_that_of_evaluate(assistant, tmp_path):

@@ -51,6 +51,12 @@ def far(folder) -> str:
     return "memory://far"
 
 
+def test_the_case_of_a_name_tells_nothing(tmp_path):
+    for name in ("d.jsonl", "D.JSONL"):
+        (tmp_path / name).write_text('{"id": 1}\n{"id": 2}\n')
+        assert [record["id"] for record in open_records(name, [str(tmp_path / name)])] == [1, 2]
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 @pytest.mark.parametrize("place", ["folder", "far"])
 def test_every_format_gives_the_same_items(request, place, path, folder):

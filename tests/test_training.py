@@ -15,8 +15,9 @@ from training_runs import CHAT, DATA, DENSE, GUIDED, changed, log, logged, recip
 
 import convllava
 from convllava.errors import InputError
+from convllava.parts import part_of, parts_of
 from convllava.training import engine
-from convllava.training.parts import freeze_all_but, parameter_groups, part_of, parts_of
+from convllava.training.parts import freeze_all_but, parameter_groups
 from convllava.training.recipe import ModelSpec, load_recipe
 from convllava.training.reporting import processor_seconds
 

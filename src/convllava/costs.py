@@ -28,11 +28,6 @@ def tower_flops(config: ConvLlavaVisionConfig, canvas: Size) -> int:
     return total
 
 
-def projector_flops(features: int, width: int, tokens: int) -> int:
-    """Of two linear layers, features -> width -> width."""
-    return 2 * tokens * (features * width + width * width)
-
-
 def prefill_flops(text: Any, tokens: int) -> int:
     """Of a Llama-like language model, without its head, on a prompt of so many tokens. Attention counts in full, as
     kernels without a causal shortcut compute it."""

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from convllava.evaluation.drawing import Answered, draw_answers
 from convllava.evaluation.generated.synthetic import measure, table_of
+from convllava.files import make_output, replacing, write_json
 from convllava.inference import Assistant, load
 from convllava.synthetic import World
 
@@ -25,20 +26,25 @@ DEMO_SEED = 2026
 
 
 def run_demo(model: str, output: Path, samples: int) -> None:
-    """Print the table and the answers; write `report.json` and `answers.png` into `output`."""
+    """Print the table and the answers; write `report.json` and `answers.png` into `output`.
+
+    Raises:
+        InputError: there is no such model, or `output` cannot be a folder or be written to.
+    """
     started = time.monotonic()
     console = Console()
     assistant = load(model)
+    make_output(output)
     report = measure(assistant, World("heldout", seed=DEMO_SEED, size=PAGE_SIZE), samples)
     console.print(table_of(report, f"{model}: {samples} held-out pages; blind is the same with another page's image"))
     pages = [answer_page(assistant, path) for path in sorted(PAGES.glob("*.json"))]
     for page in pages:
         for question, answer in page.turns:
             console.print(f"[bold]{escape(question)}[/bold]  {escape(answer)}", highlight=False)
-    output.mkdir(parents=True, exist_ok=True)
-    draw_answers(pages).save(output / "answers.png")
+    with replacing(output / "answers.png") as partial:
+        draw_answers(pages).save(partial, "PNG")
     report["seconds"] = round(time.monotonic() - started, 1)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "report.json", report)
     console.print(f"{output}/report.json and {output}/answers.png, {report['seconds']} s", highlight=False)
 
 

@@ -23,7 +23,7 @@ from convllava.costs import tower_flops
 from convllava.errors import InputError
 from convllava.geometry import Size, visual_tokens
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.training.parts import parts_of
+from convllava.parts import parts_of
 from convllava.vision import ConvLlavaVisionModel
 from convllava.vision.model import check_multiples
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
-from convllava.files import parse_json, read_json, write_json
+from convllava.files import make_output, parse_json, read_json, write_json
 
 ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"
+WEIGHTS = "weights"
+"""The setting that tells the weights of a model from those that lay under its name before."""
 Entry = Mapping[str, Any]
 """An object with a text under `id`."""
 
@@ -20,7 +22,7 @@ class Journal:
 
     Args:
         folder: Holds the entries, a line each, and their settings.
-        settings: What the entries depend on.
+        settings: What the entries depend on. A run that was begun before `WEIGHTS` was among them takes it up.
         name: Of the file with the entries.
         settings_name: Of the file with the settings.
 
@@ -49,21 +51,21 @@ class Journal:
 def _begin(entries: Path, settings: Mapping[str, Any], settings_name: str) -> None:
     folder = entries.parent
     wanted = json.loads(json.dumps(settings))  # as it will be read back
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be a folder: {error.strerror}") from None
+    make_output(folder)
     path = folder / settings_name
     if not path.exists():
         if entries.exists():
             raise InputError(f"{folder} holds {entries.name} without {settings_name}; choose another --output")
         write_json(path, wanted)
         return
-    before = read_json(path)
+    kept = read_json(path)
+    before = {key: wanted[key] for key in (WEIGHTS,) if key in wanted} | kept
     changed = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
     if changed:
         differences = "; ".join(f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
         raise InputError(f"{folder} holds answers made otherwise: {differences}; choose another --output")
+    if before != kept:
+        write_json(path, before)
 
 
 def _continued(path: Path) -> list[Entry]:
@@ -75,7 +77,12 @@ def _continued(path: Path) -> list[Entry]:
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    lines = whole.decode("utf-8").split("\n")[:-1]  # splitlines would break at separators that an answer may hold
+    try:
+        text = whole.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = whole.count(b"\n", 0, error.start) + 1
+        raise InputError(f"line {number} of {path} is not UTF-8: {error.reason}; choose another --output") from None
+    lines = text.split("\n")[:-1]  # splitlines would break at separators that an answer may hold
     entries = [parse_json(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):

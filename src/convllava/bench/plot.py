@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from convllava.errors import InputError
-
-INK, MUTED, ACCENT = "#1d2433", "#8a93a6", "#2f6fde"
+from convllava.plotting import ACCENT, INK, MUTED, axes_on
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw a report of the suite `scale` or `first-token` as PNG."""
     with axes_on(path, report["machine"]) as axes:
         (_scale if report["suite"] == "scale" else _first_token)(axes, report)
-
-
-@contextmanager
-def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
-    """Axes to draw on, in the package's plain style; the PNG is written when all is drawn.
-
-    Raises:
-        InputError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'convllava[eval]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=dpi)
-    try:
-        yield axes
-        axes.grid(alpha=0.25, which="both")
-        axes.set_title(title, loc="left", fontsize=8, color=MUTED)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        figure.tight_layout()
-        partial = path.with_name(f"{path.name}.partial")
-        figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        plt.close(figure)
 
 
 def _scale(axes: Any, report: dict[str, Any]) -> None:

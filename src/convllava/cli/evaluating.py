@@ -70,6 +70,7 @@ def evaluate(
 ) -> None:
     """Run a benchmark on files, or measure a model on held-out pages of the generated world."""
     if context.invoked_subcommand is not None:
+        _refuse_before(context, context.invoked_subcommand)
         return
     from convllava.evaluation import commands
     from convllava.evaluation.running import Options
@@ -189,6 +190,20 @@ def robustness(
     columns = ("kind", "value", "accuracy", "low", "high", "lost", "lost_low", "lost_high")
     title = f"{model}: clean {report['clean']['accuracy']:.1%} of {report['clean']['n']}"
     show(report, as_json, lambda: [rows_table(title, report["rows"], columns)])
+
+
+def _refuse_before(context: typer.Context, name: str) -> None:
+    """Refuse options that stand before a subcommand, which would not see them."""
+    group: Any = context.command
+    known = {option for parameter in group.commands[name].params for option in parameter.opts}
+    for parameter in group.params:
+        source = context.get_parameter_source(parameter.name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = parameter.opts[0]
+            place = (
+                f"put it behind {name}" if option in known else f"it is for eval alone, and {name} has no such option"
+            )
+            raise InputError(f"{option} stands before {name}, which does not see it; {place}")
 
 
 def _world(seed: int, size: int, simple: bool) -> World:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convllava.bench.plot import ACCENT, INK, MUTED
 from convllava.data.checking import Finding
+from convllava.plotting import ACCENT, INK, MUTED
 
 _BINS, _TICKS = 40, 5
 

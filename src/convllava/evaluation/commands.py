@@ -16,7 +16,7 @@ from convllava.evaluation.generated.synthetic import table_of
 from convllava.evaluation.generated.world import SYNTHETIC, as_report, describe_world, world_questions
 from convllava.evaluation.questions import Question
 from convllava.evaluation.report import pairs_table, tables_of
-from convllava.evaluation.running import Options, chosen_questions, questions_of, run_questions
+from convllava.evaluation.running import Options, check_options, chosen_questions, questions_of, run_questions
 from convllava.evaluation.scoring.judging import ChatJudge
 from convllava.evaluation.scoring.results import Result, read_answers
 from convllava.evaluation.scoring.results import score as score_answers
@@ -75,7 +75,17 @@ def _ready(
 def run_synthetic(
     model: str, pixels: Mapping[str, Any], world: World, samples: int, options: Options, output: Path | None
 ) -> dict[str, Any]:
-    """Run the generated world as a benchmark: `running.run`'s report together with that of `synthetic.evaluate`."""
+    """Run the generated world as a benchmark: `running.run`'s report together with that of `synthetic.evaluate`.
+
+    Raises:
+        InputError: as `running.run`; or choices by likelihood, of which the world's questions have none.
+    """
+    check_options(SYNTHETIC, options)
+    if options.choices != "generate":
+        raise InputError(
+            f"--choices {options.choices} has no effect on the generated world, whose questions have no options; "
+            "leave it out, or name a benchmark with --benchmark"
+        )
     questions = world_questions(world, samples)
     source = {"world": describe_world(world), "samples": samples}
     report = run_questions(SYNTHETIC, model, load(model, pixels=pixels), questions, options, output, source)

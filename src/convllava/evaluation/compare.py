@@ -34,7 +34,24 @@ def read_result(path: Path) -> dict[str, Any]:
     lacking = [key for key in ("benchmark", "primary", "score", "units") if key not in result]
     if lacking:
         raise InputError(f"{file} lacks {lacking[0]!r}; give a {RESULT} of convllava eval, or its folder")
+    if not _is_number(result["score"]):
+        raise InputError(f"{file}: the score must be a number; give a {RESULT} as convllava eval writes it")
+    units = result["units"] if isinstance(result["units"], list) else [None]
+    for number, unit in enumerate(units, start=1):
+        if not _is_unit(unit):
+            raise InputError(f"{file}: unit {number} lacks an id, categories or a score; make the result again")
     return result
+
+
+def _is_unit(unit: Any) -> bool:
+    if not isinstance(unit, dict) or not isinstance(unit.get("categories"), list):
+        return False
+    has_names = all(isinstance(name, str) for name in (unit.get("id"), *unit["categories"]))
+    return has_names and _is_number(unit.get("score"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
@@ -47,7 +64,7 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
         benchmark, the names a and b, `overall` and `categories` of `Difference`.
 
     Raises:
-        InputError: they are of different benchmarks, or of different questions.
+        InputError: they are of different benchmarks, of different questions, or of none.
     """
     first, second = read_result(a), read_result(b)
     if first["benchmark"] != second["benchmark"]:
@@ -58,10 +75,12 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> dict[str, Any]:
             f"{a} and {b} are of different questions: {len(only)} are in one alone, such as {only[0]}; "
             "use the same --limit, --split and --category"
         )
+    if not ours:
+        raise InputError(f"{a} and {b} have no units, so there is nothing to compare; make the results again")
     pairs = [(ours[name]["score"], theirs[name]["score"]) for name in ours]
-    names = sorted({category for unit in first["units"] for category in unit["categories"]})
+    names = sorted({category for unit in ours.values() for category in unit["categories"]})
     parts = {
-        name: [pair for pair, unit in zip(pairs, first["units"], strict=True) if name in unit["categories"]]
+        name: [pair for pair, unit in zip(pairs, ours.values(), strict=True) if name in unit["categories"]]
         for name in names
     }
     return {

@@ -8,13 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convllava.bench.plot import ACCENT, INK, MUTED, axes_on
 from convllava.errors import InputError
 from convllava.evaluation.compare import read_result
+from convllava.plotting import ACCENT, INK, MUTED, axes_on
 
 _DPI = 110
 """Keeps a picture below 100 kB."""
 _COLOURS = (ACCENT, "#d1495b", "#2a9d6f", "#e09f3e", "#7b5ea7", "#3d8ea8", MUTED)
+_WANTED: dict[tuple[str, ...], Any] = {
+    ("primary",): str,
+    ("model", "name"): str,
+    ("model", "parameters", "tower"): int,
+    ("efficiency", "seconds_to_first_token"): int | float,
+    ("efficiency", "pixels"): int | float,
+}
+"""What is drawn of a result beside its score."""
 _AREA = 12.0
 """Square points of a marker for a tower of a million parameters; the area grows with the root of the parameters."""
 
@@ -26,7 +34,7 @@ def plot_results(paths: Sequence[Path], output: Path) -> None:
     tower sees; its whiskers are the score's interval. Results of one model are joined by a line.
 
     Raises:
-        InputError: a result has no efficiency, or they are of different benchmarks.
+        InputError: a result has no efficiency or is malformed, or they are of different benchmarks.
     """
     results = [_timed(read_result(path), path) for path in paths]
     if len({result["benchmark"] for result in results}) > 1:
@@ -52,6 +60,12 @@ def plot_results(paths: Sequence[Path], output: Path) -> None:
 def _timed(result: dict[str, Any], path: Path) -> dict[str, Any]:
     if not (result.get("efficiency") or {}).get("seconds_to_first_token"):
         raise InputError(f"{path} has no time to the first token; run convllava eval without --timed 0")
+    for keys, kind in _WANTED.items():
+        value: Any = result
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise InputError(f"{path} lacks {'.'.join(keys)}; give results as convllava eval writes them")
     return result
 
 

@@ -25,7 +25,8 @@ from convllava.evaluation.scoring.results import Result, checked_answer, score
 from convllava.evaluation.scoring.rules import Aids, Judge
 from convllava.files import write_json
 from convllava.inference import Assistant
-from convllava.journal import JUDGEMENTS, RESULT, Journal
+from convllava.journal import JUDGEMENTS, RESULT, WEIGHTS, Journal
+from convllava.parts import weights_digest
 from convllava.progress import progress_bar
 
 TIMED = 5
@@ -94,12 +95,17 @@ def questions_of(benchmark: Benchmark, data: Path, options: Options) -> list[Que
     Raises:
         InputError: as `run`.
     """
+    check_options(benchmark, options)
+    return chosen_questions(benchmark, data, options)
+
+
+def check_options(benchmark: Benchmark, options: Options) -> None:
+    """Raise `InputError` for options that a benchmark cannot be run with."""
     if benchmark.needs_judge and options.judge is None:
         raise InputError(f"{benchmark.name} needs a judge; name one with --judge-url and --judge-model")
     if options.choices not in CHOICES:
         raise InputError(f"--choices is {options.choices!r}; choose one of {', '.join(CHOICES)}")
     _asking(benchmark, options)
-    return chosen_questions(benchmark, data, options)
 
 
 def chosen_questions(benchmark: Benchmark, data: Path, options: Options) -> list[Question]:
@@ -185,6 +191,7 @@ def _settings(
     return {
         "benchmark": benchmark.name,
         "model": model,
+        WEIGHTS: weights_digest(assistant.model),
         "split": options.split,
         "categories": list(options.categories),
         "limit": options.limit,

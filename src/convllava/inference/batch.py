@@ -15,7 +15,8 @@ from typing import Any, TypedDict
 from convllava.errors import InputError
 from convllava.files import parse_json
 from convllava.inference.assistant import Assistant, EncodedImage, Message, load
-from convllava.journal import Entry, Journal
+from convllava.journal import WEIGHTS, Entry, Journal
+from convllava.parts import weights_digest
 from convllava.progress import progress_bar
 
 
@@ -64,17 +65,18 @@ def answer_file(
             questions or otherwise, or the model cannot be loaded.
     """
     started, lines = time.monotonic(), read_lines(questions)
+    assistant = load(model, pixels=pixels)
     settings = {
         "questions": sha256(questions.read_bytes()).hexdigest(),
         "model": model,
+        WEIGHTS: weights_digest(assistant.model),
         "pixels": dict(pixels or {}),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
     journal = Journal(output.parent, settings, output.name, f"{output.name}.settings.json")
     continued = len(journal.entries)
-    if continued < len(lines):
-        _answer_rest(load(model, pixels=pixels), lines, journal, max_new_tokens, batch_size)
+    _answer_rest(assistant, lines, journal, max_new_tokens, batch_size)
     errors = sum("error" in entry for entry in journal.entries.values())
     return {
         "output": str(output),

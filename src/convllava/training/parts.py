@@ -1,4 +1,4 @@
-"""The parts of a model by the names that recipes use: what trains, at which learning rate, with how many parameters."""
+"""What trains of a model, by its parts, and at which learning rate."""
 
 from __future__ import annotations
 
@@ -10,38 +10,8 @@ from typing import Any
 from torch import nn
 
 from convllava.errors import InputError
+from convllava.parts import parts_of
 from convllava.training.recipe import Stage
-
-_STAGE = re.compile(r"(?:^|\.)vision_tower\.encoder\.stages\.(\d+)\.")
-_PREFIXES = {
-    "vision_tower.embeddings.": "stem",
-    "multi_modal_projector.": "projector",
-    "language_model.": "language_model",
-    "lm_head.": "language_model",
-    "head.": "head",
-}
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to: stem, stage1 ... stageN, projector, language_model (with its head), or
-    head (the throw-away head of dense pre-training)."""
-    if stage := _STAGE.search(name):
-        return f"stage{int(stage[1]) + 1}"
-    name = name.removeprefix("base_model.model.").removeprefix("model.")
-    for prefix, part in _PREFIXES.items():
-        if name.startswith(prefix):
-            return part
-    raise ValueError(f"parameter {name} belongs to no known part")
-
-
-def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every part with its named parameters, in the order of the model; tied parameters are counted once, and of parts
-    that PEFT has copied to train them the copy."""
-    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if ".original_module." not in name:
-            parts.setdefault(part_of(name), []).append((name, parameter))
-    return parts
 
 
 def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> None:

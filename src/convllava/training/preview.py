@@ -33,7 +33,7 @@ def preview(recipe: Recipe, stage: str | None, samples: int, output: Path) -> No
         InputError: there is no such stage, its data cannot be read, or the picture not be written.
     """
     kind = Image.registered_extensions().get(output.suffix.lower())
-    if kind is None:
+    if kind not in Image.SAVE:  # some are read only
         raise InputError(f"--output {output}: give the name of a picture, such as preview.png")
     index = _index(recipe, stage)
     sheet = draw_sheet(list(_shown(recipe, index, samples)))

@@ -36,7 +36,7 @@ def _records_in(address: str) -> list[dict[str, Any]]:
             text = file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{address} cannot be read: {error}") from None
-    if address.endswith(".jsonl"):
+    if address.lower().endswith(".jsonl"):
         lines = enumerate(text.split("\n"), 1)
         content = [_parsed(line, f"line {number} of {address}") for number, line in lines if line.strip()]
     else:

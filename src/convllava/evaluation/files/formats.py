@@ -22,6 +22,8 @@ from convllava.evaluation.scoring.parsing import written_options
 _IDS = ("index", "id", "questionId", "question_id", "data_id")
 _TEXTS = ("question", "text", "query", "sent", "expression")
 _TRUTHS = ("answers", "answer", "label")
+_LITERALS = ("docvqa", "infovqa", "textvqa", "ocrbench", "mmmu")
+"""Families whose TSV files hold lists of right answers; elsewhere one in brackets, as ChartQA's "[8, 3]", is one."""
 _IMAGES = ("image", "img_path", "image_local_name", "image_path", "imgname", "imagename", "image_id")
 _CATEGORIES: dict[str, tuple[str, ...]] = {
     "mmbench": ("category", "l2-category", "L2-category"),
@@ -106,7 +108,7 @@ def _question(family: str, row: Row, images: Path, number: int) -> Question:
         id=str(name),
         text=str(text).strip(),
         pictures=_pictures(row, images),
-        truths=() if family == "refcoco" else _truths(row, options),
+        truths=() if family == "refcoco" else _truths(family, row, options),
         options=options,
         hint=_present(row.cells.get("hint")),
         categories=_categories(family, row),
@@ -139,8 +141,9 @@ def _options(row: Row) -> tuple[str, ...]:
     return ()
 
 
-def _truths(row: Row, options: tuple[str, ...]) -> tuple[str, ...]:
-    truths = tuple(truth.strip() for truth in listed(_required(row, _TRUTHS)))
+def _truths(family: str, row: Row, options: tuple[str, ...]) -> tuple[str, ...]:
+    cells = listed(_required(row, _TRUTHS), only_of_texts=family not in _LITERALS)
+    truths = tuple(truth.strip() for truth in cells)
     if truths in ((), ("",), ("nan",)) or row.cells.get("answers", ...) is None:
         raise InputError(f"{row.where} has no answer; is the file a test split, whose answers are not published?")
     if not options:

@@ -25,8 +25,12 @@ class Row:
     pictures: Mapping[str, tuple[Picture, ...]]
 
 
-def listed(cell: Any) -> list[str]:
-    """A cell that holds one text or several: a list, a list written as Python writes it, or the text itself."""
+def listed(cell: Any, *, only_of_texts: bool = False) -> list[str]:
+    """A cell that holds one text or several: a list, a list written as Python writes it, or the text itself.
+
+    Args:
+        only_of_texts: A written list counts as one where all in it stands in quotation marks; "[8, 3]" is a text.
+    """
     if isinstance(cell, list | tuple):
         return [str(item) for item in cell]
     text = str(cell)
@@ -35,7 +39,8 @@ def listed(cell: Any) -> list[str]:
             found = ast.literal_eval(text)  # values only; nothing is run
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return [text]
-        return [str(item) for item in found] if isinstance(found, list) else [text]
+        if isinstance(found, list) and not (only_of_texts and any(not isinstance(item, str) for item in found)):
+            return [str(item) for item in found]
     return [text]
 
 

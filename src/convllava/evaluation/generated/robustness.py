@@ -16,7 +16,8 @@ from convllava.evaluation.scoring.results import accuracy_of, rounded
 from convllava.evaluation.scoring.statistics import mean_interval
 from convllava.files import write_json
 from convllava.inference import Assistant
-from convllava.journal import Journal
+from convllava.journal import WEIGHTS, Journal
+from convllava.parts import weights_digest
 from convllava.progress import progress_bar
 from convllava.synthetic import Sample, Turn, World
 
@@ -40,7 +41,13 @@ def robustness(model: str, assistant: Assistant, world: World, samples: int, out
         `clean`, the row of the pages as they are, and `rows`: kind, severity, value, accuracy, the 95 % interval of
         the accuracy, and what it has lost against clean, with the interval of the paired difference.
     """
-    settings = {"kind": "robustness", "model": model, "samples": samples, "world": describe_world(world)}
+    settings = {
+        "kind": "robustness",
+        "model": model,
+        WEIGHTS: weights_digest(assistant.model),
+        "samples": samples,
+        "world": describe_world(world),
+    }
     journal = Journal(output, settings, "robustness.jsonl")
     pages = [_asked(world.sample(index)) for index in range(samples)]
     cases = [(_CLEAN, 0), *((kind, severity) for kind in DISTURBANCES for severity in SEVERITIES)]

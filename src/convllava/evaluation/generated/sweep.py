@@ -18,7 +18,8 @@ from convllava.evaluation.scoring.results import accuracy_of
 from convllava.files import write_json
 from convllava.geometry import Size
 from convllava.inference import Assistant
-from convllava.journal import Journal
+from convllava.journal import WEIGHTS, Journal
+from convllava.parts import weights_digest
 from convllava.progress import progress_bar
 from convllava.synthetic import Sample, World
 
@@ -50,7 +51,13 @@ def sweep(
     Raises:
         InputError: no page has a printed answer, or a side is not to be had.
     """
-    settings = {"kind": "sweep", "model": model, "samples": samples, "world": describe_world(world)}
+    settings = {
+        "kind": "sweep",
+        "model": model,
+        WEIGHTS: weights_digest(assistant.model),
+        "samples": samples,
+        "world": describe_world(world),
+    }
     journal = Journal(output, settings, "sweep.jsonl")
     pages = [_printed(world.sample(index)) for index in range(samples)]
     if not any(page.turns for page in pages):

@@ -1,0 +1,57 @@
+"""The parts of a model by the names that recipes and reports use, and what tells its weights from others'."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import torch
+from torch import nn
+
+_STAGE = re.compile(r"(?:^|\.)vision_tower\.encoder\.stages\.(\d+)\.")
+_LOOKED_AT = 1024
+"""Numbers of a tensor that `weights_digest` looks at."""
+_PREFIXES = {
+    "vision_tower.embeddings.": "stem",
+    "multi_modal_projector.": "projector",
+    "language_model.": "language_model",
+    "lm_head.": "language_model",
+    "head.": "head",
+}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to: stem, stage1 ... stageN, projector, language_model (with its head), or
+    head (the throw-away head of dense pre-training)."""
+    if stage := _STAGE.search(name):
+        return f"stage{int(stage[1]) + 1}"
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
+    for prefix, part in _PREFIXES.items():
+        if name.startswith(prefix):
+            return part
+    raise ValueError(f"parameter {name} belongs to no known part")
+
+
+def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every part with its named parameters, in the order of the model; tied parameters are counted once, and of parts
+    that PEFT has copied to train them the copy."""
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name:
+            parts.setdefault(part_of(name), []).append((name, parameter))
+    return parts
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The precision of a model's weights, and a digest that other weights do not have, wherever their files lie.
+
+    Of each tensor at most 1024 numbers count, evenly spaced: training changes nearly all numbers of what trains, and a
+    model of many gigabytes is not read as a whole.
+    """
+    content, precisions = hashlib.blake2b(digest_size=8), set()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().flatten()
+        some = numbers[:: max(1, -(-len(numbers) // _LOOKED_AT))].cpu().contiguous()
+        content.update(f"{name} {tuple(weight.shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
+        precisions.add(str(weight.dtype).removeprefix("torch."))
+    return f"{' and '.join(sorted(precisions))} {content.hexdigest()}"
