@@ -164,10 +164,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_json(line: str, where: str) -> Any:
-    """A line of a JSON lines file; InputError names where it stands."""
+def parse_lines(text: str, path: Path | str) -> Iterator[tuple[str, Any]]:
+    """Where each line of a JSON lines file stands, and its value; blank lines are left out.
+
+    Raises:
+        InputError: a line that is not JSON.
+    """
+    # Not by splitlines, which also breaks at separators that a text may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"line {number} of {path}"
+            yield where, parse_json(line, where)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a text; InputError names where it stands."""
     try:
-        return json.loads(line)
+        return json.loads(text)
     except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}") from None
 

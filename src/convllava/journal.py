@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convllava.errors import InputError
-from convllava.files import make_output, parse_json, read_json, write_json
+from convllava.files import make_output, parse_lines, read_json, write_json
 
 ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"
 WEIGHTS = "weights"
@@ -82,9 +82,9 @@ def _continued(path: Path) -> list[Entry]:
     except UnicodeDecodeError as error:
         number = whole.count(b"\n", 0, error.start) + 1
         raise InputError(f"line {number} of {path} is not UTF-8: {error.reason}; choose another --output") from None
-    lines = text.split("\n")[:-1]  # splitlines would break at separators that an answer may hold
-    entries = [parse_json(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
-    for number, entry in enumerate(entries, start=1):
+    entries: list[Entry] = []
+    for where, entry in parse_lines(text, path):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
-            raise InputError(f"line {number} of {path} is no entry of a run; choose another --output")
+            raise InputError(f"{where} is no entry of a run; choose another --output")
+        entries.append(entry)
     return entries

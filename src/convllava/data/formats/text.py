@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from convllava.data import storage
 from convllava.data.formats.base import Packed, Records
 from convllava.errors import InputError
+from convllava.files import parse_json, parse_lines
 
 
 class TextRecords(Records):
@@ -36,18 +36,8 @@ def _records_in(address: str) -> list[dict[str, Any]]:
             text = file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{address} cannot be read: {error}") from None
-    if address.lower().endswith(".jsonl"):
-        lines = enumerate(text.split("\n"), 1)
-        content = [_parsed(line, f"line {number} of {address}") for number, line in lines if line.strip()]
-    else:
-        content = _parsed(text, address)
+    is_lines = address.lower().endswith(".jsonl")
+    content = [value for _, value in parse_lines(text, address)] if is_lines else parse_json(text, address)
     if not isinstance(content, list) or not content or not all(isinstance(record, dict) for record in content):
         raise InputError(f"{address} must hold a list of records, one or more, each an object with conversations")
     return content
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}") from None

@@ -11,7 +11,7 @@ from convllava.errors import InputError
 from convllava.evaluation.files.parquet import read_parquet
 from convllava.evaluation.files.rows import Row
 from convllava.evaluation.files.tsv import read_tsv
-from convllava.files import one_line, parse_json
+from convllava.files import one_line, parse_lines
 
 
 def read_rows(path: Path, images: Path) -> list[Row]:
@@ -53,10 +53,9 @@ def _records(path: Path) -> list[Any]:
     try:
         content = json.loads(text)
     except ValueError as error:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        if len(lines) < 2:
+        if "\n" not in text.strip():
             raise InputError(f"{path} is not JSON: {error}") from None
-        return [parse_json(line, f"line {number} of {path}") for number, line in lines]
+        return [record for _, record in parse_lines(text, path)]
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         return content["data"]
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):

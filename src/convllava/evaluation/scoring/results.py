@@ -13,7 +13,7 @@ from convllava.evaluation.questions import Question
 from convllava.evaluation.scoring.rules import Aids, Verdict
 from convllava.evaluation.scoring.statistics import interval, mean_interval
 from convllava.evaluation.scoring.summaries import Judged, groups_of
-from convllava.files import parse_json
+from convllava.files import parse_lines
 
 
 class Answer(TypedDict):
@@ -69,16 +69,15 @@ def read_answers(path: Path) -> list[Answer]:
         InputError: no such file, a line that is no such object, or an id that comes twice; the message has the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     found: dict[str, Answer] = {}
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            answer = checked_answer(parse_json(line, f"line {number} of {path}"), f"line {number} of {path}")
-            if answer["id"] in found:
-                raise InputError(f"line {number} of {path}: the id {answer['id']} has an answer already")
-            found[answer["id"]] = answer
+    for where, content in parse_lines(text, path):
+        answer = checked_answer(content, where)
+        if answer["id"] in found:
+            raise InputError(f"{where}: the id {answer['id']} has an answer already")
+        found[answer["id"]] = answer
     return list(found.values())
 
 
