@@ -16,7 +16,7 @@ from torch import nn
 
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
-from convllava.training.parts import parts_of
+from convllava.parts import parts_of
 from convllava.training.processes import process_count
 from convllava.training.recipe import Recipe, Stage
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from convllava.data.cells import ACCURACIES
 from convllava.errors import InputError
-from convllava.training.parts import parts_of
+from convllava.parts import parts_of
 from convllava.training.processes import process_number
 from convllava.training.recipe import Stage
 
