@@ -120,8 +120,9 @@ def make_server(
     app = create_app(service, api_key)
     if ui:
         _page().mount_page(app, service, api_key)
-    if names or is_loopback(host):
-        app.add_middleware(HostGuard, names=names)
+    own = [host] if is_loopback(host) else []
+    if names or own:
+        app.add_middleware(HostGuard, names=[*names, *own])
     config = uvicorn.Config(
         app,
         host=host,
