@@ -14,6 +14,10 @@ def with_url(url):
     return request(messages=[{"role": "user", "content": content}])
 
 
+def with_part(**content):
+    return request(messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, content]}])
+
+
 def bomb(width=20_000, height=8_000):
     """The header of a PNG of 160 megapixels and little else."""
 
@@ -46,6 +50,8 @@ BAD = {
     "two lengths": (request(max_completion_tokens=5), 400, "invalid_request", None),
     "empty stop": (request(stop=""), 400, "invalid_request", None),
     "many stops": (request(stop=list("abcde")), 400, "invalid_request", "stop"),
+    "a stop of another kind": (request(stop=3), 400, "invalid_request", "stop"),
+    "no content": (request(messages=[{"role": "user", "content": None}]), 400, "invalid_request", "messages.0.content"),
     "another model": (request(model="gpt"), 404, "model_not_found", "model"),
     "long answer": (request(max_tokens=451), 400, "too_many", "max_completion_tokens"),
     "many answers": (request(n=4), 400, "too_many", "n"),
@@ -79,6 +85,21 @@ BAD = {
     "long prompt and answer": (request("a" * 100, max_tokens=450), 400, "context_length_exceeded", "messages"),
     "image mark": (request("an <image>"), 400, "invalid_prompt", "messages"),
     "role mark": (request("<|assistant|> yes"), 400, "invalid_prompt", "messages"),
+    "text part without text": (with_part(type="text"), 400, "invalid_request", "messages.0.content.1.text"),
+    "image_url as a string": (
+        with_part(type="image_url", image_url="data:"),
+        400,
+        "invalid_request",
+        "messages.0.content.1.image_url",
+    ),
+    "unknown detail": (
+        with_part(type="image_url", image_url={"url": "data:", "detail": "medium"}),
+        400,
+        "invalid_request",
+        "messages.0.content.1.image_url.detail",
+    ),
+    "sound": (with_part(type="input_audio", input_audio={}), 400, "invalid_request", "messages.0.content.1"),
+    "part without a type": (with_part(text="what?"), 400, "invalid_request", "messages.0.content.1"),
     "image of the assistant": (
         request(messages=[{"role": "assistant", "content": [part(GOOD)]}]),
         400,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -77,7 +78,7 @@ def test_an_answer_that_is_ended_stays_as_far_as_it_was_said(conversation, assis
 def test_what_cannot_be_asked_is_not_kept(conversation, assistant):
     image = picture(64, 64, 1)
     conversation.add_image(image)
-    for text in ("<image>", "what " * 600):
+    for text in ("<image>", "\udcff", "what " * 600):
         with pytest.raises(InputError):
             next(conversation.say(text))
     assert ["".join(conversation.say("what?"))] == offline(assistant, [("what?", [image])])
@@ -113,16 +114,19 @@ def test_a_chat_through_a_pipe_prints_the_answers_alone(parts, assistant, tmp_pa
     first, second = picture(64, 64, 1), picture(64, 128, 2)
     first.save(tmp_path / "1.png")
     second.save(tmp_path / "2.png")
-    lines = ["what is red?", str(tmp_path / "2.png"), "/image nowhere.png", "/nonsense", "", "what?", "/reset", "what?"]
+    wrong = ["/image nowhere.png", "/nonsense", "\udcff"]
+    lines = ["what is red?", str(tmp_path / "2.png"), *wrong, "", "what?", "/reset", "what?"]
     command = (sys.executable, "-m", "convllava", "chat", str(tmp_path / "1.png"))
     finished = subprocess.run(
         [*command, "--model", str(tmp_path / "model"), "--max-new-tokens", "6"],
-        input="\n".join(lines), capture_output=True, text=True, timeout=300, check=False,
+        input="\n".join(lines), capture_output=True, encoding="utf-8", errors="surrogateescape",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, timeout=300, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     expected = offline(assistant, [("what is red?", [first]), ("what?", [second])]) + offline(
         assistant, [("what?", [])]
     )
     assert finished.stdout == "".join(f"{answer}\n" for answer in expected)
-    for word in ("1.png: seen as", "2.png: seen as", "nowhere.png: no such file", "there is no /nonsense"):
+    assert "1.png: seen as" in finished.stderr
+    for word in ("2.png: seen as", "nowhere.png: no such file", "there is no /nonsense", "is not UTF-8"):
         assert word in finished.stderr

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -156,3 +159,67 @@ def test_without_hosts_nothing_is_fetched():
         Fetcher([], 1000, 1).fetch("https://example.org/a.png")
     with pytest.raises(InputError, match="malformed"):
         Fetcher([], 1000, 1).fetch("http://[::1/")
+
+
+@pytest.fixture
+def slow(fetcher, monkeypatch):
+    """What the sites of the fetcher begin their answers with; after that a byte now and then, for three seconds."""
+    beginnings: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    monkeypatch.setattr(fetching, "_PORTS", {"http": port, "https": port})
+    fetcher.seconds = 0.5
+
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                time.sleep(0.2)
+                with client, suppress(OSError):
+                    client.sendall(beginnings[0])
+                    for _ in range(60):
+                        time.sleep(0.05)
+                        client.sendall(b"x")
+
+    threading.Thread(target=answer, daemon=True).start()
+    yield beginnings
+    listener.close()
+
+
+_OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "beginning"),
+    [
+        ("http", b"HTTP/1.1 200 "),
+        ("http", _OK + b"X-Header: "),
+        ("http", _OK + b"Content-Length: 900\r\n\r\n"),
+        ("http", _OK + b"\r\n"),
+        ("http", _OK + b"Transfer-Encoding: chunked\r\n\r\n384\r\n"),
+        ("https", b"\x16\x03\x03\x40\x00"),
+    ],
+    ids=["status", "header", "body", "body without a length", "chunk", "handshake"],
+)
+def test_what_trickles_in_gives_no_time(fetcher, slow, scheme, beginning):
+    slow.append(beginning)
+    assert_late(fetcher, f"{scheme}://good.example/")
+
+
+def test_redirects_share_the_time(fetcher, slow):
+    slow.append(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n")
+    assert_late(fetcher, "http://good.example/")
+
+
+def test_a_name_that_is_not_resolved_in_time_is_given_up(fetcher, monkeypatch):
+    fetcher.seconds, late = 0.2, threading.Event()
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", lambda *_, **__: late.wait(3) and [])
+    assert_late(fetcher, "http://good.example/")
+    late.set()
+
+
+def assert_late(fetcher, url):
+    started = time.monotonic()
+    with pytest.raises(InputError, match=f"good.example does not give the image within {fetcher.seconds} s"):
+        fetcher.fetch(url)
+    assert time.monotonic() - started < fetcher.seconds + 1

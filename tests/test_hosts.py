@@ -19,7 +19,17 @@ def answer(host: str, names: tuple[str, ...] = ()):
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]", "ai.example.org"]
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:8000",
+        "127.0.0.1:8000",
+        "[::1]:8000",
+        "[::1]",
+        "127.0.0.2",
+        "[::ffff:7f00:1]:8000",
+        "ai.example.org",
+    ],
 )
 def test_its_own_names_are_answered_at_any_port(host):
     assert answer(host, ("AI.example.org",)).text == "in"
@@ -58,5 +68,7 @@ def test_a_name_is_the_same_with_and_without_a_port(name, port):
 
 
 def test_loopback_is_told_from_what_others_reach():
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
-    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
+    inside = ("127.0.0.1", "::1", "localhost", "LOCALHOST", "127.1", "127.0.0.2", "2130706433", "::ffff:127.0.0.1")
+    assert [is_loopback(host) for host in inside] == [True] * len(inside)
+    outside = ("0.0.0.0", "::", "", "10.0.0.1", "::ffff:10.0.0.1", "x" * 300)
+    assert [is_loopback(host) for host in outside] == [False] * len(outside)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from convllava.errors import InputError
 from convllava.images import load_image
@@ -47,6 +47,13 @@ def pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(image)
 
 
+class OneWay(io.BytesIO):
+    """A stream that cannot go back."""
+
+    def seek(self, *_: int) -> int:
+        raise io.UnsupportedOperation
+
+
 def test_all_sources_give_the_same_image(picture: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     picture.save(path)
@@ -57,6 +64,7 @@ def test_all_sources_give_the_same_image(picture: Image.Image, tmp_path: Path) -
         path.read_bytes(),
         bytearray(path.read_bytes()),
         stream,
+        OneWay(path.read_bytes()),
         picture,
         np.array(picture),
     ):
@@ -255,6 +263,37 @@ def test_too_many_pixels_are_refused_before_decoding(side: int) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with pytest.raises(InputError, match=f"has {side**2 / 1e6:.1f} megapixels; the limit is 100; resize"):
             load_image(png_header(side, side))
+
+
+def ico(picture: bytes) -> bytes:
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(picture), 22) + picture
+
+
+def icns(picture: bytes) -> bytes:
+    return struct.pack(">4sI4sI", b"icns", len(picture) + 16, b"icp4", len(picture) + 8) + picture
+
+
+def iptc(picture: bytes) -> bytes:
+    fields = (((3, 60), b"\x01\0"), ((3, 20), b"\x10"), ((3, 30), b"\x10"), ((3, 120), b"\x05"), ((8, 10), picture))
+    return b"".join(struct.pack(">3BH", 0x1C, *tag, len(value)) + value for tag, value in fields) + bytes(5)
+
+
+def blp(picture: bytes) -> bytes:
+    sizes = (len(picture), *[0] * 15)
+    return struct.pack("<4s6I32II", b"BLP1", 0, 0, 16, 16, 0, 0, 160, *[0] * 15, *sizes, 0) + picture
+
+
+@pytest.mark.parametrize("wrap", [ico, icns, iptc, blp])
+def test_what_lies_about_the_picture_inside_is_refused_before_decoding(
+    wrap: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = wrap(encode(Image.new("RGB", (100, 100)), "JPEG" if wrap is blp else "PNG"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert Image.open(io.BytesIO(data)).format == wrap.__name__.upper()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(InputError, match=f"{wrap.__name__.upper()}, whose header may lie .*; convert it to PNG"):
+        load_image(data)
 
 
 @pytest.mark.parametrize("make", [lambda image: image, encode, np.asarray], ids=["pillow", "bytes", "array"])

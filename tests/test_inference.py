@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from conftest import picture
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -96,6 +97,8 @@ def test_bad_prompts_are_refused(assistant):
     image = picture(64, 64)
     with pytest.raises(InputError, match="literal mark <image>"):
         assistant.ask(image, "an <image>?")
+    with pytest.raises(InputError, match="user message is not UTF-8 at its character 6; write it anew"):
+        assistant.ask(image, "what \udcff?")
     with pytest.raises(InputError, match="1 <image> mark but 2 images"):
         assistant.chat([{"role": "user", "content": [{"type": "image"}]}], [image, image])
     with pytest.raises(InputError, match="the model's context is 512; shorten"):
@@ -107,6 +110,12 @@ def test_models_by_folder(parts, tmp_path):
     assert load(tmp_path / "model").ask(picture(64, 64), "what?", **SETTINGS) == Assistant(*parts).ask(
         picture(64, 64), "what?", **SETTINGS
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu")])
+def test_weights_on_a_cpu_are_float32(parts, tmp_path, device):
+    write(*parts, tmp_path / "model")
+    assert load(tmp_path / "model", device=device).model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["tinny", "./nowhere", "/no/where", "a/b/c"])

@@ -49,6 +49,24 @@ def test_bad_requests_get_an_error_that_says_why(server, name):
     assert server.service.gate.inside == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unknown detail", "detail: Input should be 'auto', 'low' or 'high'"),
+        ("image_url as a string", "image_url: Input should be an object"),
+        ("text part without text", "text: Field required"),
+        ("sound", '"image_url": {"url": ...}}'),
+        ("part without a type", '"image_url": {"url": ...}}'),
+        ("many stops", "stop: List should have at most 4 items"),
+        ("a stop of another kind", "stop: Input should be a string or a list"),
+        ("no content", "messages.0.content: Input should be a string or a list"),
+        ("image mark", 'write images as {"type": "image_url"} parts'),
+    ],
+)
+def test_an_error_names_what_is_wrong_and_how_to_mend_it(server, name, message):
+    assert message in server.post(BAD[name][0])[1]["error"]["message"]
+
+
 def test_nothing_of_the_machine_is_in_an_error(server):
     for name in ("local file", "path", "no image", "cut image"):
         message = server.post(BAD[name][0])[1]["error"]["message"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from io import BytesIO
+from io import BytesIO, UnsupportedOperation
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,10 @@ _TURNS = {
 }
 
 
+_WRAPPERS = ("BLP", "ICNS", "IPTC")
+"""Kinds that hold a picture of another kind, about whose size their own header may lie."""
+_ICO = b"\0\0\1\0"
+"""How another such kind begins."""
 _ORIGINAL = "_convllava_original_size"
 """Attribute under which an image that was decoded smaller keeps the `Size` it would have had; no copy has it."""
 Draft = Callable[[Size], Size]
@@ -141,6 +145,9 @@ def _open_file(path: str | Path) -> BinaryIO:
 def _open_image(file: BinaryIO) -> Image.Image:
     """Read the header alone."""
     try:
+        file = _at_its_start(file)
+        if file.read(len(_ICO)) == _ICO:  # Pillow decodes these to learn their size
+            raise _wrapper("ICO")
         try:
             with warnings.catch_warnings():
                 # Pillow warns from 89 megapixels on; our own limit speaks for itself.
@@ -148,11 +155,22 @@ def _open_image(file: BinaryIO) -> Image.Image:
                 return Image.open(file)
         except Image.DecompressionBombError:
             return _open_beyond_pillows_limit(file)
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
         raise InputError("empty, or not an image file of a known kind; convert it to PNG or JPEG") from error
     # Plugins meet hostile bytes and raise nearly anything: OSError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
         raise _damaged(error) from error
+
+
+def _at_its_start(file: BinaryIO) -> BinaryIO:
+    """The same stream, or all of one that cannot go back."""
+    try:
+        file.seek(0)
+    except (AttributeError, UnsupportedOperation):
+        return BytesIO(file.read())
+    return file
 
 
 def _open_beyond_pillows_limit(file: BinaryIO) -> Image.Image:
@@ -170,15 +188,21 @@ def _damaged(error: Exception) -> InputError:
     return InputError(f"damaged, cut short or of an unsupported kind ({reason}); save it anew as PNG or JPEG")
 
 
+def _wrapper(kind: str) -> InputError:
+    return InputError(f"{kind}, whose header may lie about the picture inside; convert it to PNG")
+
+
 def _decode(image: Image.Image, max_image_pixels: int, draft: Draft | None) -> Image.Image:
     size = Size(image.height, image.width)
     _check_pixels(size, max_image_pixels)
     if image.format == "EPS":
         raise InputError("PostScript, which is a program and not an image; convert it to PNG")
+    if image.format in _WRAPPERS:
+        raise _wrapper(image.format)
     try:
         original = _draft(image, size, draft) if draft is not None and image.format == "JPEG" else None
         image.load()
-        # An icon's header may lie about the picture inside.
+        # Of what was decoded, whatever the header said.
         _check_pixels(Size(image.height, image.width), max_image_pixels)
         upright = _turned(_to_rgb(image), _orientation(image))
         # The metadata would have the next reader turn it again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ CHAT_TEMPLATE = """\
 text begins with a space, so that a word is the same token wherever it stands (see `tokenization`)."""
 
 
+_HALF = re.compile("[\ud800-\udfff]")
+"""Halves of surrogate pairs, as which Python reads bytes that are not UTF-8."""
 ROLES = ("system", "user", "assistant")
 
 
@@ -118,8 +121,13 @@ class ConvLlavaProcessor(ProcessorMixin):
                 f"image{'s' * (images != 1)} came with it; give exactly one mark per image"
             )
 
-    def _refuse_marks(self, text: str, role: str) -> None:
-        """A special token in somebody's text would pass for an image, or for the end of what they said."""
+    def _check_text(self, text: str, role: str) -> None:
+        """No tokenizer takes half a character; a special token in somebody's text would pass for an image, or for the
+        end of what they said."""
+        if half := _HALF.search(text):
+            raise InputError(
+                f"the text of a {role} message is not UTF-8 at its character {half.start() + 1}; write it anew"
+            )
         for mark in {self.image_token, *self.tokenizer.all_special_tokens}:
             if mark in text:
                 raise InputError(
@@ -131,11 +139,12 @@ class ConvLlavaProcessor(ProcessorMixin):
         """As in transformers; besides, what no template can render is refused.
 
         Raises:
-            InputError: a special token such as the image mark stands in a text part, or a message is malformed.
+            InputError: a special token such as the image mark stands in a text part, a text is not UTF-8, or a message
+                is malformed.
         """
         for message in _messages(conversation):
             for text in _texts(message):
-                self._refuse_marks(text, message["role"])
+                self._check_text(text, message["role"])
         return super().apply_chat_template(conversation, *args, **kwargs)
 
 

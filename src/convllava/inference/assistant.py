@@ -59,7 +59,7 @@ class EncodedImage:
 def load(
     name_or_path: str | os.PathLike[str] = "tiny",
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: Any = None,
     pixels: Mapping[str, Any] | None = None,
 ) -> Assistant:
@@ -76,11 +76,11 @@ def load(
         InputError: nothing loadable goes by that name, or a setting is bad.
     """
     path = checkpoints.find(str(name_or_path))
-    device = device or _best_device()
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    device = torch.device(device or _best_device())
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model, processor = checkpoints.read(path, dtype)
     processor.image_processor.change(**(pixels or {}))
-    model.to(torch.device(device))  # type: ignore[arg-type]  # a decorated method loses its self
+    model.to(device)  # type: ignore[arg-type]  # a decorated method loses its self
     return Assistant(model.eval(), processor)
 
 

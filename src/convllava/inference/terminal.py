@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -111,6 +112,10 @@ def _add(conversation: Conversation, path: str) -> None:
 
 def _typed() -> Iterator[str]:
     """Lines of stdin; Ctrl-C at the prompt throws the line away."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # a line that is not UTF-8 is refused, and no more than that line
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):

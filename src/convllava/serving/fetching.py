@@ -2,6 +2,7 @@
 
 A name is resolved once, every address it has is looked at, and the connection goes to one that was looked at: an answer
 that changes between looking and connecting changes nothing. A redirect is a new URL, to which all of this applies.
+One deadline holds for names, connections, redirects and bodies together, however slowly anything trickles in.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import http.client
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Collection
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -56,11 +59,15 @@ class Fetcher:
             InputError: its host is not one of those that are allowed or has an address that is not public; it does not
                 answer with 200 in time; or the answer is too large.
         """
+        deadline = time.monotonic() + self.seconds
         for _ in range(_MOST_REDIRECTS + 1):
             parts = self._allowed(url)
             try:
-                found = self._get(parts, _resolve(parts))
+                found = self._get(parts, _resolve(parts, deadline), deadline)
+                _left(deadline)  # what was cut short may look whole
             except (OSError, http.client.HTTPException, ValueError) as error:
+                if time.monotonic() >= deadline:
+                    raise InputError(f"{parts.hostname} does not give the image within {self.seconds:g} s") from error
                 if isinstance(error, InputError):
                     raise
                 raise InputError(f"{parts.hostname} does not give the image: {type(error).__name__}") from error
@@ -86,10 +93,10 @@ class Fetcher:
             raise InputError(f"no image is fetched from port {port}; use that of {parts.scheme}")
         return parts
 
-    def _get(self, parts: SplitResult, address: str) -> bytes | str:
+    def _get(self, parts: SplitResult, address: str, deadline: float) -> bytes | str:
         """The body, or where the answer redirects to."""
-        with closing(_Connection(parts, address, self.seconds)) as connection:
-            watch = threading.Timer(self.seconds, connection.abort)
+        with closing(_Connection(parts, address, deadline)) as connection:
+            watch = threading.Timer(_left(deadline), connection.abort)
             watch.start()
             try:
                 connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
@@ -110,31 +117,63 @@ class Fetcher:
         return body
 
 
-def _resolve(parts: SplitResult) -> str:
+def _left(deadline: float) -> float:
+    """Seconds until then.
+
+    Raises:
+        TimeoutError: there are none.
+    """
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+def _resolve(parts: SplitResult, deadline: float) -> str:
     """One address of a host of which all are public."""
     assert parts.hostname is not None
-    found = socket.getaddrinfo(parts.hostname, _PORTS[parts.scheme], type=socket.SOCK_STREAM)
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = _look_up(parts.hostname, _PORTS[parts.scheme], _left(deadline))
     if not addresses or not all(is_public(address) for address in addresses):
         raise InputError(f"no image is fetched from {parts.hostname}: its address is not public")
     return addresses[0]
 
 
+def _look_up(host: str, port: int, seconds: float) -> list[str]:
+    """All addresses of a name. Nothing can interrupt the resolver, so its thread is left to itself when it is late."""
+    answer: Future[list[str]] = Future()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answer.set_result([str(entry[4][0]) for entry in found])
+        except (OSError, ValueError) as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(seconds)
+
+
 class _Connection(http.client.HTTPConnection):
     """To an address that was looked at, in the name of its host; proxies are not asked."""
 
-    def __init__(self, parts: SplitResult, address: str, seconds: float) -> None:
+    def __init__(self, parts: SplitResult, address: str, deadline: float) -> None:
         assert parts.hostname is not None
-        super().__init__(parts.hostname, _PORTS[parts.scheme], timeout=seconds)
-        self._address = address
+        super().__init__(parts.hostname, _PORTS[parts.scheme])
+        self._address, self._deadline = address, deadline
         self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        self._opened: socket.socket | None = None
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
-        if self._context is not None:
-            self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host)
+        self.sock = socket.create_connection((self._address, self.port), _left(self._deadline))
+        if self._context is not None:  # the handshake comes later, on a socket that can be shut down
+            self.sock = self._context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self._opened = self.sock
+        self.sock.settimeout(_left(self._deadline))  # `abort` may have come too early
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.do_handshake()
 
     def abort(self) -> None:
-        """Wake who reads: the time is up."""
-        if self.sock is not None:
-            self.sock.shutdown(socket.SHUT_RDWR)
+        """Wake who reads: the time is up. An answer without a length takes `sock` over, so that is not asked."""
+        if self._opened is not None:
+            with suppress(OSError):  # closed meanwhile, by either side
+                socket.socket.shutdown(self._opened, socket.SHUT_RDWR)

@@ -163,12 +163,32 @@ def parse(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in _UNIONS)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "this server does not know the parameter; leave it out"
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+    # Where a text or a list may stand, what is wrong with a list tells more than that it is no text.
+    worst = next((error for error in errors if error["loc"][-1:] != ("str",)), errors[0])
+    place = _place(worst["loc"])
+    message = _MESSAGES.get(worst["type"], worst["msg"].removeprefix("Value error, "))
+    if worst["type"] == "list_type" and place != worst["loc"]:
+        message = "Input should be a string or a list"
+    where = ".".join(map(str, place))
     raise RefusalError(400, f"{where}: {message}" if where else message, "invalid_request", where or None)
 
 
-_UNIONS = ("str", "constrained-str", "list[str]", "text", "image_url")
+def _place(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where in the request it is, without which of several forms was tried there."""
+    match location:
+        case ("messages", message, "content", _, part, _, *rest):
+            return ("messages", message, "content", part, *rest)
+        case ("messages", message, "content", _, *rest):
+            return ("messages", message, "content", *rest)
+        case ("stop", _, *rest):
+            return ("stop", *rest)
+    return location
+
+
+_PART = 'a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}'
+_MESSAGES = {
+    "extra_forbidden": "this server does not know the parameter; leave it out",
+    "union_tag_invalid": _PART,
+    "union_tag_not_found": _PART,
+}

@@ -21,13 +21,11 @@ from convllava.inference import Assistant, load
 from convllava.inference.encoder import ON_CPU, ImageEncoder
 from convllava.inference.engine import Engine
 from convllava.serving.app import create_app
+from convllava.serving.connection import PunctualProtocol
 from convllava.serving.gate import Gate
 from convllava.serving.hosts import HostGuard, is_loopback
 from convllava.serving.limits import Limits
 from convllava.serving.service import Service
-
-_CONNECTIONS = 512
-"""Open at a time, idle ones included; beyond them uvicorn itself answers 503."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -122,8 +120,9 @@ def make_server(
     app = create_app(service, api_key)
     if ui:
         _page().mount_page(app, service, api_key)
-    if names or is_loopback(host):
-        app.add_middleware(HostGuard, names=names)
+    own = [host] if is_loopback(host) else []
+    if names or own:
+        app.add_middleware(HostGuard, names=[*names, *own])
     config = uvicorn.Config(
         app,
         host=host,
@@ -131,7 +130,8 @@ def make_server(
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        http=PunctualProtocol,
+        ws="none",
         timeout_graceful_shutdown=1,
     )
     return DrainingServer(config, service.gate, limits.seconds, announce)

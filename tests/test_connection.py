@@ -1,0 +1,123 @@
+"""Connections that only stay: each way to hold one without asking for anything has an end."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+import time
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import pytest
+from serving import PATH, request, serving, until
+
+from convllava.inference import Assistant
+from convllava.serving import connection
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(parts):
+    with serving(Assistant(copy.deepcopy(parts[0]), parts[1]), slots=1, api_key="key") as running:
+        yield running
+
+
+@pytest.fixture
+def connect(server):
+    """Connections that are closed in the end, and gone."""
+    opened: list[socket.socket] = []
+
+    def connect(sent: bytes = b"") -> socket.socket:
+        parts = urlsplit(server.url)
+        opened.append(socket.create_connection((parts.hostname, parts.port), timeout=20))
+        opened[-1].sendall(sent)
+        return opened[-1]
+
+    yield connect
+    for one in opened:
+        one.close()
+    until(lambda: not held(server))
+
+
+def held(server):
+    return server.server.server_state.connections
+
+
+def answer(client: socket.socket) -> tuple[bytes, dict]:
+    """Header and JSON of all that comes until the connection ends."""
+    found = b"".join(iter(lambda: client.recv(10_000), b""))
+    header, _, body = found.partition(b"\r\n\r\n")
+    return header, json.loads(body)
+
+
+def trickle(client: socket.socket, seconds: float = 5) -> float:
+    """Send a byte now and then until the other side ends it; the seconds it took."""
+    started = time.monotonic()
+    with suppress(ConnectionError):
+        while time.monotonic() - started < seconds:
+            client.sendall(b"x")
+            time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def post(length: int, key: str = "key") -> bytes:
+    lines = (f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+    return "\r\n".join((*lines, f"Authorization: Bearer {key}", f"Content-Length: {length}", "", "")).encode()
+
+
+@pytest.mark.parametrize("sent", [b"", HEALTH[:20], HEALTH + HEALTH[:20]], ids=["nothing", "half", "after an answer"])
+def test_a_header_must_come_in_time(server, connect, monkeypatch, sent):
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
+    connect(sent)
+    until(lambda: held(server), 5)
+    until(lambda: not held(server), 4)
+
+
+def test_what_trickles_in_gives_no_time(connect, monkeypatch):
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
+    assert trickle(connect(HEALTH[:20])) < 4
+    refused = connect(post(10_000, "another"))
+    assert refused.recv(1000).startswith(b"HTTP/1.1 401")
+    assert trickle(refused) < 4
+
+
+def test_a_request_that_is_answered_later_is_not_cut(connect, monkeypatch):
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.2)
+    body = json.dumps(request()).encode()
+    client = connect(post(len(body)))
+    time.sleep(0.5)
+    client.sendall(body)
+    assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_answers_must_be_read(server, connect, monkeypatch):
+    monkeypatch.setattr(connection, "UNREAD_SECONDS", 0.4)
+    client = connect()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(2)
+    with suppress(OSError):
+        while True:  # until nothing is taken any more
+            client.sendall(HEALTH.replace(b"health", b"x" * 10_000))  # a refusal tells the place
+    until(lambda: not held(server), 5)
+
+
+def test_connections_beyond_the_limit_are_refused_as_all_is(server, connect, monkeypatch):
+    monkeypatch.setattr(connection, "CONNECTIONS", 2)
+    first = connect(HEALTH[:20])
+    connect(HEALTH[:20])
+    until(lambda: len(held(server)) == 2)
+    header, body = answer(connect(HEALTH))
+    assert header.startswith(b"HTTP/1.1 503")
+    assert b"retry-after" in header.lower()
+    assert (body["error"]["code"], body["error"]["type"]) == ("too_many_connections", "server_error")
+    first.sendall(HEALTH[20:])
+    assert first.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_what_is_no_http_is_refused_as_all_is(connect):
+    for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: " + b"x" * 100_000):
+        header, body = answer(connect(sent))
+        assert header.startswith(b"HTTP/1.1 400")
+        assert body["error"]["code"] == "invalid_http"
