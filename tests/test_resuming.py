@@ -11,7 +11,7 @@ import subprocess
 import time
 
 import pytest
-from killing import killed_after, killed_in
+from killing import die, killed_after, killed_in
 from training_runs import (
     ALIGN,
     ALONE,
@@ -126,6 +126,24 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_changed_recipe_not_resumed
     with pytest.raises(InputError, match=r"another recipe \(seed: 0 -> 5\); resume with the same recipe"):
         engine.prepare_output(recipe(CHAT, seed=5), tmp_path, resume=True)
     engine.prepare_output(recipe(CHAT), tmp_path, resume=True)
+
+
+def test_a_used_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
+    monkeypatch.setattr(engine, "with_planned_steps", die)
+    with pytest.raises(InputError, match="already holds a run"):
+        engine.train(recipe(CHAT), tmp_path)
+
+
+def test_a_resumed_run_begins_after_the_last_stage_also_where_earlier_ones_were_removed(tmp_path, monkeypatch):
+    stages = [dataclasses.replace(CHAT, name=name) for name in "abcd"]
+    engine.prepare_output(recipe(*stages), tmp_path, resume=False)
+    model, processor = engine.start(recipe(CHAT))
+    engine.checkpoints.write(model, processor, tmp_path / "2-c")
+    begun = []
+    monkeypatch.setattr(engine, "run_stage", lambda recipe, index, *_: begun.append(index))
+    engine.train(recipe(*stages), tmp_path, resume=True)
+    assert begun == [3]
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
