@@ -147,7 +147,8 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         skipped = inputs.pop(SKIPPED, ())
-        self.skips.note(skipped, self.state.global_step + self.trained.training)
+        training = self.trained.training
+        self.skips.note(skipped, self.state.global_step + training, held_out=not training)
         if self.frozen is not None:
             with self.accelerator.autocast():  # which else begins in the model's forward
                 inputs = self.frozen.encoded(inputs)
