@@ -18,8 +18,8 @@ from convllava.checkpoints import read
 from convllava.data.conversation import IGNORE, collate, pack
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
-from convllava.synthetic import World
 from convllava.inference import Assistant
+from convllava.synthetic import World
 from convllava.training import engine, held_out
 from convllava.training.averaging import Average
 from convllava.training.held_out import weight_of

@@ -31,7 +31,7 @@ from training_runs import (
 
 from convllava.errors import InputError
 from convllava.training import engine
-from convllava.training.recipe import Evaluation
+from convllava.training.recipe import Adapter, Evaluation, load_recipe
 
 
 @pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, GUIDED], ids=lambda stage: stage.name)
@@ -126,6 +126,24 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_changed_recipe_not_resumed
     with pytest.raises(InputError, match=r"another recipe \(seed: 0 -> 5\); resume with the same recipe"):
         engine.prepare_output(recipe(CHAT, seed=5), tmp_path, resume=True)
     engine.prepare_output(recipe(CHAT), tmp_path, resume=True)
+
+
+def test_settings_that_change_no_weight_may_change_when_a_run_is_resumed(tmp_path):
+    stage = dataclasses.replace(CHAT, adapter=Adapter(rank=2, dropout=0.3), evaluation=Evaluation(2, 2, pictures=0))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    engine.train(recipe(stage), whole)
+    with killed_after(2):
+        engine.train(recipe(stage, save_every=2), parts)
+    bearing = dataclasses.replace(stage.data, max_skipped=0.5)
+    drawing = dataclasses.replace(stage, data=bearing, evaluation=Evaluation(2, 2, pictures=1))
+    plan = dataclasses.replace(recipe(drawing, save_every=1), workers=1)
+    with killed_after(3):
+        engine.train(plan, parts, resume=True)
+    assert (parts / ".0-chat.progress" / "checkpoint-3").exists()
+    assert load_recipe(parts / "recipe.yaml") == plan
+    engine.train(plan, parts, resume=True)
+    assert logged(parts) == logged(whole)
+    assert not changed(weights(whole / "0-chat"), weights(parts / "0-chat"))
 
 
 def test_a_used_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch):

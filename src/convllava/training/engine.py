@@ -105,17 +105,15 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Write the resolved recipe, or check that the run in the folder has the same one."""
+    """Write the resolved recipe as it now holds, once the run in the folder is found to learn the same."""
     check_output(output, resume)
     saved = output / "recipe.yaml"
-    if saved.exists():
-        if changes := differences(load_recipe(saved), recipe):
-            shown = "; ".join([*changes[:_SHOWN], *["..."][: len(changes) > _SHOWN]])
-            raise InputError(
-                f"the run in {output} has another recipe ({shown}); resume with the same recipe and settings, or "
-                f"choose another --output"
-            )
-        return
+    if saved.exists() and (changes := differences(load_recipe(saved), recipe)):
+        shown = "; ".join([*changes[:_SHOWN], *["..."][: len(changes) > _SHOWN]])
+        raise InputError(
+            f"the run in {output} has another recipe ({shown}); resume with the same recipe and settings, or "
+            f"choose another --output"
+        )
     make_output(output)
     with replacing(saved) as partial:
         partial.write_text(dump_recipe(recipe), encoding="utf-8")

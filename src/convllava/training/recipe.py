@@ -354,15 +354,21 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
+_NEVER_LEARNT = re.compile(
+    r"workers|save_every|report_to(\.\d+)?|stages\.[^.]+\.(data\.max_skipped|evaluation\.pictures)"
+)
+"""Settings that change no weight: how fast, how often kept, what is told, and when to give up."""
+
+
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Every setting in which two recipes differ: "stages.instruct.steps: 10 -> 20"."""
+    """Every setting in which what two recipes learn may differ: "stages.instruct.steps: 10 -> 20"."""
     old, new = (_flat(dataclasses.asdict(recipe)) for recipe in (before, after))
     keys = [*old, *(key for key in new if key not in old)]
     absent = "(absent)"
     return [
         f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
         for key in keys
-        if old.get(key, absent) != new.get(key, absent)
+        if old.get(key, absent) != new.get(key, absent) and not _NEVER_LEARNT.fullmatch(key)
     ]
 
 
