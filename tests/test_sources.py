@@ -94,6 +94,22 @@ def test_a_bad_record_is_named(bad, message):
         conversation_of(bad, 7, "")
 
 
+@pytest.mark.parametrize("folder", ["images", "/data/images", "memory://images"])
+@pytest.mark.parametrize("image", ["/etc/a.png", "../a.png", "b/../../a.png", "/data/images/../a.png"])
+def test_an_image_elsewhere_than_below_its_folder_is_not_opened(folder, image):
+    with pytest.raises(InputError, match=f"{image} leads out of {folder}; write it below that, without '..', or"):
+        conversation_of(record(1, image), 0, folder)
+
+
+def test_links_in_the_folder_of_images_and_whole_paths_below_it_are_opened(folder):
+    (folder / "images" / "link.png").symlink_to(folder / "images" / "a.png")
+    (folder / "elsewhere").symlink_to(folder / "images", target_is_directory=True)
+    for name in ("link.png", str(folder / "images" / "a.png")):
+        dataset(folder, [record(1, name)])[0]
+    found = conversation_of(record(1, "elsewhere/a.png"), 0, str(folder))
+    assert found.messages[0]["content"][0]["image"] == str(folder / "elsewhere" / "a.png")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
