@@ -170,6 +170,15 @@ def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
     assert report(folder / "parts") == report(folder / "whole")
 
 
+def test_data_that_were_mended_after_a_kill_are_looked_at_anew(folder, monkeypatch):
+    monkeypatch.setattr(looking, "_TOGETHER", 2)
+    with killed_noting(5):
+        check(recipe(folder), folder / "out", 0)
+    write(folder, [RECORDS[0][1]] * len(RECORDS))
+    check(recipe(folder), folder / "out", 0)
+    assert report(folder / "out") == []
+
+
 def test_what_was_found_of_another_recipe_is_not_taken(folder):
     (folder / "out").mkdir()
     notes = '0123\n[0, 0, "s0", 0, 0, [], "cut", "never"]\n'

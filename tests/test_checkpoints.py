@@ -52,6 +52,16 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_a_kill_left_of_an_older_folder_stops_no_write(tmp_path):
+    for name in ("model", ".model.older"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("old")
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "file").read_text() == "new"
+
+
 def test_a_fresh_model_is_the_same_for_the_same_seed():
     for first, second in zip(fresh(seed=3)[0].parameters(), fresh(seed=3)[0].parameters(), strict=True):
         assert torch.equal(first, second)

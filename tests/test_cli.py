@@ -138,10 +138,11 @@ def test_a_dry_run_of_the_papers_recipes_counts_what_trains(side):
     assert "missing: data/vflan/annotation_191-task_1k.json" in run("train", recipe, "--dry-run").stdout
 
 
-def test_train_without_an_output_says_so_and_prints_no_json():
+def test_train_without_an_output_says_so_and_has_no_options_of_a_dry_run():
     recipe = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
     refusal(run("train", recipe), "--output is missing")
     refusal(run("train", recipe, "--output", "out", "--json"), "--json is for --dry-run")
+    refusal(run("train", recipe, "--output", "out", "--processes", "4"), "--processes is for --dry-run; torchrun")
 
 
 def ask_until_refused(client: openai.OpenAI, asked: dict) -> None:

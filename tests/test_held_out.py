@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import picture
 from killing import killed_after, killed_in
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,8 +18,9 @@ from convllava.checkpoints import read
 from convllava.data.conversation import IGNORE, collate, pack
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
+from convllava.inference import Assistant
 from convllava.synthetic import World
-from convllava.training import engine
+from convllava.training import engine, held_out
 from convllava.training.averaging import Average
 from convllava.training.held_out import weight_of
 from convllava.training.inputs import make_held_out
@@ -134,6 +137,17 @@ def test_held_out_text_alone_is_measured_and_not_drawn(tmp_path):
     data = dataclasses.replace(DATA, images=False)
     engine.train(recipe(dataclasses.replace(MEASURED, data=data, evaluation=Evaluation(every=6, samples=2))), tmp_path)
     assert len(logged(tmp_path, "eval_loss")) == 1
+
+
+@pytest.mark.parametrize(("texts", "drawn"), [(["what?", "what " * 480], 1), (["what " * 480], 0)])
+def test_a_question_that_leaves_no_room_for_an_answer_is_not_drawn(parts, monkeypatch, texts, drawn):
+    sheets = []
+    monkeypatch.setattr(held_out, "draw_answers", lambda answered: sheets.append(len(answered)) or picture(8, 8))
+    content = [[{"type": "image", "image": picture(64, 64)}, {"type": "text", "text": text}] for text in texts]
+    questions = [([{"role": "user", "content": one}], "red") for one in content]
+    writer = SimpleNamespace(add_image=lambda *_, **__: None)
+    held_out.SampleAnswers(Assistant(*parts), questions, writer).on_evaluate(None, SimpleNamespace(global_step=1), None)
+    assert sheets == [1] * drawn
 
 
 def test_files_are_evaluated_on_other_files(tmp_path):

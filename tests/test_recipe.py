@@ -55,6 +55,10 @@ def test_overrides_reach_stages_by_name_and_by_number(tmp_path):
     ("text", "message"),
     [
         (MINIMAL.replace("steps", "stepps"), r"stages\[0\]: unknown key 'stepps'; did you mean steps\?"),
+        (MINIMAL.replace("1e-3", ".nan"), "stage a: trains.projector is a finite number; got nan"),
+        (MINIMAL.replace("1e-3", ".inf"), "stage a: trains.projector is a finite number; got inf"),
+        (MINIMAL.replace("steps: 3", "steps: 3, weight_decay: .nan"), "stage a: weight_decay is a finite number"),
+        (MINIMAL.replace("steps: 3", "steps: 3, data: {darkest: .nan}"), "stage a: data.darkest is a finite number"),
         (MINIMAL + "sed: 3\n", "unknown key 'sed'; did you mean seed"),
         (MINIMAL + "frobnicate: 3\n", "known keys: name"),
         (MINIMAL.replace("steps: 3, ", ""), "give either steps or epochs"),
@@ -73,6 +77,16 @@ def test_bad_recipes_are_refused_in_one_line(tmp_path, text, message):
         load_recipe(write(tmp_path, text))
     assert "\n" not in str(refusal.value)
     assert "recipe.yaml" in str(refusal.value) or "stage" in str(refusal.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path, seed):
+    with pytest.raises(InputError, match=f"seed is 0 or more and below 2\\*\\*31; got {seed}"):
+        load_recipe(write(tmp_path), [f"seed={seed}"])
+
+
+def test_gradients_may_be_left_as_they_are(tmp_path):
+    load_recipe(write(tmp_path), ["stages.a.max_grad_norm=.inf"])
 
 
 @pytest.mark.parametrize("override", ["steps", "stages.b.steps=1", "stages.5.steps=1", "name.x.y=1", "stages.a.lr=1"])

@@ -11,7 +11,7 @@ import subprocess
 import time
 
 import pytest
-from killing import killed_after, killed_in
+from killing import die, killed_after, killed_in
 from training_runs import (
     ALIGN,
     ALONE,
@@ -31,7 +31,7 @@ from training_runs import (
 
 from convllava.errors import InputError
 from convllava.training import engine
-from convllava.training.recipe import Evaluation
+from convllava.training.recipe import Adapter, Evaluation, load_recipe
 
 
 @pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, GUIDED], ids=lambda stage: stage.name)
@@ -126,6 +126,42 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_changed_recipe_not_resumed
     with pytest.raises(InputError, match=r"another recipe \(seed: 0 -> 5\); resume with the same recipe"):
         engine.prepare_output(recipe(CHAT, seed=5), tmp_path, resume=True)
     engine.prepare_output(recipe(CHAT), tmp_path, resume=True)
+
+
+def test_settings_that_change_no_weight_may_change_when_a_run_is_resumed(tmp_path):
+    stage = dataclasses.replace(CHAT, adapter=Adapter(rank=2, dropout=0.3), evaluation=Evaluation(2, 2, pictures=0))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    engine.train(recipe(stage), whole)
+    with killed_after(2):
+        engine.train(recipe(stage, save_every=2), parts)
+    bearing = dataclasses.replace(stage.data, max_skipped=0.5)
+    drawing = dataclasses.replace(stage, data=bearing, evaluation=Evaluation(2, 2, pictures=1))
+    plan = dataclasses.replace(recipe(drawing, save_every=1), workers=1)
+    with killed_after(3):
+        engine.train(plan, parts, resume=True)
+    assert (parts / ".0-chat.progress" / "checkpoint-3").exists()
+    assert load_recipe(parts / "recipe.yaml") == plan
+    engine.train(plan, parts, resume=True)
+    assert logged(parts) == logged(whole)
+    assert not changed(weights(whole / "0-chat"), weights(parts / "0-chat"))
+
+
+def test_a_used_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
+    monkeypatch.setattr(engine, "with_planned_steps", die)
+    with pytest.raises(InputError, match="already holds a run"):
+        engine.train(recipe(CHAT), tmp_path)
+
+
+def test_a_resumed_run_begins_after_the_last_stage_also_where_earlier_ones_were_removed(tmp_path, monkeypatch):
+    stages = [dataclasses.replace(CHAT, name=name) for name in "abcd"]
+    engine.prepare_output(recipe(*stages), tmp_path, resume=False)
+    model, processor = engine.start(recipe(CHAT))
+    engine.checkpoints.write(model, processor, tmp_path / "2-c")
+    begun = []
+    monkeypatch.setattr(engine, "run_stage", lambda recipe, index, *_: begun.append(index))
+    engine.train(recipe(*stages), tmp_path, resume=True)
+    assert begun == [3]
 
 
 def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):

@@ -19,7 +19,7 @@ from convllava.data.sources import FileDataset, steps_of
 from convllava.errors import InputError
 from convllava.training import engine
 from convllava.training.plan import plan
-from convllava.training.recipe import Data, ModelSpec, Recipe, Source, Stage
+from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage
 from convllava.training.reporting import Skips
 
 
@@ -92,6 +92,22 @@ def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
 def test_a_bad_record_is_named(bad, message):
     with pytest.raises(InputError, match=message):
         conversation_of(bad, 7, "")
+
+
+@pytest.mark.parametrize("folder", ["images", "/data/images", "memory://images"])
+@pytest.mark.parametrize("image", ["/etc/a.png", "../a.png", "b/../../a.png", "/data/images/../a.png"])
+def test_an_image_elsewhere_than_below_its_folder_is_not_opened(folder, image):
+    with pytest.raises(InputError, match=f"{image} leads out of {folder}; write it below that, without '..', or"):
+        conversation_of(record(1, image), 0, folder)
+
+
+def test_links_in_the_folder_of_images_and_whole_paths_below_it_are_opened(folder):
+    (folder / "images" / "link.png").symlink_to(folder / "images" / "a.png")
+    (folder / "elsewhere").symlink_to(folder / "images", target_is_directory=True)
+    for name in ("link.png", str(folder / "images" / "a.png")):
+        dataset(folder, [record(1, name)])[0]
+    found = conversation_of(record(1, "elsewhere/a.png"), 0, str(folder))
+    assert found.messages[0]["content"][0]["image"] == str(folder / "elsewhere" / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +248,21 @@ def test_skips_are_remembered_by_a_resumed_run(tmp_path):
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
     with pytest.raises(InputError, match="3 bad samples are more than"):
         resumed.note([("a.json", "sample 3")], 5)
+
+
+def test_bad_held_out_samples_are_told_and_not_counted(folder):
+    write(folder, [record(number, None, f"question {number}") for number in range(4)])
+    write(folder, [record(0), *(record(number, "gone.png") for number in (1, 2, 3))], "test.json")
+    held_out = Evaluation(every=2, samples=4, sources=[Source("test.json", "images")], pictures=0)
+    plan = recipe(folder, max_skipped=0.3)
+    plan = dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], evaluation=held_out)])
+    engine.train(plan, folder / "run")
+    lines = [json.loads(line) for line in (folder / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["held_out"]) for line in lines] == [("test.json", True)] * 3
+    resumed = Skips(folder / "run" / "skipped.jsonl", plan.stages[0], 4)
+    resumed.note([("test.json", "sample s1")], 5)  # of the training too
+    with pytest.raises(InputError, match="2 bad samples are more than"):
+        resumed.note([("data.json", "sample 0")], 5)
 
 
 def test_a_plan_of_a_published_checkpoint_takes_it_as_it_is(folder):

@@ -111,6 +111,9 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
             "gpt2 keeps its embeddings elsewhere than in embed_tokens",
         ),
         ({"language": {"model_type": "lama"}}, "transformers knows no model_type 'lama'"),
+        ({"vision": {"depths": [1]}}, r"make no model: Class validation .*four or more stages"),
+        ({"language": {"num_attention_heads": 7}}, r"make no model: Class validation .*attention heads \(7\)"),
+        ({"language": {"hidden_act": "gely"}}, r"make no model: KeyError\('gely'\)"),
         ({"checkpoint": "/no/where"}, "there is no model"),
     ],
 )

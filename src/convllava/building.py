@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -47,27 +49,46 @@ def build_fresh(
         pixels: Settings of `ConvLlavaImageProcessorPil`; the stride is filled in.
         words: What the tokenizer knows as single tokens (see `tokenization.build_tokenizer`).
         seed: Of the weights.
+
+    Raises:
+        InputError: settings that make no model.
     """
-    tower = ConvLlavaVisionConfig(**vision)
-    tokenizer = build_tokenizer(words, context=language.get("max_position_embeddings", 2048))
-    processor = ConvLlavaProcessor(
-        ConvLlavaImageProcessorPil(**{**pixels, "stride": tower.stride}), tokenizer, row_separator=row_separator
-    )
-    ids = {"pad_token_id": tokenizer.convert_tokens_to_ids(PAD), "eos_token_id": tokenizer.convert_tokens_to_ids(END)}
-    config = ConvLlavaConfig(
-        vision_config=tower,
-        text_config={**language, "vocab_size": len(tokenizer), "bos_token_id": None, **ids},
-        image_token_id=processor.image_token_id,
-        row_separator=row_separator,
-        coordinate_embedding=coordinate_embedding,
-    )
-    torch.manual_seed(seed)
-    model = ConvLlavaForConditionalGeneration(config)
+    with _making():
+        tower = ConvLlavaVisionConfig(**vision)
+        tokenizer = build_tokenizer(words, context=language.get("max_position_embeddings", 2048))
+        processor = ConvLlavaProcessor(
+            ConvLlavaImageProcessorPil(**{**pixels, "stride": tower.stride}), tokenizer, row_separator=row_separator
+        )
+        ids = {
+            "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
+            "eos_token_id": tokenizer.convert_tokens_to_ids(END),
+        }
+        config = ConvLlavaConfig(
+            vision_config=tower,
+            text_config={**language, "vocab_size": len(tokenizer), "bos_token_id": None, **ids},
+            image_token_id=processor.image_token_id,
+            row_separator=row_separator,
+            coordinate_embedding=coordinate_embedding,
+        )
+        torch.manual_seed(seed)
+        model = ConvLlavaForConditionalGeneration(config)
     initialise_from_nothing(model.model.vision_tower)
     initialise_attention(model.model.language_model)
     for key, value in ids.items():
         setattr(model.generation_config, key, value)
     return model, processor
+
+
+@contextmanager
+def _making() -> Iterator[None]:
+    """What transformers and torch raise over settings, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
+        told = repr(error) if isinstance(error, KeyError) else one_line(error)
+        raise InputError(f"model: the settings of vision, language and pixels make no model: {told}") from error
 
 
 @dataclass(frozen=True)

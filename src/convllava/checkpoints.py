@@ -276,7 +276,7 @@ def _tensors(
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill beside `path`; renamed to it when the block ends well, removed when it does not."""
-    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished, older = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "older"))
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
@@ -284,13 +284,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield unfinished
+        shutil.rmtree(older, ignore_errors=True)  # left by a kill
+        if path.exists():
+            path.rename(older)
+        unfinished.rename(path)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             raise InputError(f"{path} cannot be written: {one_line(error)}") from None
         raise
-    older = path.with_name(f".{path.name}.older")
-    if path.exists():
-        path.rename(older)
-    unfinished.rename(path)
     shutil.rmtree(older, ignore_errors=True)

@@ -38,6 +38,10 @@ def train(
         return
     if as_json:
         raise InputError("--json is for --dry-run; a run writes OUTPUT/log.jsonl")
+    if processes > 1:
+        raise InputError(
+            f"--processes is for --dry-run; torchrun --nproc-per-node {processes} -m convllava train ... starts so many"
+        )
     if output is None:
         raise InputError("--output is missing: name the folder for checkpoints and logs, or try --dry-run")
     run = _import_training()

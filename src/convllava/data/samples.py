@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from PIL import Image
@@ -104,11 +105,25 @@ def _pictures(record: dict[str, Any], name: str, folder: str) -> list[str | Embe
     if not isinstance(given, list) or not all(isinstance(image, str | Embedded) for image in given):
         raise SampleError(name, "unreadable record", f"image is a path or a list of paths; got {given!r}"[:200])
     for image in given:
-        if isinstance(image, str) and storage.is_remote(image):
-            raise SampleError(
-                name, "missing image", f"{image[:120]} is an address, and nothing that data name is fetched"
-            )
+        if isinstance(image, str) and (told := _leading_out(image, folder)):
+            raise SampleError(name, "missing image", f"{image[:120]} {told}")
     return [image if isinstance(image, Embedded) else storage.within(folder, image) for image in given]
+
+
+def _leading_out(image: str, folder: str) -> str | None:
+    """Why an image's path is not opened: it does not lie below the folder that the recipe names. By its words alone:
+    what links in the folder point to is its owner's choice."""
+    if storage.is_remote(image):
+        return "is an address, and nothing that data name is fetched"
+    path, home = Path(image), Path(folder)
+    homes = () if storage.is_remote(folder) else (home.absolute(), home.resolve())
+    is_below = not path.is_absolute() or any(map(path.is_relative_to, homes))
+    if ".." in path.parts or not is_below:
+        return (
+            f"leads out of {folder or '.'}; write it below that, without '..', or name another folder as the source's "
+            "images"
+        )
+    return None
 
 
 def _message(turn: Any, name: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     convllava data check recipe.yaml --workers 8 --output runs/check
 
 `report.jsonl` has one line a problem, `summary.json` the counts, `sizes.png` how large images and sequences are. What
-was found is noted as it comes, and a check of the same recipe that was interrupted goes on where it was.
+was found is noted as it comes, and a check of the same recipe that was interrupted goes on where it was, unless a data
+file has changed since; images in files of their own are not looked at for that.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from convllava.data.sizes import Sizes
 from convllava.errors import InputError
 from convllava.files import make_output, replacing, write_json
 from convllava.training.examining import Job, Notes, examine_all, jobs_of
+from convllava.training.inputs import stamps_of
 from convllava.training.recipe import Recipe, dump_recipe
 
 
@@ -128,9 +130,9 @@ def verdict(summary: Summary) -> str | None:
 
 
 def _digest(recipe: Recipe, jobs: list[Job]) -> str:
-    """Of all that findings depend on, but for what the files hold."""
-    lengths = [len(job.examination) for job in jobs]
-    return hashlib.sha256(f"{dump_recipe(recipe)}{lengths}".encode()).hexdigest()
+    """Of all that findings depend on, but for images in files of their own."""
+    files = [(stamps_of(recipe, job.source), len(job.examination)) for job in jobs]
+    return hashlib.sha256(f"{dump_recipe(recipe)}{files}".encode()).hexdigest()
 
 
 def _write(recipe: Recipe, tallies: list[Tally], notes: Notes, output: Path) -> Summary:

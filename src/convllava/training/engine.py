@@ -71,6 +71,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
     """
     output = Path(output)
     check_processes(recipe, process_count())
+    if is_first_process():
+        check_output(output, resume)  # before anything is measured
     recipe = capped(with_planned_steps(recipe, output), max_steps)
     set_seed(recipe.seed)
     model, processor = start(recipe)
@@ -78,8 +80,9 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
     if is_first_process():
         prepare_output(recipe, output, resume)
     folders = [output / f"{index}-{stage.name}" for index, stage in enumerate(recipe.stages)]
-    done = sum(folder.exists() for folder in folders)
-    for index in range(done, len(folders)):
+    # After the last and not by their number: who needs the room removes the first ones.
+    done = [index for index, folder in enumerate(folders) if folder.exists()]
+    for index in range(1 + max(done, default=-1), len(folders)):
         if index > 0:
             # From the folder and not from memory, so that a resumed run sees what an uninterrupted one saw.
             model, processor = checkpoints.read(folders[index - 1])
@@ -95,19 +98,22 @@ def capped(recipe: Recipe, max_steps: int | None) -> Recipe:
     return dataclasses.replace(recipe, stages=stages)
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse a folder with a run that is not to be continued."""
+    if not resume and (output / "recipe.yaml").exists():
+        raise InputError(f"{output} already holds a run; continue it with --resume or choose another --output")
+
+
 def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Write the resolved recipe, or check that the run in the folder has the same one."""
+    """Write the resolved recipe as it now holds, once the run in the folder is found to learn the same."""
+    check_output(output, resume)
     saved = output / "recipe.yaml"
-    if saved.exists():
-        if not resume:
-            raise InputError(f"{output} already holds a run; continue it with --resume or choose another --output")
-        if changes := differences(load_recipe(saved), recipe):
-            shown = "; ".join([*changes[:_SHOWN], *["..."][: len(changes) > _SHOWN]])
-            raise InputError(
-                f"the run in {output} has another recipe ({shown}); resume with the same recipe and settings, or "
-                f"choose another --output"
-            )
-        return
+    if saved.exists() and (changes := differences(load_recipe(saved), recipe)):
+        shown = "; ".join([*changes[:_SHOWN], *["..."][: len(changes) > _SHOWN]])
+        raise InputError(
+            f"the run in {output} has another recipe ({shown}); resume with the same recipe and settings, or "
+            f"choose another --output"
+        )
     make_output(output)
     with replacing(saved) as partial:
         partial.write_text(dump_recipe(recipe), encoding="utf-8")

@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from convllava.data.conversation import IGNORE, supervise_first
+from convllava.errors import InputError
 from convllava.evaluation.drawing import Answered, draw_answers
 from convllava.inference import Assistant
 from convllava.inference.assistant import Message
@@ -75,7 +76,8 @@ class BestWeights(TrainerCallback):
 
 
 class SampleAnswers(TrainerCallback):
-    """Answers the first question of some held-out samples and draws them in TensorBoard.
+    """Answers the first question of some held-out samples and draws them in TensorBoard; of those that cannot be asked,
+    as where the prompt leaves no room for an answer, there is no picture.
 
     Args:
         assistant: The model that trains, ready to answer.
@@ -87,14 +89,19 @@ class SampleAnswers(TrainerCallback):
         self.assistant, self.questions, self.writer = assistant, questions, writer
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        sheet = draw_answers([self._answered(messages, truth) for messages, truth in self.questions])
-        self.writer.add_image("answers", np.asarray(sheet), state.global_step, dataformats="HWC")
+        answered = [found for messages, truth in self.questions if (found := self._answered(messages, truth))]
+        if answered:
+            sheet = np.asarray(draw_answers(answered))
+            self.writer.add_image("answers", sheet, state.global_step, dataformats="HWC")
 
-    def _answered(self, messages: list[dict[str, Any]], truth: str) -> Answered:
+    def _answered(self, messages: list[dict[str, Any]], truth: str) -> Answered | None:
         parts = [part for message in messages for part in message["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
         asked = [Message(role=message["role"], content=message["content"]) for message in messages]
-        answer = str(self.assistant.chat(asked, images, max_new_tokens=_LONGEST))
+        try:
+            answer = str(self.assistant.chat(asked, images, max_new_tokens=_LONGEST))
+        except InputError:
+            return None  # an illustration stops no training
         question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
         return Answered(images[0], [(question, f"{answer}   ({truth})")], [])
 

@@ -168,6 +168,16 @@ def addresses_of(recipe: Recipe, source: Source) -> list[str]:
     return source.paths if is_name else found
 
 
+def stamps_of(recipe: Recipe, source: Source) -> list[tuple[str, str]]:
+    """A source's files, each with what changes when it does.
+
+    Raises:
+        InputError: a pattern that no file has.
+    """
+    files = [file for address in addresses_of(recipe, source) for file in storage.expand(address)]
+    return [(file, storage.stamp(file)) for file in files]
+
+
 def images_of(recipe: Recipe, source: Source) -> str:
     """The folder that a source's images are relative to."""
     return storage.within(recipe.data_root, source.images)

@@ -19,7 +19,6 @@ import numpy as np
 from filelock import FileLock  # a dependency of torch
 from torch.utils.data import Dataset
 
-from convllava.data import storage
 from convllava.data.checking import Examination
 from convllava.data.mixture import Integers
 from convllava.data.passes import UNUSABLE, Limits, PassDataset, Passes
@@ -28,7 +27,7 @@ from convllava.errors import InputError
 from convllava.files import make_output, replacing
 from convllava.processing import ConvLlavaProcessor
 from convllava.training.examining import Notes, examination_of, examine_all, stages_with_files
-from convllava.training.inputs import addresses_of, mixture_of, with_steps
+from convllava.training.inputs import mixture_of, stamps_of, with_steps
 from convllava.training.processes import is_first_process
 from convllava.training.recipe import Recipe, Source, Stage
 
@@ -141,10 +140,9 @@ def measure(examination: Examination, path: Path, digest: str, workers: int) -> 
 
 def digest_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor) -> str:
     """Of all that the costs of a source's samples depend on, but for images in files of their own."""
-    files = [file for address in addresses_of(recipe, source) for file in storage.expand(address)]
     content = {
         "source": dataclasses.asdict(source),
-        "files": [(file, storage.stamp(file)) for file in files],
+        "files": stamps_of(recipe, source),
         "images": processor.image_processor.to_dict(),
         "row_separator": processor.row_separator,
         "template": processor.chat_template,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ class Stage:
     adam_beta2: float = 0.999
     """AdamW's memory of squared gradients."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm; .inf leaves them as they are."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs under autocast."""
     calibrate: bool = False
@@ -192,6 +193,7 @@ class Stage:
     """Train some parts by LoRA; the stage's folder then holds an adapter (see `convllava merge`)."""
 
     def __post_init__(self) -> None:
+        self._check_finite(f"stage {self.name}")
         self._check_length(f"stage {self.name}")
         for is_bad, told in self._rules():
             if is_bad:
@@ -291,6 +293,12 @@ class Stage:
                 if not 0 <= decay <= 1:
                     raise InputError(f"{where}: {name}: {part} must be 0 to 1; got {decay}")
 
+    def _check_finite(self, where: str) -> None:
+        for key, value in _flat(dataclasses.asdict(self)).items():
+            boundless = key == "max_grad_norm" and value == math.inf
+            if isinstance(value, float) and not math.isfinite(value) and not boundless:
+                raise InputError(f"{where}: {key} is a finite number; got {value}")
+
     def _check_length(self, where: str) -> None:
         if min(1 if self.steps is None else self.steps, self.batch_size, self.accumulate) < 1:
             raise InputError(f"{where}: steps, batch_size and accumulate must be 1 or more")
@@ -329,6 +337,8 @@ class Recipe:
             raise InputError(f"the stages' names must differ; got {', '.join(names)}")
         if self.workers < 0 or self.save_every < 1:
             raise InputError("workers is 0 or more, save_every 1 or more")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is 0 or more and below 2**31; got {self.seed}")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -354,15 +364,21 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
+_NEVER_LEARNT = re.compile(
+    r"workers|save_every|report_to(\.\d+)?|stages\.[^.]+\.(data\.max_skipped|evaluation\.pictures)"
+)
+"""Settings that change no weight: how fast, how often kept, what is told, and when to give up."""
+
+
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Every setting in which two recipes differ: "stages.instruct.steps: 10 -> 20"."""
+    """Every setting in which what two recipes learn may differ: "stages.instruct.steps: 10 -> 20"."""
     old, new = (_flat(dataclasses.asdict(recipe)) for recipe in (before, after))
     keys = [*old, *(key for key in new if key not in old)]
     absent = "(absent)"
     return [
         f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
         for key in keys
-        if old.get(key, absent) != new.get(key, absent)
+        if old.get(key, absent) != new.get(key, absent) and not _NEVER_LEARNT.fullmatch(key)
     ]
 
 

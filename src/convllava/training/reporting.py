@@ -174,7 +174,8 @@ class ProgressBar(TrainerCallback):
 
 
 class Skips:
-    """Samples that could not be used: one line each in `skipped.jsonl`, and an end to a run that has too many.
+    """Samples that could not be used: one line each in `skipped.jsonl`, and an end to a run that has too many among
+    those that it trains on.
 
     Args:
         path: Of `skipped.jsonl`; every process appends to it.
@@ -187,34 +188,37 @@ class Skips:
         self.process = process_number()
         self.known = set(self._told())
 
-    def _told(self) -> Iterator[tuple[str, str]]:
+    def _told(self) -> Iterator[tuple[str, str, bool]]:
         """What this process wrote down before the run was interrupted."""
         text = self.path.read_text(encoding="utf-8").rpartition("\n")[0] if self.path.exists() else ""
         # Not by splitlines, which also splits at marks that may lie in a file's name.
         for line in map(json.loads, filter(None, text.split("\n"))):
             if (line["stage"], line["process"]) == (self.stage.name, self.process):
-                yield line["file"], line["reason"]
+                yield line["file"], line["reason"], line.get("held_out", False)
 
-    def note(self, found: Iterable[tuple[str, str]], step: int) -> None:
+    def note(self, found: Iterable[tuple[str, str]], step: int, *, held_out: bool = False) -> None:
         """Write down what is new.
 
         Args:
             found: (data file, what was wrong with one of its samples).
             step: At which optimiser step.
+            held_out: Whether they are of an evaluation; these do not count.
 
         Raises:
             InputError: too many; the last ones are told.
         """
-        new = [skipped for skipped in found if skipped not in self.known]
+        skipped = dict.fromkeys((name, reason, held_out) for name, reason in found)
+        new = [one for one in skipped if one not in self.known]
         if not new:
             return
         self.known |= set(new)
         with self.path.open("a", encoding="utf-8") as file:
-            for name, reason in new:
+            for name, reason, _ in new:
                 line = {"stage": self.stage.name, "step": step, "process": self.process, "file": name, "reason": reason}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if len(self.known) > self.limit:
+                file.write(json.dumps(line | {"held_out": held_out}, ensure_ascii=False) + "\n")
+        count = sum(not is_held_out for *_, is_held_out in self.known)
+        if count > self.limit and not held_out:
             raise InputError(
-                f"stage {self.stage.name}: {len(self.known)} bad samples are more than data.max_skipped "
-                f"{self.stage.data.max_skipped:g} allows; {self.path} lists them, the last: {': '.join(new[-1])}"
+                f"stage {self.stage.name}: {count} bad samples are more than data.max_skipped "
+                f"{self.stage.data.max_skipped:g} allows; {self.path} lists them, the last: {', '.join(new[-1][:2])}"
             )

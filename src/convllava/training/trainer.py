@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from convllava.configuration import ConvLlavaConfig
@@ -87,6 +87,13 @@ def _evaluating(stage: Stage) -> dict[str, Any]:
     }
 
 
+class SavesAsAsked(TrainerCallback):
+    """A resumed run saves as often as its recipe now says, where the Trainer takes that from the checkpoint."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.save_steps = int(args.save_steps)
+
+
 class StageTrainer(Trainer):
     """The Hugging Face Trainer with a learning rate per part, samples in order, and checkpoints that are whole.
 
@@ -118,6 +125,7 @@ class StageTrainer(Trainer):
         self.held_out = HeldOutLoss()
         self.guided_layers = guided_layers(model) if stage.guidance else {}
         super().__init__(model=model, **keywords)
+        self.add_callback(SavesAsAsked())
         self.average = Average(model, stage.ema) if stage.ema else None  # of weights that lie where they train
         if self.average is not None:
             self.add_callback(self.average)
@@ -147,7 +155,8 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         skipped = inputs.pop(SKIPPED, ())
-        self.skips.note(skipped, self.state.global_step + self.trained.training)
+        training = self.trained.training
+        self.skips.note(skipped, self.state.global_step + training, held_out=not training)
         if self.frozen is not None:
             with self.accelerator.autocast():  # which else begins in the model's forward
                 inputs = self.frozen.encoded(inputs)
