@@ -190,7 +190,7 @@ def test_metrics_count_what_happened(server, client):
         connection = server.connect()
         connection.request("GET", "/metrics", headers={"Authorization": "Bearer key"})
         lines = connection.getresponse().read().decode().splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+        return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0.0)  # none has happened yet
 
     before = {
         name: value(f"convllava_{name}")
