@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from pyarrow.parquet import write_table
 
-patient = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+patient = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 """For properties: a busy machine is no failure."""
 
 

@@ -22,6 +22,12 @@ torch.set_num_threads(1)
 ENGINES = {"lmms_eval": "lmms_eval", "vllm": "vllm", "ui": "gradio"}
 collect_ignore = [f"engines/test_{name}.py" for name, package in ENGINES.items() if find_spec(package) is None]
 
+if find_spec("hypothesis") is not None:  # which the environments of the engines lack
+    from hypothesis import settings
+
+    settings.register_profile("shared machine", deadline=None)  # how long an example takes, other work decides
+    settings.load_profile("shared machine")
+
 WORDS = ("what", "is", "the", "total", "red", "top", "left", "describe", "image")
 
 

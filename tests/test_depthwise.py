@@ -28,7 +28,7 @@ def plain(layer: DepthwiseConv2d) -> nn.Conv2d:
     return other
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12)),
     size=st.sampled_from([1, 3, 7]),

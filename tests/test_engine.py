@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused(assistant):
         Engine(assistant, context=1000)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     text=st.text(st.sampled_from("abc ré日"), max_size=30),
     stop=st.lists(st.text("abc é", min_size=1, max_size=4), max_size=3),
@@ -263,7 +263,7 @@ def test_pieces_are_the_whole_text_up_to_its_first_stop(parts, text, stop):
     assert stream.is_stopped == (cut < len(whole))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.lists(st.integers(0, 400), max_size=20), stop=st.lists(st.text("ab,", min_size=1, max_size=2), max_size=2)
 )

@@ -74,7 +74,7 @@ def test_bands_of_any_height_and_towers_of_any_depth(depths, strides):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     cuts=st.lists(st.integers(1, 60), min_size=0, max_size=6),
     tall=st.integers(1, 5),

@@ -14,7 +14,7 @@ from torch import nn
 from convllava.training.muon import Muon, orthogonalise, owners_of
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
 def test_singular_values_come_near_one(rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

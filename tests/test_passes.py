@@ -72,7 +72,7 @@ def cost_at(passes: Passes, place: int) -> tuple[int, int]:
     return tuple(found.tolist()) if found[0] != UNUSABLE else cost_at(passes, place + 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(planned())
 def test_no_pass_exceeds_its_budget_and_every_place_comes_once(both):
     passes, limits = both
@@ -93,7 +93,7 @@ def test_no_pass_exceeds_its_budget_and_every_place_comes_once(both):
     assert found == Passes(passes.mixture, np.split(passes.costs, passes.firsts[1:]), limits).first(steps)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(planned(), st.integers(1, 30))
 def test_a_shorter_training_is_the_beginning_of_a_longer_one(both, steps):
     passes, limits = both

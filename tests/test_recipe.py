@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convllava.errors import InputError
@@ -28,7 +28,6 @@ def test_recipes_of_the_repo_survive_a_round_trip(path, tmp_path):
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
 
 
-@settings(deadline=None)
 @given(
     steps=st.integers(1, 10**6),
     rate=st.floats(1e-9, 1.0),

@@ -187,7 +187,7 @@ _FIELDS = [*ChatRequest.model_fields, "role", "content", "type", "text", "image_
 _VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.recursive(_VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_FIELDS), inner))
 )
