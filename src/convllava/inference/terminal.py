@@ -113,9 +113,8 @@ def _add(conversation: Conversation, path: str) -> None:
 def _typed() -> Iterator[str]:
     """Lines of stdin; Ctrl-C at the prompt throws the line away."""
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(
-            errors="surrogateescape"
-        )  # a line that is not UTF-8 is refused, and no more than that line
+        # So that a line that is not UTF-8 is refused, and no more than that line.
+        sys.stdin.reconfigure(errors="surrogateescape")
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
