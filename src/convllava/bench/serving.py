@@ -29,6 +29,9 @@ from convllava.inspection import language_models, towers
 CLIENTS = (1, 4, 8)
 QUESTION = "what does it say"
 
+_TICK = 0.01
+"""Seconds in which the system counts the time of other processes: what is shorter counts as nothing."""
+
 
 @dataclass(frozen=True)
 class _Taken:
@@ -106,9 +109,9 @@ def _rows(way: str, taken: Mapping[_Key, _Taken], alone: Mapping[_Key, _Taken]) 
             "seconds": round(found.wall, 2),
             "cpu_seconds": round(found.cpu, 2),
             "over_one_client": round(found.wall / one.wall, 2),
-            "cpu_over_one_client": round(found.cpu / one.cpu, 2),
-            "cpu_per_request_over_generate": round(found.cpu / clients / alone[1, tokens].cpu, 2),
-            "tokens_per_cpu_second": round(clients * tokens / found.cpu, 1),
+            "cpu_over_one_client": round(found.cpu / max(one.cpu, _TICK), 2),
+            "cpu_per_request_over_generate": round(found.cpu / clients / max(alone[1, tokens].cpu, _TICK), 2),
+            "tokens_per_cpu_second": round(clients * tokens / max(found.cpu, _TICK), 1),
         }
 
 
