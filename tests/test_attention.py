@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from convllava.building import build_fresh
-from convllava.data.conversation import collate
+from convllava.data.conversation import GUIDES, collate
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World, closed_vocabulary
@@ -31,40 +31,71 @@ def parts(layers: int = 2):
 def guided_batch(processor):
     dataset = ChatDataset(World(size=128, simple=True), processor, 2, guided=True)
     batch = collate([dataset[0], dataset[1]], processor.tokenizer.pad_token_id)
-    return batch, batch.pop("answer_guides"), batch.pop("mention_guides"), batch.pop("labels")
+    guides = {kind: batch.pop(f"{kind}_guides") for kind in GUIDES}
+    return batch, guides, batch.pop("labels")
 
 
 def test_recorded_shares_and_logits_are_those_of_eager_attention():
     model, processor = parts()
-    batch, answers, mentions, _ = guided_batch(processor)
+    batch, guides, _ = guided_batch(processor)
     model.set_attn_implementation({"text_config": "eager"})
     expected = model(**batch, output_attentions=True)
     guide_attention(model)
-    guidance = Guidance({0: mentions, 1: answers})
+    layers = {"mention": 0, "answer": 1, "count": 1}
+    guidance = Guidance(layers, guides)
     outputs = model(**batch, guidance=guidance)
     seen = batch["attention_mask"].bool()
     torch.testing.assert_close(outputs.logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
-    for layer, guides in guidance.guides.items():
-        sequence, position, place = guides.T
+    for kind, layer in layers.items():
+        sequence, position, place = guides[kind].T
         shares = expected.attentions[layer].mean(1)[sequence, position, place]
-        torch.testing.assert_close(guidance.shares[layer], shares, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(guidance.shares[kind], shares, atol=1e-5, rtol=1e-4)
+
+
+NOWHERE = torch.zeros(0, 3, dtype=torch.long)
+
+
+def guidance_with(kind: str, guides: list[list[int]], shares: list[float]) -> Guidance:
+    guidance = Guidance({kind: 3}, {kind: torch.tensor(guides) if guides else NOWHERE})
+    guidance.shares = {kind: torch.tensor(shares)}
+    return guidance
 
 
 def test_the_loss_is_minus_the_log_of_the_share_on_all_places_of_a_position():
-    guidance = Guidance({3: torch.tensor([[0, 2, 0], [0, 2, 1]]), 4: torch.zeros(0, 3, dtype=torch.long)})
-    guidance.shares = {3: torch.tensor([0.3, 0.275]), 4: torch.zeros(0)}
-    alike = torch.ones(1, 3)
-    assert guidance.loss(3, alike).item() == pytest.approx(-math.log(0.575), abs=1e-5)
-    assert guidance.loss(4, alike).item() == 0.0
+    guidance = guidance_with("answer", [[0, 2, 0], [0, 2, 1]], [0.3, 0.275])
+    assert guidance.loss("answer", torch.ones(1, 3)).item() == pytest.approx(-math.log(0.575), abs=1e-5)
+    assert guidance_with("answer", [], []).loss("answer", torch.ones(1, 3)).item() == 0.0
 
 
-def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
+def test_guided_positions_of_questions_count_one_beside_the_weights_of_answers():
+    guidance = guidance_with("mention", [[0, 1, 0], [0, 2, 0]], [0.5, 0.25])
+    found = guidance.loss("mention", torch.tensor([[0.0, 0.0, 3.0]])).item()
+    assert found == pytest.approx((math.log(2) + 3 * math.log(4)) / 4, abs=1e-5)
+
+
+def test_what_is_counted_gets_even_shares():
+    places = [[0, 3, 0], [0, 3, 1], [0, 3, 2]]
+    even = guidance_with("count", places, [1 / 3] * 3).loss("count", torch.ones(1, 4)).item()
+    uneven = guidance_with("count", places, [0.8, 0.1, 0.1]).loss("count", torch.ones(1, 4)).item()
+    assert even == pytest.approx(0.0, abs=1e-4)
+    assert uneven == pytest.approx(-(math.log(3 * 0.8) + 2 * math.log(3 * 0.1)) / 3, abs=1e-4)
+    # Of two things in one cell that cell gets the shares of both: 2 in 3, beside the first position's 1.
+    twice = [[0, 3, 0], [0, 3, 1], [0, 3, 1]]
+    better, worse = (guidance_with("count", twice, [one, 1 - one, 1 - one]) for one in (1 / 3, 1 / 2))
+    assert better.loss("count", torch.ones(1, 4)) < worse.loss("count", torch.ones(1, 4))
+
+
+def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer_and_at_what_counts():
     found = []
     for layers in (1, 2, 4):
         model, _ = parts(layers)
         assert isinstance(model.config.text_config, LlamaConfig)
         found.append(guided_layers(model))
-    assert found == [{"answer": 0}, {"mention": 0, "answer": 1}, {"mention": 1, "answer": 3}]
+    assert found == [
+        {"answer": 0, "count": 0},
+        {"mention": 0, "answer": 1, "count": 1},
+        {"mention": 1, "answer": 3, "count": 3},
+    ]
 
 
 def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):
@@ -77,14 +108,14 @@ def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):
 def test_pointing_teaches_attention_to_look_there():
     model, processor = parts()
     guide_attention(model)
-    batch, answers, _, labels = guided_batch(processor)
+    batch, guides, labels = guided_batch(processor)
     weights = answer_weights(labels, 0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(20):
-        guidance = Guidance({1: answers})
+        guidance = Guidance({"answer": 1}, guides)
         model(**batch, guidance=guidance)
-        loss = guidance.loss(1, weights)
+        loss = guidance.loss("answer", weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,6 +10,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaCo
 
 import convllava
 from convllava import InputError
+from convllava.building import initialise_coordinates
 from convllava.checkpoints import read, write
 from convllava.inference import Assistant
 from convllava.tokenization import build_tokenizer
@@ -125,3 +126,16 @@ def test_a_mismatch_names_the_tensor(encoder, language, tmp_path):
         convllava.build(vision={"a": torch.zeros(1)}, language=language)
     with pytest.raises(InputError, match="does not load as a causal language model"):
         convllava.build(vision=encoder.state_dict(), language=tmp_path)
+
+
+def test_coordinates_begin_alike_where_they_are_near():
+    embeddings = torch.nn.Embedding(120, 256)
+    before = embeddings.weight.detach().clone()
+    initialise_coordinates(embeddings, range(10, 111))
+    curve = torch.nn.functional.normalize(embeddings.weight.detach()[10:111], dim=1)
+    likeness = (curve @ curve.T)[50]
+    near, far = likeness[[49, 51]].min(), likeness[[20, 80]].abs().max()
+    assert near > 0.95
+    assert far < 0.3
+    assert embeddings.weight[10:111].std().item() == pytest.approx(float(before.std()), rel=0.1)
+    assert torch.equal(embeddings.weight[:10], before[:10])

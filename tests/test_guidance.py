@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,18 @@ from PIL import Image
 
 from convllava.building import build_fresh
 from convllava.data.cells import label_maps
-from convllava.data.guidance import Page, answer_cells, answer_spans, caption_cells, mentioned_cells, token_cells
+from convllava.data.guidance import (
+    Page,
+    answer_cells,
+    answer_spans,
+    caption_cells,
+    counted_cells,
+    mentioned_cells,
+    named_cells,
+    question_span,
+    spelled_cells,
+    token_cells,
+)
 from convllava.data.synthetic import ChatDataset
 from convllava.geometry import Size, square, unchanged
 from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
@@ -65,6 +78,27 @@ def test_a_question_mentions_whole_words_in_any_case():
     assert mentioned_cells(page("DAT"), "What is the date?") == frozenset()
 
 
+def test_each_character_of_a_question_is_sought_in_the_printed_word_that_it_spells():
+    printed, question = page("(Tea) tin"), "Is Tea tea?"
+    whole, one = named_cells(printed, question), spelled_cells(printed, question)
+    assert whole[3:6] == [{(0, 1), (0, 2), (0, 3)}] * 3 == whole[7:10]
+    assert one[3:6] == [{(0, 1)}, {(0, 2)}, {(0, 3)}] == one[7:10]
+    assert not any(whole[:3] + one[:3])
+    assert frozenset().union(*whole) == mentioned_cells(printed, question)
+
+
+def test_what_is_counted_stands_at_its_centre():
+    turn = Turn("count", "How many?", "2", tuple(thing.box for thing in SCENE))
+    assert counted_cells(page(things=SCENE, kind="scene"), turn) == [(0, 0), (3, 3)]
+
+
+def test_the_tokens_of_a_question_are_those_between_an_answer_and_the_next():
+    pieces = ["<|user|>", "<image>", "▁Is", "▁", "t", "?", "<|assistant|>", "▁no", "<|end|>", "<|user|>", "▁Is", "▁x"]
+    assert question_span(pieces, "Is t?", 0, 7) == (2, 6)
+    assert question_span(pieces, "Is t?", 7, 12) is None
+    assert question_span(pieces, "I", 0, 7) is None  # a part of a token
+
+
 def test_the_caption_of_a_scene_tells_one_thing_after_the_other():
     caption = "2 objects: a red circle at the top left, a red square at the bottom right."
     cells = caption_cells(page(things=SCENE, kind="scene"), caption)
@@ -115,6 +149,32 @@ def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tok
                 named = answer_cells(cells, turn)[0]
                 assert found == {first + row * (cells.grid.width + 1) + column for row, column in named} != set()
         assert (item["input_ids"][item["answer_guides"][:, 1]] == processor.image_token_id).all()
+
+
+def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
+    _, processor = build_fresh(
+        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+        language={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16},
+        pixels={"min_pixels": 64 * 64, "max_pixels": 512 * 512},
+        words=closed_vocabulary(),
+    )
+    world = World(size=256, kinds={"receipt": 1, "scene": 1}, seed=1, turns=12)
+    dataset = ChatDataset(world, processor, 9, captions=0.0, guided=True)
+    spelled = counted = 0
+    for index in range(9):
+        item, turns = dataset[index], dataset.turns(world.sample(index))
+        text, supervised = processor.tokenizer.convert_ids_to_tokens(item["input_ids"].tolist()), item["labels"] != -100
+        for position, _ in item["answer_guides"].tolist():
+            if not supervised[position + 1]:
+                # Both this token and the one that it foretells belong to a word that is spelled.
+                assert text[position + 1] in string.ascii_letters
+                spelled += 1
+        for turn, (start, _) in zip(turns, answer_spans(item["labels"]), strict=True):
+            targets = [target for position, target in item["count_guides"].tolist() if position == start - 1]
+            assert len(targets) == (1 + int(turn.answer) if turn.task == "count" else 0)
+            assert targets[:1] in ([], [0])
+            counted += len(targets)
+    assert min(spelled, counted) > 10
 
 
 def test_guides_and_labels_follow_the_image_where_it_is_padded():

@@ -14,7 +14,7 @@ from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.calibration import calibrate
-from convllava.training.losses import answer_loss, answer_weights
+from convllava.training.losses import answer_loss, answer_weights, asked_labels
 
 
 def test_label_maps_lie_where_things_lie():
@@ -114,3 +114,14 @@ def test_calibration_gives_tokens_mean_zero_and_one_size():
     tokens = projector.linear_2(projector.act(projector.linear_1(features)))
     torch.testing.assert_close(tokens.mean(0), torch.zeros(tokens.shape[1]), atol=1e-4, rtol=0)
     torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(1.0), atol=1e-3, rtol=0)
+
+
+def test_what_is_asked_is_all_text_but_answers_images_padding_and_beginnings():
+    ids = torch.tensor([[1, 9, 9, 4, 5, 6, 0], [1, 9, 7, 8, 5, 0, 0]])
+    answers = torch.full_like(ids, -100)
+    answers[:, 4] = 5
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]])
+    asked = asked_labels(ids, answers, 9, mask)
+    assert asked.tolist() == [[1, -100, -100, 4, -100, 6, -100], [1, -100, 7, 8, -100, -100, -100]]
+    packed = asked_labels(ids[:1], answers[:1], 9, None, torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+    assert packed.tolist() == [[-100, -100, -100, -100, -100, 6, 0]]

@@ -234,6 +234,18 @@ def test_box_text_round_trips(a: float, b: float, c: float, d: float, width: int
     assert all(abs(number - share) <= 0.0101 for number, share in zip(numbers(text), shares, strict=True))
 
 
+def test_what_is_counted_is_marked_within_the_picture(samples: list[Sample]) -> None:
+    counts = 0
+    for sample in samples:
+        for turn in sample.turns:
+            assert len(turn.counted) == (int(turn.answer) if turn.task == "count" else 0)
+            assert len(set(turn.counted)) == len(turn.counted)
+            drawn = {thing.box for thing in sample.things} | {glyph.box for glyph in sample.glyphs}
+            assert set(turn.counted) <= drawn
+            counts += turn.task == "count"
+    assert counts > 20
+
+
 def test_box_text_of_the_whole_picture() -> None:
     assert box_text((0, -3, 640, 490), 640, 480) == "[0.00, 0.00, 0.99, 0.99]"
     assert box_text((64, 96, 320, 240), 640, 480) == "[0.10, 0.20, 0.50, 0.50]"

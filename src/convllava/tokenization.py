@@ -19,6 +19,7 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 _SPACE = "▁"
 _COORDINATE = r"(?<![\d.])[01]\.\d\d(?=[,\]])"
 """A normalised coordinate inside a box such as [0.12, 0.34, 0.50, 0.60]: one token each, 0.00 to 1.00."""
+COORDINATES = tuple(f"{value / 100:.2f}" for value in range(101))
 
 
 def build_tokenizer(words: Iterable[str], context: int = 2048) -> PreTrainedTokenizerFast:
@@ -30,9 +31,8 @@ def build_tokenizer(words: Iterable[str], context: int = 2048) -> PreTrainedToke
     """
     spelled = [*string.printable.strip(), _SPACE, "\n"]
     known = [_SPACE + form for word in words for form in (word, word.capitalize())]
-    coordinates = [f"{value / 100:.2f}" for value in range(101)]
     pieces = dict.fromkeys([PAD, END, IMAGE, *ROLES, *(f"<0x{byte:02X}>" for byte in range(256))])
-    pieces |= dict.fromkeys([*spelled, *known, *coordinates])
+    pieces |= dict.fromkeys([*spelled, *known, *COORDINATES])
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
 
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], byte_fallback=True, ignore_merges=True))

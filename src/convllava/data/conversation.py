@@ -16,7 +16,7 @@ from convllava.errors import InputError
 from convllava.processing import ConvLlavaProcessor
 
 IGNORE = -100
-GUIDES = ("answer", "mention")
+GUIDES = ("answer", "mention", "count")
 """What a position can be told to look at (see `guidance.guides`)."""
 SKIPPED = "skipped"
 """The key under which an item tells of the samples in whose place it was taken: (data file, what was wrong) each."""

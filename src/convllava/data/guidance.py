@@ -1,25 +1,29 @@
-"""Where on the page each token of an answer stands: what the language model's attention is told to look at.
+"""Where on the page stands what a conversation speaks of: what the language model's attention is told to look at.
 
 A small language model that has only answers to learn from finds the commonest object of a scene at once and then,
 for thousands of steps, not how to look one up: the score of "which token do I need" has no gradient until the value of
 that token is used, and the other way round. The generated world knows the place, so training can point there (see
-`training.losses`). Everything here is found by looking for the answer among what was printed and drawn; an answer
-that stands nowhere on its page has no guide.
+`training.attention`). Answers, and the words that a question names, are looked for among what was printed and drawn;
+what stands nowhere on its page has no guide. What a question counts, the world tells.
+
+Questions are guided too, where they spell a word of the page: reading "How much is the Towel?" letter by letter is the
+same search as writing "Towel", and it has to be over before the answer begins.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from convllava.data.cells import Word, text_of, words
-from convllava.data.conversation import IGNORE
-from convllava.geometry import Box, Placement, Size, cells_under, grid, parse_box
+from convllava.data.conversation import GUIDES, IGNORE
+from convllava.geometry import Box, Placement, Size, cells_under, centre_cell, grid, parse_box
 from convllava.processing import ConvLlavaProcessor
-from convllava.synthetic import COLOURS, POSITIONS, SHAPES, Sample, Turn, position_of
+from convllava.synthetic import COLOURS, POSITIONS, SHAPES, Glyph, Sample, Turn, position_of
 
 CAPTION = "caption"
 """The task of a turn that is answered by the caption."""
@@ -27,6 +31,7 @@ Cells = frozenset[tuple[int, int]]
 _MOST_OCCURRENCES = 4
 """What is printed more often than this ("1") says nothing about where to look."""
 _MOST_NAMESAKES = 2
+_SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -55,6 +60,21 @@ class Page:
             )
         )
 
+    def named(self, text: str) -> list[Word]:
+        """The printed words that read `text`, in lower case, unless they are too many to mean one place."""
+        found = self.words.get(text, [])
+        return found if len(found) <= _MOST_NAMESAKES else []
+
+    @cached_property
+    def words(self) -> dict[str, list[Word]]:
+        """The printed words by what they say, in lower case; of each its characters without punctuation around them."""
+        found: dict[str, list[Word]] = {}
+        for word in words(self.sample):
+            text = text_of(word)
+            begin = "".join(glyph.char for glyph in word).index(text)
+            found.setdefault(text.lower(), []).append(word[begin : begin + len(text)])
+        return found
+
     def find(self, text: str, after: int = 0) -> list[int]:
         """Where `text`, its spaces left out, stands among the printed characters from number `after` on."""
         text = text.replace(" ", "")
@@ -80,7 +100,7 @@ def answer_cells(page: Page, turn: Turn) -> list[Cells]:
         width, height = page.sample.image.size
         everywhere = page.cells((box[0] * width, box[1] * height, box[2] * width, box[3] * height))
     elif turn.task == "count":
-        everywhere = frozenset()  # attention is a mean: pointed at all that counts, it could not tell how many
+        everywhere = frozenset()  # see `counted_cells`
     elif turn.task in ("shape", "colour", "position"):
         everywhere = _named_things(page, turn)
     else:
@@ -100,14 +120,34 @@ def _named_things(page: Page, turn: Turn) -> Cells:
 
 def mentioned_cells(page: Page, question: str) -> Cells:
     """The cells of the printed words that a question names, such as a row's label: where its answer is looked up."""
-    asked = {word.lower() for word in re.findall(r"[\w']+", question)}
-    named: dict[str, list[Word]] = {}
-    for word in words(page.sample):
-        text = text_of(word).lower()
-        if text in asked:
-            named.setdefault(text, []).append(word)
-    glyphs = [glyph for found in named.values() if len(found) <= _MOST_NAMESAKES for word in found for glyph in word]
-    return frozenset().union(*(page.cells(glyph.box) for glyph in glyphs))
+    return frozenset().union(*named_cells(page, question))
+
+
+def named_cells(page: Page, question: str) -> list[Cells]:
+    """For each character of a question the cells of the printed word that it belongs to, in whole."""
+    return _by_word(page, question, lambda found, _: [glyph for word in found for glyph in word])
+
+
+def spelled_cells(page: Page, question: str) -> list[Cells]:
+    """For each character of a question that belongs to a printed word the cells where that character stands."""
+    return _by_word(page, question, lambda found, number: [word[number] for word in found if number < len(word)])
+
+
+def _by_word(page: Page, question: str, pick: Callable[[list[Word], int], list[Glyph]]) -> list[Cells]:
+    """For each character of a question the cells of the glyphs that `pick` takes of the printed words that read as its
+    own word, and of the character's number in it."""
+    cells: list[Cells] = [frozenset()] * len(question)
+    for match in re.finditer(r"[\w']+", question):
+        found = page.named(match[0].lower())
+        for number in range(len(match[0])):
+            glyphs = pick(found, number)
+            cells[match.start() + number] = frozenset().union(*(page.cells(glyph.box) for glyph in glyphs))
+    return cells
+
+
+def counted_cells(page: Page, turn: Turn) -> list[tuple[int, int]]:
+    """The cell of each thing that a question counts: that of its centre."""
+    return [centre_cell(page.placement.box_to_normalised(box), page.grid) for box in turn.counted]
 
 
 def caption_cells(page: Page, caption: str) -> list[Cells]:
@@ -160,23 +200,57 @@ def guides(
         processor: Which encoded it.
 
     Returns:
-        `answer_guides`, to where the next token stands, and `mention_guides`, to what the question names: (pairs, 2)
-        each, a position of the sequence, and one of the visual tokens that it should look at.
+        `answer_guides`, to where the next token stands; `mention_guides`, to what the question names; `count_guides`,
+        to the first position of all and to each thing that is counted: (pairs, 2) each, a position of the sequence, and
+        one that it should look at.
     """
     pixels = processor.image_processor
     page = Page(sample, pixels.placement(Size(sample.image.height, sample.image.width)), pixels.stride)
     first = int((encoded["input_ids"] == processor.image_token_id).nonzero()[0, 0])
     row_length = page.grid.width + processor.row_separator
-    pairs: dict[str, list[tuple[int, int]]] = {"answer_guides": [], "mention_guides": []}
-    for turn, (start, stop) in zip(turns, answer_spans(encoded["labels"]), strict=True):
-        pieces = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"][start : stop - 1].tolist())
+    pairs: dict[str, list[tuple[int, int]]] = {f"{kind}_guides": [] for kind in GUIDES}
+
+    def place(cell: tuple[int, int]) -> int:
+        return first + cell[0] * row_length + cell[1]
+
+    def point(kind: str, position: int, cells: Cells) -> None:
+        pairs[f"{kind}_guides"] += [(position, place(cell)) for cell in sorted(cells)]
+
+    pieces = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"].tolist())
+    spans = answer_spans(encoded["labels"])
+    for turn, (start, stop), (_, before) in zip(turns, spans, [(0, 0), *spans], strict=False):
         is_caption = turn.task == CAPTION
         by_character = caption_cells(page, turn.answer) if is_caption else answer_cells(page, turn)
         mentioned = frozenset() if is_caption else mentioned_cells(page, turn.question)
-        for position, found in enumerate(token_cells(pieces, by_character), start=start - 1):
-            for kind, cells in (("answer_guides", found), ("mention_guides", mentioned)):
-                pairs[kind] += [(position, first + row * row_length + column) for row, column in sorted(cells)]
+        for position, found in enumerate(token_cells(pieces[start : stop - 1], by_character), start=start - 1):
+            point("answer", position, found)
+            point("mention", position, mentioned)
+        if turn.task == "count":
+            targets = [0, *map(place, counted_cells(page, turn))]
+            pairs["count_guides"] += [(start - 1, target) for target in targets]
+        if not is_caption and (span := question_span(pieces, turn.question, before, start)) is not None:
+            begin, end = span
+            named = token_cells(pieces[begin:end], named_cells(page, turn.question))
+            spelled = token_cells(pieces[begin:end], spelled_cells(page, turn.question))
+            for number in range(end - begin):
+                point("mention", begin + number, named[number])
+                # A word's first token is not foretold by the page: any could be named.
+                if number and named[number] and named[number] == named[number - 1]:
+                    point("answer", begin + number - 1, spelled[number])
     return {kind: torch.tensor(found, dtype=torch.long).view(-1, 2) for kind, found in pairs.items()}
+
+
+def question_span(pieces: Sequence[str], question: str, begin: int, end: int) -> tuple[int, int] | None:
+    """Which of the tokens from `begin` to `end` write the question after one leading space; None where none do."""
+    written = "".join(pieces[begin:end])
+    place = written.rfind(_SPACE + question.replace(" ", _SPACE))
+    if place < 0:
+        return None
+    starts = [0]
+    for piece in pieces[begin:end]:
+        starts.append(starts[-1] + len(piece))
+    stop = place + 1 + len(question)
+    return (begin + starts.index(place), begin + starts.index(stop)) if {place, stop} <= set(starts) else None
 
 
 def answer_spans(labels: Tensor) -> list[tuple[int, int]]:

@@ -13,11 +13,14 @@ from convllava.data.guidance import CAPTION, guides
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import Sample, Turn, World
 
+_CAPTION_FIRST = 0.25
+"""Share of the captions that are asked for before anything else, as people do."""
+
 
 class ChatDataset(Dataset):
     """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
 
-    Items are those of `conversation.encode`; with `guided`, also `answer_guides` and `mention_guides` (see `guidance`).
+    Items are those of `conversation.encode`; with `guided`, also the guides of `guidance.guides`.
     """
 
     def __init__(
@@ -48,11 +51,12 @@ class ChatDataset(Dataset):
         return self.messages(sample, self.turns(sample))
 
     def turns(self, sample: Sample) -> list[Turn]:
-        """The sample's turns, and perhaps its caption at any place among them."""
+        """The sample's turns, and perhaps its caption: mostly last, since it tells what the others ask for, and they
+        would be answered from it instead of from the page."""
         draw = random.Random(sample.index)
         turns = list(sample.turns)
         if not turns or draw.random() < self.captions:
-            place = draw.randrange(len(turns) + 1)
+            place = 0 if draw.random() < _CAPTION_FIRST else len(turns)
             turns.insert(place, Turn(CAPTION, draw.choice(CAPTION_REQUESTS), sample.caption))
         return turns
 

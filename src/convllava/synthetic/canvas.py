@@ -89,6 +89,10 @@ class Canvas:
             return self.things[region.thing].box
         return union(glyph.box for glyph in self.glyphs[region.start : region.stop])
 
+    def mark(self, region: Region) -> Box:
+        """Where to point at `region` as the picture stands now: its thing, or its first character."""
+        return self.things[region.thing].box if region.thing is not None else self.glyphs[region.start].box
+
     def _inside(self, box: Box) -> Box:
         if box[0] < 1 or box[1] < 1 or box[2] > self.width - 1 or box[3] > self.height - 1:
             raise PageFullError

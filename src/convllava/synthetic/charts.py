@@ -10,7 +10,7 @@ from convllava.synthetic.canvas import Canvas, Region
 from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.palette import PAINTS, Colour, blend, contrasting, is_visible, jitter, luminance
-from convllava.synthetic.questions import CHART_TITLES, Draft, ask
+from convllava.synthetic.questions import CHART_TITLES, Draft, ask, count
 from convllava.synthetic.words import DAYS, MONTHS, QUARTERS
 
 _COLOURS = ("red", "orange", "green", "blue", "purple", "pink", "brown", "grey")
@@ -56,18 +56,19 @@ def draw_bar_chart(context: Context) -> Drawing:
     canvas = Canvas(*context.extent(*((0.8, 1.25) if context.simple else (0.55, 1.3))), paper)
     plot = _frame(canvas, context, data, (paper, ink), grid, horizontal=bars == "horizontal")
     fills = _fills(context, paper, colours, len(data.values))
+    drawn = []
     for number, (value, fill) in enumerate(zip(data.values, fills, strict=True)):
-        _bar(canvas, plot, (number, len(fills)), value, fill, 0.3 if bars == "slim" else 0.36)
+        drawn.append(_bar(canvas, plot, (number, len(fills)), value, fill, 0.3 if bars == "slim" else 0.36))
         _bar_value(canvas, plot, (number, len(fills)), value, PAINTS[fill], values)
-    drafts = _drafts(context.rng, data, "bar") + _count(context.rng, data, "count.bars")
+    drafts = [*_drafts(context.rng, data, "bar"), count(context.rng, "count.bars", drawn)]
     return Drawing(canvas, _caption("bar chart", data), drafts, layout, steepest=2.0)
 
 
 def _data(context: Context, title: str, values: str) -> Data:
     rng = context.rng
-    count = rng.randint(2, 3) if context.simple else rng.randint(3, 6)
-    numbers = [rng.randint(1, 20) * 5 if values == "axis" else rng.randint(3, 99) for _ in range(count)]
-    return Data(_labels(context, count), numbers, rng.choice(CHART_TITLES) if title == "top" else "")
+    number = rng.randint(2, 3) if context.simple else rng.randint(3, 6)
+    numbers = [rng.randint(1, 20) * 5 if values == "axis" else rng.randint(3, 99) for _ in range(number)]
+    return Data(_labels(context, number), numbers, rng.choice(CHART_TITLES) if title == "top" else "")
 
 
 def _labels(context: Context, count: int) -> list[str]:
@@ -205,12 +206,11 @@ def draw_line_chart(context: Context) -> Drawing:
     colour = _line_colour(context, paper)
     points = [plot.place((number + 0.5) / len(data.values), value) for number, value in enumerate(data.values)]
     canvas.draw.line(points, fill=PAINTS[colour], width=context.pixels(context.rng.randint(2, 4)), joint="curve")
-    for point in points:
-        _marker(canvas, context, point, marker, colour)
+    markers = [_marker(canvas, context, point, marker, colour) for point in points]
     for number, value in enumerate(data.values if values != "axis" else ()):
         y = points[number][1] + plot.face.size * (0.95 if _valley(plot, points, number) else -0.95)
         _point_value(canvas, plot, (points[number][0], y), str(value), paper if values == "boxed" else None)
-    drafts = _drafts(context.rng, data, "point") + _count(context.rng, data, "count.points")
+    drafts = [*_drafts(context.rng, data, "point"), count(context.rng, "count.points", markers)]
     return Drawing(canvas, _caption("line chart", data), drafts, layout, steepest=2.0)
 
 
@@ -221,10 +221,10 @@ def _valley(plot: Plot, points: list[tuple[float, float]], number: int) -> bool:
     return y - sum(around) / len(around) > 0 and y + 1.6 * plot.face.size < plot.bottom
 
 
-def _marker(canvas: Canvas, context: Context, point: tuple[float, float], marker: str, colour: str) -> None:
+def _marker(canvas: Canvas, context: Context, point: tuple[float, float], marker: str, colour: str) -> Region:
     side = context.pixels(11) // 2 * 2
     x, y = round(point[0]) - side // 2, round(point[1]) - side // 2
-    canvas.shape(marker, colour, jitter(context.rng, PAINTS[colour], 5), (x, y, x + side, y + side))
+    return canvas.shape(marker, colour, jitter(context.rng, PAINTS[colour], 5), (x, y, x + side, y + side))
 
 
 def _point_value(canvas: Canvas, plot: Plot, point: tuple[float, float], text: str, plate: Colour | None) -> None:
@@ -239,10 +239,6 @@ def _caption(kind: str, data: Data) -> str:
     title = f"title {data.title}. " if data.title else ""
     pairs = ", ".join(f"{label} {value}" for label, value in zip(data.labels, data.values, strict=True))
     return f"{kind}: {title}{pairs}."
-
-
-def _count(rng: random.Random, data: Data, key: str) -> list[Draft]:
-    return [ask(rng, key, str(len(data.values)))]
 
 
 def _drafts(rng: random.Random, data: Data, piece: str) -> list[Draft]:

@@ -9,7 +9,7 @@ from convllava.synthetic.canvas import Canvas, PageFullError, Region
 from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.palette import Colour, blend, contrasting
-from convllava.synthetic.questions import FORM_TITLES, ORDINALS, SIZES, STATUSES, TABLE_TITLES, Draft, ask
+from convllava.synthetic.questions import FORM_TITLES, ORDINALS, SIZES, STATUSES, TABLE_TITLES, Draft, ask, count
 from convllava.synthetic.sample import Box
 from convllava.synthetic.words import cents, code, date, money
 
@@ -135,10 +135,10 @@ def draw_table(context: Context) -> Drawing:
     rows = _table_rows(context)
     grid, faces = _fit_table(canvas, context, rows, edge, top)
     _rule_table(canvas, grid, (ruling, header), ink)
-    _print_cells(canvas, grid, rows, (header, align), faces, ink)
+    regions = _print_cells(canvas, grid, rows, (header, align), faces, ink)
     named = f"title {heading}. " if heading else ""
     caption = f"table: {named}{'; '.join(', '.join(row) for row in rows)}."
-    return Drawing(canvas, caption, _table_drafts(rng, heading, rows), layout)
+    return Drawing(canvas, caption, _table_drafts(rng, heading, rows, regions[1:]), layout)
 
 
 def _table_rows(context: Context) -> list[list[str]]:
@@ -209,8 +209,10 @@ def _print_cells(
     style: tuple[str, str],
     faces: tuple[Font, Font],
     ink: Colour,
-) -> None:
+) -> list[Region]:
+    """Print the table; the first cell of each row."""
     header, align = style
+    firsts = []
     for number, row in enumerate(rows):
         face = faces[1] if number == 0 else faces[0]
         colour = contrasting(ink) if number == 0 and header == "dark" else ink
@@ -222,10 +224,12 @@ def _print_cells(
                 "right": (right - pad, "r"),
             }
             x, anchor = places["left" if column == 0 else align]
-            canvas.text(text, x, grid.y(number + 0.5), face, colour, anchor)
+            region = canvas.text(text, x, grid.y(number + 0.5), face, colour, anchor)
+            firsts += [region] if column == 0 else []
+    return firsts
 
 
-def _table_drafts(rng: random.Random, heading: str, rows: list[list[str]]) -> list[Draft]:
+def _table_drafts(rng: random.Random, heading: str, rows: list[list[str]], regions: list[Region]) -> list[Draft]:
     header, *body = rows
     drafts = [
         ask(rng, "table.cell", text, column=column.lower(), row=row[0])
@@ -236,5 +240,5 @@ def _table_drafts(rng: random.Random, heading: str, rows: list[list[str]]) -> li
     drafts.append(ask(rng, "table.header", header[place], ordinal=ORDINALS[place], number=str(place + 1)))
     place = rng.randrange(len(body))
     drafts.append(ask(rng, "table.first", body[place][0], ordinal=ORDINALS[place], number=str(place + 1)))
-    drafts.append(ask(rng, "count.rows", str(len(body))))
+    drafts.append(count(rng, "count.rows", regions))
     return drafts + ([ask(rng, "read.title", heading)] if heading else [])

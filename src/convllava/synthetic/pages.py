@@ -8,7 +8,7 @@ from convllava.synthetic.canvas import Canvas, Region
 from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.palette import VIVID, WALLS, Colour, contrasting, jitter
-from convllava.synthetic.questions import ORDINALS, Draft, ask
+from convllava.synthetic.questions import ORDINALS, Draft, ask, count
 from convllava.synthetic.words import code
 
 
@@ -94,12 +94,20 @@ def _sign_drafts(canvas: Canvas, rng: random.Random, lines: list[list[str]], reg
         drafts += [ask(rng, "read.sign_word", word, ordinal=ORDINALS[place]) for place, word in enumerate(words)]
         drafts += [
             ask(rng, "read.sign_word", words[-1], ordinal="last"),
-            ask(rng, "count.words", str(len(words))),
+            count(rng, "count.words", _words_of(canvas, lines, regions)),
         ]
     if len(lines) > 1:
         for row, line in enumerate(lines):
             drafts.append(ask(rng, "read.sign_line", " ".join(line), number=str(row + 1), ordinal=ORDINALS[row]))
     return drafts + word_drafts(canvas, rng, [" ".join(line) for line in lines], regions)
+
+
+def _words_of(canvas: Canvas, lines: list[list[str]], regions: list[Region]) -> list[Region]:
+    return [
+        canvas.word(region, number, " ".join(line))
+        for line, region in zip(lines, regions, strict=True)
+        for number in range(len(line))
+    ]
 
 
 def word_drafts(
@@ -203,7 +211,7 @@ def _start(canvas: Canvas, edge: float, align: str) -> tuple[float, str]:
 def _paragraph_drafts(
     canvas: Canvas, rng: random.Random, heading: str, lines: list[str], regions: list[Region]
 ) -> list[Draft]:
-    drafts = [ask(rng, "read.title", heading)] if heading else [ask(rng, "count.lines", str(len(lines)))]
+    drafts = [ask(rng, "read.title", heading)] if heading else [count(rng, "count.lines", regions)]
     for row, line in enumerate(lines):
         words = [_bare(word) for word in line.split(" ")]
         place = {"number": str(row + 1), "ordinal": ORDINALS[row]}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from convllava.synthetic.canvas import Canvas, Region
@@ -43,22 +44,31 @@ _GLUE = """a an the at of and object objects sign paragraph title receipt date t
 
 @dataclass(frozen=True)
 class Draft:
-    """A question; its answer may be a region, whose box is known only when the picture is finished."""
+    """A question; its answer may be a region, whose box is known only when the picture is finished, as are those of
+    what it counts."""
 
     task: str
     question: str
     answer: str | Region
+    counted: tuple[Region, ...] = ()
 
     def turn(self, canvas: Canvas) -> Turn:
         """The finished turn, a region answered by its box as `canvas` stands."""
-        if isinstance(self.answer, str):
-            return Turn(self.task, self.question, self.answer)
-        return Turn(self.task, self.question, box_text(canvas.where(self.answer), canvas.width, canvas.height))
+        answer = self.answer
+        if not isinstance(answer, str):
+            answer = box_text(canvas.where(answer), canvas.width, canvas.height)
+        return Turn(self.task, self.question, answer, tuple(map(canvas.mark, self.counted)))
 
 
 def ask(rng: random.Random, key: str, answer: str | Region, **names: str) -> Draft:
     """One wording of the question `key` (a key of TEMPLATES) with its blanks filled by `names`."""
     return Draft(key.split(".")[0], rng.choice(TEMPLATES[key]).format(**names), answer)
+
+
+def count(rng: random.Random, key: str, regions: Iterable[Region], **names: str) -> Draft:
+    """As `ask`, for how many the regions are."""
+    counted = tuple(regions)
+    return replace(ask(rng, key, str(len(counted)), **names), counted=counted)
 
 
 def plural(shape: str) -> str:

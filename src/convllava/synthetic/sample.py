@@ -30,11 +30,13 @@ TASKS = ("shape", "colour", "position", "count", "read", "field", "table", "char
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its only right answer."""
+    """One question and its only right answer; of the task "count", also a box for each thing that it counts: the
+    thing's own, or that of the first character of a word, line or row."""
 
     task: str
     question: str
     answer: str
+    counted: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)

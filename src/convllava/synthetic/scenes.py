@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from convllava.synthetic.canvas import Canvas, PageFullError, Region
 from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.palette import GROUNDS, LIGHT_GROUNDS, Colour, blend, is_visible, paint
-from convllava.synthetic.questions import Draft, ask, plural
+from convllava.synthetic.questions import Draft, ask, count, plural
 from convllava.synthetic.sample import COLOURS, POSITIONS, Box, Thing, position_of
 
 _CLEAREST = 0.05
@@ -133,14 +133,17 @@ def describe(canvas: Canvas) -> str:
 def scene_drafts(canvas: Canvas, rng: random.Random, regions: list[Region], shapes: tuple[str, ...]) -> list[Draft]:
     """Everything that has one right answer in a scene whose things could have had any of `shapes`."""
     things = canvas.things
-    drafts = [ask(rng, "count.all", str(len(things)))]
+    placed = list(zip(things, regions, strict=True))
+    drafts = [count(rng, "count.all", regions)]
     for name in rng.sample(shapes, 3) + [thing.shape for thing in things]:
-        drafts.append(ask(rng, "count.shape", str(sum(thing.shape == name for thing in things)), shapes=plural(name)))
+        of_shape = [region for thing, region in placed if thing.shape == name]
+        drafts.append(count(rng, "count.shape", of_shape, shapes=plural(name)))
     for name in rng.sample(COLOURS, 2) + [thing.colour for thing in things]:
-        drafts.append(ask(rng, "count.colour", str(sum(thing.colour == name for thing in things)), colour=name))
+        of_colour = [region for thing, region in placed if thing.colour == name]
+        drafts.append(count(rng, "count.colour", of_colour, colour=name))
     if len(things) == 1:
         drafts.append(ask(rng, "shape.only", things[0].shape))
-    for thing, region in zip(things, regions, strict=True):
+    for thing, region in placed:
         drafts += _thing_drafts(canvas, rng, thing, region)
     return drafts
 

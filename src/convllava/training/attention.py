@@ -3,7 +3,11 @@
 -log of the share of its attention, averaged over heads, that a position gives to the visual tokens it is guided to
 (`data.guidance` finds them). Answers alone teach a small model from nothing to look things up only after many thousands
 of steps; pointing does in hundreds, and what it finds there the answers teach. A layer in the middle is told where on
-the page stands what the question names, the last one where the next token of the answer stands.
+the page stands what the question names, the last one where the next token stands.
+
+Attention is a mean, and a mean of things does not tell how many they were. So where a question counts, attention is
+asked to give the same share to each thing and to the first position of the sequence, which is always the same token: of
+n things that token's share is 1 / (n + 1), and what it writes has the number in its length.
 
 The attention itself runs as scaled dot product attention; shares are computed a second time, and only for the guided
 positions of the two layers, because attention that returns all its weights takes several times as long.
@@ -11,6 +15,7 @@ positions of the two layers, because attention that returns all its weights take
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,39 +33,48 @@ _FLOOR = 1e-6
 
 
 class Guidance:
-    """Passed through the model's forward as `guidance=`: the guides of each guided layer, and the shares found.
+    """Passed through the model's forward as `guidance=`: where to look in which layer, and the shares found.
 
     Args:
-        guides: Layer -> (pairs, 3): sequence of the batch, position, a position that it should look at.
+        layers: Kind of guide (see `convllava.data.conversation.GUIDES`) -> the layer that is guided.
+        guides: Kind -> (pairs, 3): sequence of the batch, position, a position that it should look at.
     """
 
-    def __init__(self, guides: dict[int, Tensor]) -> None:
-        self.guides = guides
-        self.shares: dict[int, Tensor] = {}
+    def __init__(self, layers: Mapping[str, int], guides: Mapping[str, Tensor]) -> None:
+        self.layers = dict(layers)
+        self.guides = {kind: guides[kind] for kind in layers}
+        self.shares: dict[str, Tensor] = {}
 
-    def loss(self, layer: int, weights: Tensor) -> Tensor:
-        """Weighted mean over the guided positions of -log(share of attention on all their places).
+    def loss(self, kind: str, weights: Tensor) -> Tensor:
+        """How far attention is from where it should be; the model has run.
 
         Args:
-            layer: A guided layer; the model has run.
-            weights: (batch, positions).
+            kind: Of guide.
+            weights: (batch, positions), above 0 where an answer is supervised; other guided positions count 1.
 
         Returns:
-            A scalar; 0 where there are no guides.
+            A scalar; 0 where there are no guides. Of "count" the divergence of the shares from even ones on all places,
+            else the weighted mean over the guided positions of -log(share of attention on all their places).
         """
-        guides, shares = self.guides[layer], self.shares[layer]
+        guides, shares = self.guides[kind], self.shares[kind]
         if not len(guides):
             return weights.new_zeros(())
         rows, groups = torch.unique(guides[:, 0] * weights.shape[1] + guides[:, 1], return_inverse=True)
+        if kind == "count":
+            even = 1 / groups.bincount()[groups].to(shares.dtype)
+            return (even * (even.log() - (shares + _FLOOR).log())).sum() / len(rows)
         total = torch.zeros(len(rows), dtype=shares.dtype, device=shares.device).index_add(0, groups, shares)
-        weights = weights.flatten()[rows]
-        return -(weights * (total + _FLOOR).log()).sum() / weights.sum()
+        chosen = weights.flatten()[rows]
+        chosen = chosen.where(chosen > 0, 1.0)
+        return -(chosen * (total + _FLOOR).log()).sum() / chosen.sum()
 
 
 def guided_layers(model: Any) -> dict[str, int]:
-    """Which layer of the model's language model looks where: at what the question mentions, and at the answer."""
+    """Which layer of the model's language model looks where: at what the question mentions, at the answer, and at all
+    that is counted."""
     last = model.config.text_config.num_hidden_layers - 1
-    return {"answer": last} if last == 0 else {"mention": (last - 1) // 2, "answer": last}
+    layers = {"answer": last, "count": last}
+    return layers if last == 0 else {"mention": (last - 1) // 2} | layers
 
 
 def check_attention(model: Any, stage: Stage) -> None:
@@ -109,8 +123,10 @@ def _attend(
     guidance: Guidance | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if guidance is not None and (layer := getattr(module, "layer_idx", None)) in guidance.guides:
-        guidance.shares[layer] = shares_of(query, key, guidance.guides[layer], kwargs["scaling"])
+    if guidance is not None:
+        for kind, layer in guidance.layers.items():
+            if layer == getattr(module, "layer_idx", None):
+                guidance.shares[kind] = shares_of(query, key, guidance.guides[kind], kwargs["scaling"])
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

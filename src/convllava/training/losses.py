@@ -1,4 +1,4 @@
-"""Answers of equal weight: what a stage asks in place of the mean over all supervised tokens."""
+"""What a stage asks in place of the mean over all supervised tokens: answers of equal weight, questions too."""
 
 from __future__ import annotations
 
@@ -28,3 +28,25 @@ def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     chosen = weights[:, :-1] > 0
     losses = F.cross_entropy(logits[:, :-1][chosen], labels[:, 1:][chosen], reduction="none")
     return (weights[:, :-1][chosen] * losses).mean()
+
+
+def asked_labels(
+    input_ids: Tensor,
+    labels: Tensor,
+    image_token_id: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """(batch, positions): the text that is not supervised as labels, -100 where there is an answer, an image, padding
+    or the beginning of a sequence.
+
+    Args:
+        attention_mask: (batch, positions), 0 for padding; None where there is none.
+        position_ids: (batch, positions), of packed sequences.
+    """
+    left_out = (labels != IGNORE) | (input_ids == image_token_id)
+    if attention_mask is not None:
+        left_out |= attention_mask == 0
+    if position_ids is not None:
+        left_out |= position_ids == 0
+    return input_ids.masked_fill(left_out, IGNORE)

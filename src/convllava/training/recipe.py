@@ -183,6 +183,9 @@ class Stage:
     """0: every supervised token counts alike; 1: every answer does, however long; between: in between."""
     guidance: float = 0.0
     """Weight of the loss that asks the language model's attention to look where the answer stands."""
+    questions: float = 0.0
+    """Weight of the loss of the questions' own text: a language model from nothing learns to read from what they name
+    of the page, too."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
     feature_cache_gb: float = 0.0
@@ -227,6 +230,10 @@ class Stage:
         yield self.calibrate and not self.data.images, "calibrate needs images, but data.images is false"
         yield self.gradient_checkpointing and not chat, "gradient_checkpointing is for the objective chat"
         yield self.balance != 0 and not chat, "balance is for the objective chat"
+        yield (
+            self.questions < 0 or (self.questions > 0 and not chat),
+            "questions is a weight of 0 or more, for the objective chat",
+        )
         yield (
             self.guidance < 0 or (self.guidance > 0 and (not chat or not self.data.images)),
             "guidance is a weight of 0 or more, for the objective chat with images",

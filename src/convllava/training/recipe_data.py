@@ -76,7 +76,7 @@ class Data:
     darkest: float = 1.0
     """Share of its light that the darkest page keeps."""
     captions: float = 1.0
-    """Share of samples with the caption among the turns, at any place."""
+    """Share of samples with the caption before or, mostly, behind the turns."""
     images: bool = True
     """False: the same conversations without the image, for a language model that has never seen text."""
     sheets: float = 0.0

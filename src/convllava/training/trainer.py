@@ -26,7 +26,7 @@ from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
 from convllava.training.features import FrozenStages
 from convllava.training.held_out import BEST, HeldOutLoss, weight_of
-from convllava.training.losses import answer_loss, answer_weights
+from convllava.training.losses import answer_loss, answer_weights, asked_labels
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
 from convllava.training.parts import parameter_groups
@@ -163,12 +163,12 @@ class StageTrainer(Trainer):
         if self.trained.training:
             self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
-        inputs.pop("attention_mask", None)
+        mask = inputs.pop("attention_mask", None)
         guidance = self._guidance(inputs)
-        if self.stage.balance or guidance is not None:
+        if self.stage.balance or self.stage.questions or guidance is not None:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
-            loss = self._chat_loss(outputs["logits"], labels, guidance)
+            loss = self._chat_loss(outputs["logits"], labels, guidance, self._asked(inputs, labels, mask))
         else:
             loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
             notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
@@ -191,22 +191,32 @@ class StageTrainer(Trainer):
 
     def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
         """Take the guides out of the batch and put into it what records where attention looks."""
-        found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}
+        found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}  # of a world's samples, all
         if not self.stage.guidance or not self.trained.training:
             return None
-        inputs["guidance"] = Guidance({layer: found[kind] for kind, layer in self.guided_layers.items()})
+        inputs["guidance"] = Guidance(self.guided_layers, found)
         return inputs["guidance"]
 
-    def _chat_loss(self, logits: Tensor, labels: Tensor, guidance: Guidance | None) -> Tensor:
-        """The loss of balanced answers, and attention guidance.
+    def _asked(self, inputs: Mapping[str, Any], labels: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The text that is not answers, as labels, where the stage learns to foretell it too."""
+        if not self.stage.questions or not self.trained.training:
+            return None
+        return asked_labels(inputs["input_ids"], labels, self.config.image_token_id, mask, inputs.get("position_ids"))
+
+    def _chat_loss(
+        self, logits: Tensor, labels: Tensor, guidance: Guidance | None, asked: Tensor | None = None
+    ) -> Tensor:
+        """The loss of balanced answers, of questions, and attention guidance.
 
         Both are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
         over the whole batch, however it is shared.
         """
         weights = answer_weights(labels, self.stage.balance)
         loss = answer_loss(logits, labels, weights)
+        if asked is not None:
+            loss = loss + self.stage.questions * answer_loss(logits, asked, answer_weights(asked, 0.0))
         if guidance is not None:
-            looks = {kind: guidance.loss(layer, weights) for kind, layer in self.guided_layers.items()}
+            looks = {kind: guidance.loss(kind, weights) for kind in guidance.layers}
             self.notes = {f"{kind}_guidance": value.item() for kind, value in looks.items()}
             loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
         return loss / (self.args.gradient_accumulation_steps if self.trained.training else 1)
