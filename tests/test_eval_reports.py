@@ -99,6 +99,19 @@ def test_a_result_without_what_is_drawn_is_refused(changes, tmp_path):
         plot_results([result(tmp_path / "a", [0, 1], **changes)], tmp_path / "p.png")
 
 
+@pytest.mark.parametrize("interval", [[0.1], ["low", "high"], 0.5])
+def test_a_result_whose_interval_is_not_two_numbers_is_refused(interval, tmp_path):
+    efficiency = {"seconds_to_first_token": 1.0, "pixels": 640.0**2}
+    with pytest.raises(InputError, match=r"/a has an interval that is not two numbers"):
+        plot_results([result(tmp_path / "a", [0, 1], efficiency=efficiency, interval=interval)], tmp_path / "p.png")
+
+
+def test_a_result_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    with pytest.raises(InputError, match=r"deep.json cannot be read"):
+        compare(tmp_path / "deep.json", tmp_path / "deep.json")
+
+
 def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
     folders = [
         result(tmp_path / str(n), [0, 1], efficiency={"seconds_to_first_token": 2.0**n, "pixels": 640.0**2})

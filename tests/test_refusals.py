@@ -60,7 +60,7 @@ def test_bad_requests_get_an_error_that_says_why(server, name):
         ("many stops", "stop: List should have at most 4 items"),
         ("a stop of another kind", "stop: Input should be a string or a list"),
         ("no content", "messages.0.content: Input should be a string or a list"),
-        ("image mark", 'write images as {"type": "image_url"} parts'),
+        ("image mark", "leave it out of the text, beside which images are parts of their own"),
     ],
 )
 def test_an_error_names_what_is_wrong_and_how_to_mend_it(server, name, message):

@@ -114,6 +114,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
         ({"vision": {"depths": [1]}}, r"make no model: Class validation .*four or more stages"),
         ({"language": {"num_attention_heads": 7}}, r"make no model: Class validation .*attention heads \(7\)"),
         ({"language": {"hidden_act": "gely"}}, r"make no model: KeyError\('gely'\)"),
+        ({"language": {"dtype": "foo"}}, r"make no model: .*no attribute 'foo'"),
         ({"checkpoint": "/no/where"}, "there is no model"),
     ],
 )

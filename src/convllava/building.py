@@ -80,6 +80,17 @@ def build_fresh(
     return model, processor
 
 
+_UNMAKEABLE = (
+    AttributeError,  # torch has no such dtype
+    ValueError,
+    TypeError,
+    KeyError,
+    ZeroDivisionError,
+    RuntimeError,
+    StrictDataclassError,
+)
+
+
 @contextmanager
 def _making() -> Iterator[None]:
     """What transformers and torch raise over settings, as one line."""
@@ -87,7 +98,7 @@ def _making() -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
+    except _UNMAKEABLE as error:
         told = repr(error) if isinstance(error, KeyError) else one_line(error)
         raise InputError(f"model: the settings of vision, language and pixels make no model: {told}") from error
 

@@ -159,7 +159,7 @@ class _Lazy(Mapping[str, Tensor]):
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # too deeply nested
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object; got {str(content)[:40]}")
@@ -183,7 +183,7 @@ def parse_json(text: str, where: str) -> Any:
     """The value of a text; InputError names where it stands."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}") from None
 
 

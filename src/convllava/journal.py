@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from convllava.errors import InputError
 from convllava.files import make_output, parse_lines, read_json, write_json
@@ -13,6 +17,8 @@ from convllava.files import make_output, parse_lines, read_json, write_json
 ANSWERS, JUDGEMENTS, SETTINGS, RESULT = "answers.jsonl", "judgements.jsonl", "settings.json", "result.json"
 WEIGHTS = "weights"
 """The setting that tells the weights of a model from those that lay under its name before."""
+_LOOKED_AT = 1024
+"""Numbers of a tensor that `weights_digest` looks at."""
 Entry = Mapping[str, Any]
 """An object with a text under `id`."""
 
@@ -88,3 +94,18 @@ def _continued(path: Path) -> list[Entry]:
             raise InputError(f"{where} is no entry of a run; choose another --output")
         entries.append(entry)
     return entries
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The precision of a model's weights, and a digest that other weights do not have, wherever their files lie.
+
+    Of each tensor at most 1024 numbers count, evenly spaced: training changes nearly all numbers of what trains, and a
+    model of many gigabytes is not read as a whole.
+    """
+    content, precisions = hashlib.blake2b(digest_size=8), set()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().flatten()
+        some = numbers[:: max(1, -(-len(numbers) // _LOOKED_AT))].cpu().contiguous()
+        content.update(f"{name} {tuple(weight.shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
+        precisions.add(str(weight.dtype).removeprefix("torch."))
+    return f"{' and '.join(sorted(precisions))} {content.hexdigest()}"

@@ -1,16 +1,12 @@
-"""The parts of a model by the names that recipes and reports use, and what tells its weights from others'."""
+"""The parts of a model by the names that recipes and reports use."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 
-import torch
 from torch import nn
 
 _STAGE = re.compile(r"(?:^|\.)vision_tower\.encoder\.stages\.(\d+)\.")
-_LOOKED_AT = 1024
-"""Numbers of a tensor that `weights_digest` looks at."""
 _PREFIXES = {
     "vision_tower.embeddings.": "stem",
     "multi_modal_projector.": "projector",
@@ -40,18 +36,3 @@ def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
         if ".original_module." not in name:
             parts.setdefault(part_of(name), []).append((name, parameter))
     return parts
-
-
-def weights_digest(model: nn.Module) -> str:
-    """The precision of a model's weights, and a digest that other weights do not have, wherever their files lie.
-
-    Of each tensor at most 1024 numbers count, evenly spaced: training changes nearly all numbers of what trains, and a
-    model of many gigabytes is not read as a whole.
-    """
-    content, precisions = hashlib.blake2b(digest_size=8), set()
-    for name, weight in model.named_parameters():
-        numbers = weight.detach().flatten()
-        some = numbers[:: max(1, -(-len(numbers) // _LOOKED_AT))].cpu().contiguous()
-        content.update(f"{name} {tuple(weight.shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
-        precisions.add(str(weight.dtype).removeprefix("torch."))
-    return f"{' and '.join(sorted(precisions))} {content.hexdigest()}"

@@ -131,8 +131,8 @@ class ConvLlavaProcessor(ProcessorMixin):
         for mark in {self.image_token, *self.tokenizer.all_special_tokens}:
             if mark in text:
                 raise InputError(
-                    f"the text of a {role} message contains the literal mark {mark}; leave it out of the text "
-                    'and write images as {"type": "image"} parts'
+                    f"the text of a {role} message contains the literal mark {mark}; leave it out of the text, "
+                    "beside which images are parts of their own"
                 )
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:

@@ -66,6 +66,9 @@ def _timed(result: dict[str, Any], path: Path) -> dict[str, Any]:
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, kind):
             raise InputError(f"{path} lacks {'.'.join(keys)}; give results as convllava eval writes them")
+    ends = _interval(result)
+    if not isinstance(ends, list | tuple) or len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
+        raise InputError(f"{path} has an interval that is not two numbers; give results as convllava eval writes them")
     return result
 
 
@@ -82,9 +85,9 @@ def _curve(axes: Any, name: str, results: Sequence[dict[str, Any]], colour: str)
         axes.annotate(str(side), (x, y), (6, -10), textcoords="offset points", fontsize=7, color=INK)
 
 
-def _interval(result: dict[str, Any]) -> tuple[float, float]:
-    low, high = result.get("interval") or (result["score"],) * 2
-    return low, high
+def _interval(result: dict[str, Any]) -> Sequence[float]:
+    """Both ends; where there is none, the score itself."""
+    return result.get("interval") or (result["score"],) * 2
 
 
 def plot_heights(rows: Sequence[dict[str, Any]], output: Path) -> None:

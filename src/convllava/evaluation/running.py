@@ -25,8 +25,7 @@ from convllava.evaluation.scoring.results import Result, checked_answer, score
 from convllava.evaluation.scoring.rules import Aids, Judge
 from convllava.files import write_json
 from convllava.inference import Assistant
-from convllava.journal import JUDGEMENTS, RESULT, WEIGHTS, Journal
-from convllava.parts import weights_digest
+from convllava.journal import JUDGEMENTS, RESULT, WEIGHTS, Journal, weights_digest
 from convllava.progress import progress_bar
 
 TIMED = 5

@@ -15,8 +15,7 @@ from typing import Any, TypedDict
 from convllava.errors import InputError
 from convllava.files import parse_json
 from convllava.inference.assistant import Assistant, EncodedImage, Message, load
-from convllava.journal import WEIGHTS, Entry, Journal
-from convllava.parts import weights_digest
+from convllava.journal import WEIGHTS, Entry, Journal, weights_digest
 from convllava.progress import progress_bar
 
 

@@ -169,8 +169,7 @@ class Service:
         try:
             prompt = build_prompt(self.assistant, messages, images, digests)
         except (InputError, TemplateError) as error:  # a template may refuse an order of messages
-            message = str(error).replace('{"type": "image"}', '{"type": "image_url"}')  # as this API writes them
-            raise RefusalError(400, message, "invalid_prompt", "messages") from None
+            raise RefusalError(400, str(error), "invalid_prompt", "messages") from None
         longest = self._longest(request, len(prompt.keys))
         return Prepared(request.model_copy(update={"messages": []}), prompt, longest)
 

@@ -52,7 +52,7 @@ def _records(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "\n" not in text.strip():
             raise InputError(f"{path} is not JSON: {error}") from None
         return [record for _, record in parse_lines(text, path)]

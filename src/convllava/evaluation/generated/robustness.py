@@ -16,8 +16,7 @@ from convllava.evaluation.scoring.results import accuracy_of, rounded
 from convllava.evaluation.scoring.statistics import mean_interval
 from convllava.files import write_json
 from convllava.inference import Assistant
-from convllava.journal import WEIGHTS, Journal
-from convllava.parts import weights_digest
+from convllava.journal import WEIGHTS, Journal, weights_digest
 from convllava.progress import progress_bar
 from convllava.synthetic import Sample, Turn, World
 

@@ -18,8 +18,7 @@ from convllava.evaluation.scoring.results import accuracy_of
 from convllava.files import write_json
 from convllava.geometry import Size
 from convllava.inference import Assistant
-from convllava.journal import WEIGHTS, Journal
-from convllava.parts import weights_digest
+from convllava.journal import WEIGHTS, Journal, weights_digest
 from convllava.progress import progress_bar
 from convllava.synthetic import Sample, World
 
