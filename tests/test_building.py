@@ -10,7 +10,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaCo
 
 import convllava
 from convllava import InputError
-from convllava.building import initialise_coordinates
+from convllava.building import build_fresh, initialise_coordinates
 from convllava.checkpoints import read, write
 from convllava.inference import Assistant
 from convllava.tokenization import build_tokenizer
@@ -129,13 +129,29 @@ def test_a_mismatch_names_the_tensor(encoder, language, tmp_path):
 
 
 def test_coordinates_begin_alike_where_they_are_near():
-    embeddings = torch.nn.Embedding(120, 256)
-    before = embeddings.weight.detach().clone()
-    initialise_coordinates(embeddings, range(10, 111))
-    curve = torch.nn.functional.normalize(embeddings.weight.detach()[10:111], dim=1)
+    weight = torch.randn(120, 256)
+    before = weight.clone()
+    initialise_coordinates(weight, range(10, 111))
+    curve = torch.nn.functional.normalize(weight[10:111], dim=1)
     likeness = (curve @ curve.T)[50]
     near, far = likeness[[49, 51]].min(), likeness[[20, 80]].abs().max()
     assert near > 0.95
     assert far < 0.3
-    assert embeddings.weight[10:111].std().item() == pytest.approx(float(before.std()), rel=0.1)
-    assert torch.equal(embeddings.weight[:10], before[:10])
+    assert weight[10:111].std().item() == pytest.approx(float(before.std()), rel=0.1)
+    others = [*range(10), *range(111, 120)]
+    assert torch.equal(weight[others], before[others])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_coordinates_of_a_fresh_model_are_read_and_written_alike(tied):
+    model, processor = build_fresh(
+        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+        language={"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "tie_word_embeddings": tied},
+        pixels={},
+        words=["red"],
+    )
+    near, far = (processor.tokenizer.convert_tokens_to_ids(pair) for pair in (["0.37", "0.38"], ["0.10", "0.90"]))
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = torch.nn.functional.normalize(table.weight.detach(), dim=1)
+        assert rows[near[0]] @ rows[near[1]] > 0.9
+        assert rows[far[0]] @ rows[far[1]] < 0.5

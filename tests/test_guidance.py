@@ -25,7 +25,7 @@ from convllava.data.guidance import (
     token_cells,
 )
 from convllava.data.synthetic import ChatDataset
-from convllava.geometry import Size, square, unchanged
+from convllava.geometry import Size, crop, square, unchanged
 from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
 
 
@@ -92,11 +92,25 @@ def test_what_is_counted_stands_at_its_centre():
     assert counted_cells(page(things=SCENE, kind="scene"), turn) == [(0, 0), (3, 3)]
 
 
-def test_the_tokens_of_a_question_are_those_between_an_answer_and_the_next():
-    pieces = ["<|user|>", "<image>", "▁Is", "▁", "t", "?", "<|assistant|>", "▁no", "<|end|>", "<|user|>", "▁Is", "▁x"]
-    assert question_span(pieces, "Is t?", 0, 7) == (2, 6)
-    assert question_span(pieces, "Is t?", 7, 12) is None
-    assert question_span(pieces, "I", 0, 7) is None  # a part of a token
+def test_things_that_are_cut_away_are_not_counted_by_looking():
+    cut = Sample(0, "scene", Image.new("RGB", (192, 64)), "", (), (), ())
+    middle = Page(cut, crop(Size(64, 192), side=64), 16)
+    assert counted_cells(middle, Turn("count", "How many?", "1", ((90, 20, 102, 44),))) == [(2, 2)]
+    assert counted_cells(middle, Turn("count", "How many?", "2", ((90, 20, 102, 44), (2, 2, 14, 14)))) is None
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["<|user|>", "<image>", "▁Is", "▁", "t", "?", "<|assistant|>"], (2, 6, -1)),  # ours
+        (["ĠUSER", ":", "Ġ", "Ċ", "Is", "Ġt", "?", "ĠASSISTANT"], (4, 7, 0)),  # of bytes, the first word after a line
+        (["▁", "<0x0A>", "I", "s", "▁t", "?", "▁A"], (2, 6, 0)),
+        (["▁Is", "▁t?!"], (0, 0, 0)),  # ends within a token
+        (["▁Is", "▁x", "?"], (0, 0, 0)),
+    ],
+)
+def test_the_tokens_of_a_question_are_found_however_its_spaces_are_written(pieces, expected):
+    assert question_span(pieces, "Is t?") == expected
 
 
 def test_the_caption_of_a_scene_tells_one_thing_after_the_other():
@@ -158,7 +172,7 @@ def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
         pixels={"min_pixels": 64 * 64, "max_pixels": 512 * 512},
         words=closed_vocabulary(),
     )
-    world = World(size=256, kinds={"receipt": 1, "scene": 1}, seed=1, turns=12)
+    world = World(size=256, kinds={"receipt": 1, "scene": 3}, seed=1, turns=12)
     dataset = ChatDataset(world, processor, 9, captions=0.0, guided=True)
     spelled = counted = 0
     for index in range(9):
@@ -166,14 +180,18 @@ def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
         text, supervised = processor.tokenizer.convert_ids_to_tokens(item["input_ids"].tolist()), item["labels"] != -100
         for position, _ in item["answer_guides"].tolist():
             if not supervised[position + 1]:
-                # Both this token and the one that it foretells belong to a word that is spelled.
                 assert text[position + 1] in string.ascii_letters
                 spelled += 1
-        for turn, (start, _) in zip(turns, answer_spans(item["labels"]), strict=True):
-            targets = [target for position, target in item["count_guides"].tolist() if position == start - 1]
-            assert len(targets) == (1 + int(turn.answer) if turn.task == "count" else 0)
-            assert targets[:1] in ([], [0])
-            counted += len(targets)
+        asked = [turn for turn in turns if turn.task == "count"]
+        guides = item["count_guides"].tolist()
+        positions = list(dict.fromkeys(position for position, _ in guides))
+        for turn, position in zip(asked, positions, strict=True):
+            # Answers to counts are written "_3": the guided position is the one that foretells the number.
+            assert text[position + 1] == turn.answer
+            targets = [target for guided, target in guides if guided == position]
+            assert targets[0] == 0
+            assert [text[target] for target in targets[1:]] == ["<image>"] * int(turn.answer)
+            counted += 1
     assert min(spelled, counted) > 10
 
 

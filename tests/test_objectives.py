@@ -14,7 +14,7 @@ from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import engine
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.calibration import calibrate
-from convllava.training.losses import answer_loss, answer_weights, asked_labels
+from convllava.training.losses import answer_loss, answer_weights, asked_labels, asked_loss
 
 
 def test_label_maps_lie_where_things_lie():
@@ -125,3 +125,12 @@ def test_what_is_asked_is_all_text_but_answers_images_padding_and_beginnings():
     assert asked.tolist() == [[1, -100, -100, 4, -100, 6, -100], [1, -100, 7, 8, -100, -100, -100]]
     packed = asked_labels(ids[:1], answers[:1], 9, None, torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     assert packed.tolist() == [[-100, -100, -100, -100, -100, 6, 0]]
+
+
+def test_the_loss_of_what_is_asked_is_a_mean_over_it_and_nothing_where_nothing_is():
+    logits, asked = torch.randn(2, 4, 7), torch.full((2, 4), -100)
+    assert asked_loss(logits, asked).item() == 0.0
+    asked[0, 0] = 5  # nothing foretells the first
+    asked[0, 2], asked[1, 3] = 4, 6
+    expected = -(logits[0, 1].log_softmax(-1)[4] + logits[1, 2].log_softmax(-1)[6]) / 2
+    torch.testing.assert_close(asked_loss(logits, asked), expected)

@@ -234,7 +234,8 @@ def test_two_processes_have_the_losses_of_one(folder):
     [
         ({"data": Data(), "epochs": None, "steps": 1}, "budget is for files"),
         ({"accumulate": 2}, "passes stands in place of accumulate"),
-        ({"balance": 0.5}, "balance is a mean within one pass"),
+        ({"balance": 0.5}, "balance and questions are means within one pass"),
+        ({"questions": 0.5}, "balance and questions are means within one pass"),
         ({"batch_size": 15}, "batch_size 15 is no multiple of budget.passes 2"),
     ],
 )

@@ -104,6 +104,8 @@ def test_a_missing_recipe_is_named(tmp_path):
     [
         ({"balance": 1.5}, "balance lies between 0"),
         ({"balance": 0.5, "objective": "dense"}, "balance is for the objective chat"),
+        ({"questions": -0.5}, "questions is a weight of 0 or more"),
+        ({"questions": 0.5, "objective": "align"}, "questions is a weight of 0 or more"),
         ({"guidance": 0.5, "objective": "align"}, "guidance is a weight of 0 or more"),
         ({"guidance": -1.0}, "guidance is a weight of 0 or more"),
         ({"calibrate": True, "objective": "dense"}, "calibrate is for the objectives align and chat"),

@@ -234,16 +234,36 @@ def test_box_text_round_trips(a: float, b: float, c: float, d: float, width: int
     assert all(abs(number - share) <= 0.0101 for number, share in zip(numbers(text), shares, strict=True))
 
 
-def test_what_is_counted_is_marked_within_the_picture(samples: list[Sample]) -> None:
-    counts = 0
+def test_what_is_counted_is_marked(samples: list[Sample]) -> None:
+    seen = set()
     for sample in samples:
+        letters = {glyph.box: glyph.char for glyph in sample.glyphs}
         for turn in sample.turns:
-            assert len(turn.counted) == (int(turn.answer) if turn.task == "count" else 0)
-            assert len(set(turn.counted)) == len(turn.counted)
-            drawn = {thing.box for thing in sample.things} | {glyph.box for glyph in sample.glyphs}
-            assert set(turn.counted) <= drawn
-            counts += turn.task == "count"
-    assert counts > 20
+            if turn.task != "count":
+                assert turn.counted == ()
+                continue
+            key, blanks = understood(turn)
+            seen.add(key)
+            assert len(set(turn.counted)) == int(turn.answer)
+            if key == "count.words":
+                words = sample.caption.removeprefix("sign: ").split()
+                assert [letters[box] for box in turn.counted] == [word[0] for word in words]
+            elif key == "count.lines":
+                lines = sample.caption.removeprefix("paragraph: ").split(" / ")
+                assert [letters[box] for box in turn.counted] == [line[0] for line in lines]
+            elif key == "count.rows":
+                assert set(turn.counted) <= set(letters)
+                assert turn.counted == tuple(sorted(turn.counted, key=lambda box: box[1]))
+            else:
+                named = [thing for thing in sample.things if is_counted(thing, blanks)]
+                assert {thing.box for thing in named} == set(turn.counted)
+    assert {key for key in TEMPLATES if key.startswith("count.")} == seen
+
+
+def is_counted(thing: Thing, blanks: dict[str, str]) -> bool:
+    return blanks.get("shapes", plural(thing.shape)) == plural(thing.shape) and (
+        blanks.get("colour", thing.colour) == thing.colour
+    )
 
 
 def test_box_text_of_the_whole_picture() -> None:

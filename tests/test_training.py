@@ -52,9 +52,20 @@ def test_the_log_has_one_line_a_step(tmp_path):
 
 def test_a_guided_run_logs_where_attention_looks(tmp_path):
     engine.train(recipe(GUIDED), tmp_path)
-    found = logged(tmp_path, "answer_guidance")
-    assert len(found) == GUIDED.steps
-    assert min(found) > 0
+    found = [logged(tmp_path, f"{kind}_guidance") for kind in ("answer", "count")]
+    assert [len(values) for values in found] == [GUIDED.steps] * 2
+    assert min(found[0]) > 0
+    assert min(found[1]) >= 0
+
+
+def test_what_is_asked_counts_by_its_weight(tmp_path):
+    losses = []
+    for number, weight in enumerate((0.0, 0.5, 1.0)):
+        stage = dataclasses.replace(CHAT, steps=1, questions=weight)
+        engine.train(recipe(stage), tmp_path / str(number))
+        losses.append(logged(tmp_path / str(number), "loss")[0])
+    assert losses[1] - losses[0] > 1  # the vocabulary's entropy is 7
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
 
 
 def test_max_steps_caps_every_stage(tmp_path):

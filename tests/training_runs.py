@@ -23,7 +23,7 @@ ALIGN = Stage(
     "align", 4, {"stage5": 1e-3, "projector": 1e-3, "head": 1e-3}, SCENES, "align", batch_size=2, calibrate=True
 )
 CHAT = Stage("chat", 4, {"stage5": 1e-3, "projector": 2e-3, "language_model": 1e-3}, DATA, batch_size=2)
-GUIDED = dataclasses.replace(CHAT, name="guided", guidance=0.5)
+GUIDED = dataclasses.replace(CHAT, name="guided", guidance=0.5, questions=0.3)
 
 ONE = ("-m", "convllava")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

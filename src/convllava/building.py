@@ -74,7 +74,9 @@ def build_fresh(
         model = ConvLlavaForConditionalGeneration(config)
     initialise_from_nothing(model.model.vision_tower)
     initialise_attention(model.model.language_model)
-    initialise_coordinates(model.get_input_embeddings(), [tokenizer.get_vocab()[text] for text in COORDINATES])
+    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for rows in dict.fromkeys(table.weight for table in tables):  # one where they are tied
+        initialise_coordinates(rows, [tokenizer.get_vocab()[text] for text in COORDINATES])
     for key, value in ids.items():
         setattr(model.generation_config, key, value)
     return model, processor
@@ -347,14 +349,13 @@ _ALIKE = 0.06
 
 
 @torch.no_grad()
-def initialise_coordinates(embeddings: Any, ids: Sequence[int]) -> None:
-    """Lay the tokens of coordinates, in rising order, along a smooth curve, where 0.37 is next to 0.38: with embeddings
-    drawn one by one a box that is nearly right is as wrong as any other, and each number has to be met by itself.
+def initialise_coordinates(weight: Tensor, ids: Sequence[int]) -> None:
+    """Lay the rows of coordinates' tokens, given in rising order, along a smooth curve, where 0.37 is next to 0.38:
+    with rows drawn one by one a box that is nearly right is as wrong as any other, and each number has to be met alone.
 
     The products of two of them fall with their distance as a Gaussian does: random Fourier features (Rahimi and Recht,
     2007).
     """
-    weight = embeddings.weight
     values = torch.linspace(0, 1, len(ids), device=weight.device)[:, None]
     frequencies, phases = torch.randn(weight.shape[1]) / _ALIKE, torch.rand(weight.shape[1]) * 2 * torch.pi
     features = (values * frequencies.to(weight.device) + phases.to(weight.device)).cos() * 2**0.5

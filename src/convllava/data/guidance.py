@@ -13,8 +13,10 @@ same search as writing "Towel", and it has to be over before the answer begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ _MOST_OCCURRENCES = 4
 """What is printed more often than this ("1") says nothing about where to look."""
 _MOST_NAMESAKES = 2
 _SPACE = "\u2581"
+_SPACES = _SPACE + "\u0120"
+"""How tokenizers write a space before a word."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -145,8 +149,10 @@ def _by_word(page: Page, question: str, pick: Callable[[list[Word], int], list[G
     return cells
 
 
-def counted_cells(page: Page, turn: Turn) -> list[tuple[int, int]]:
-    """The cell of each thing that a question counts: that of its centre."""
+def counted_cells(page: Page, turn: Turn) -> list[tuple[int, int]] | None:
+    """The cell of each thing that a question counts: that of its centre. None where one is cut away."""
+    if not all(map(page.cells, turn.counted)):
+        return None
     return [centre_cell(page.placement.box_to_normalised(box), page.grid) for box in turn.counted]
 
 
@@ -177,15 +183,20 @@ def _scene_cells(page: Page, caption: str) -> list[Cells]:
     return cells[: len(caption)]
 
 
-def token_cells(pieces: Sequence[str], cells: Sequence[Cells]) -> list[Cells]:
-    """The cells of each token of an answer, which the pieces spell after one leading space."""
-    place, found = -1, []
+def token_cells(pieces: Sequence[str], cells: Sequence[Cells], place: int = -1) -> list[Cells]:
+    """The cells of each token of a text, whose character number `place` the first one begins with: -1, a space before
+    the text."""
+    found = []
     for piece in pieces:
         length = 1 if _BYTE.fullmatch(piece) else len(piece)
         own = cells[max(place, 0) : max(place + length, 0)]
         found.append(frozenset().union(*own))
         place += length
     return found
+
+
+Guide = tuple[str, int, tuple[int, int] | None]
+"""A kind of guide, the position that it is for, and the cell to look at; None is the first position of all."""
 
 
 def guides(
@@ -208,49 +219,67 @@ def guides(
     page = Page(sample, pixels.placement(Size(sample.image.height, sample.image.width)), pixels.stride)
     first = int((encoded["input_ids"] == processor.image_token_id).nonzero()[0, 0])
     row_length = page.grid.width + processor.row_separator
-    pairs: dict[str, list[tuple[int, int]]] = {f"{kind}_guides": [] for kind in GUIDES}
-
-    def place(cell: tuple[int, int]) -> int:
-        return first + cell[0] * row_length + cell[1]
-
-    def point(kind: str, position: int, cells: Cells) -> None:
-        pairs[f"{kind}_guides"] += [(position, place(cell)) for cell in sorted(cells)]
-
     pieces = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"].tolist())
     spans = answer_spans(encoded["labels"])
-    for turn, (start, stop), (_, before) in zip(turns, spans, [(0, 0), *spans], strict=False):
-        is_caption = turn.task == CAPTION
-        by_character = caption_cells(page, turn.answer) if is_caption else answer_cells(page, turn)
-        mentioned = frozenset() if is_caption else mentioned_cells(page, turn.question)
-        for position, found in enumerate(token_cells(pieces[start : stop - 1], by_character), start=start - 1):
-            point("answer", position, found)
-            point("mention", position, mentioned)
-        if turn.task == "count":
-            targets = [0, *map(place, counted_cells(page, turn))]
-            pairs["count_guides"] += [(start - 1, target) for target in targets]
-        if not is_caption and (span := question_span(pieces, turn.question, before, start)) is not None:
-            begin, end = span
-            named = token_cells(pieces[begin:end], named_cells(page, turn.question))
-            spelled = token_cells(pieces[begin:end], spelled_cells(page, turn.question))
-            for number in range(end - begin):
-                point("mention", begin + number, named[number])
-                # A word's first token is not foretold by the page: any could be named.
-                if number and named[number] and named[number] == named[number - 1]:
-                    point("answer", begin + number - 1, spelled[number])
-    return {kind: torch.tensor(found, dtype=torch.long).view(-1, 2) for kind, found in pairs.items()}
+    pairs: dict[str, list[tuple[int, int]]] = {kind: [] for kind in GUIDES}
+    for turn, (start, stop), (_, before) in zip(turns, spans, [(0, 0), *spans[:-1]], strict=True):
+        for kind, position, cell in _guides_of(page, turn, pieces, (before, start, stop)):
+            target = 0 if cell is None else first + cell[0] * row_length + cell[1]
+            pairs[kind].append((position, target))
+    return {f"{kind}_guides": torch.tensor(pairs[kind], dtype=torch.long).view(-1, 2) for kind in pairs}
 
 
-def question_span(pieces: Sequence[str], question: str, begin: int, end: int) -> tuple[int, int] | None:
-    """Which of the tokens from `begin` to `end` write the question after one leading space; None where none do."""
-    written = "".join(pieces[begin:end])
-    place = written.rfind(_SPACE + question.replace(" ", _SPACE))
-    if place < 0:
-        return None
-    starts = [0]
-    for piece in pieces[begin:end]:
-        starts.append(starts[-1] + len(piece))
-    stop = place + 1 + len(question)
-    return (begin + starts.index(place), begin + starts.index(stop)) if {place, stop} <= set(starts) else None
+def _guides_of(page: Page, turn: Turn, pieces: Sequence[str], bounds: tuple[int, int, int]) -> Iterator[Guide]:
+    """Of a turn whose question lies between the first two of `bounds`, and whose answer between the last two."""
+    before, start, stop = bounds
+    answer = pieces[start : stop - 1]
+    if turn.task == CAPTION:
+        yield from _pointing("answer", start - 1, token_cells(answer, caption_cells(page, turn.answer)))
+        return
+    yield from _pointing("answer", start - 1, token_cells(answer, answer_cells(page, turn)))
+    yield from _pointing("mention", start - 1, [mentioned_cells(page, turn.question)] * len(answer))
+    yield from _counting(page, turn, answer, start)
+    yield from _reading(page, turn.question, pieces[before:start], before)
+
+
+def _pointing(kind: str, position: int, cells: Sequence[Cells]) -> Iterator[Guide]:
+    for number, found in enumerate(cells):
+        yield from ((kind, position + number, cell) for cell in sorted(found))
+
+
+def _counting(page: Page, turn: Turn, answer: Sequence[str], start: int) -> Iterator[Guide]:
+    """To all that is counted, where all of it is seen, from the token before the number, which may be its space."""
+    cells = counted_cells(page, turn)
+    if turn.task == "count" and cells is not None:
+        position = start - 1 + next(number for number, piece in enumerate(answer) if piece.strip(_SPACES))
+        yield from (("count", position, cell) for cell in (None, *cells))
+
+
+def _reading(page: Page, question: str, pieces: Sequence[str], start: int) -> Iterator[Guide]:
+    """To the printed words that a question's tokens spell, and to what the next token of such a word says."""
+    begin, end, place = question_span(pieces, question)
+    named, spelled = (
+        token_cells(pieces[begin:end], cells, place)
+        for cells in (named_cells(page, question), spelled_cells(page, question))
+    )
+    yield from _pointing("mention", start + begin, named)
+    # A word's first token is not foretold by the page: any word could be named.
+    goes_on = [before == cells != frozenset() for before, cells in pairwise(named)]
+    following = [cells if same else frozenset() for same, cells in zip(goes_on, spelled[1:], strict=True)]
+    yield from _pointing("answer", start + begin, following)
+
+
+def question_span(pieces: Sequence[str], question: str) -> tuple[int, int, int]:
+    """Which tokens write the question, and with which of its characters the first of them begins: -1, the space before
+    it. Three zeros where none do, as where a tokenizer changes what it reads."""
+    marked = question.replace(" ", _SPACE)
+    written = [_BYTE.sub("?", piece).replace(_SPACES[1], _SPACE) for piece in pieces]
+    place = "".join(written).rfind(marked)
+    starts = [0, *accumulate(map(len, written))]
+    if place < 0 or place + len(marked) not in starts:
+        return 0, 0, 0
+    begin = bisect_right(starts, place) - 1
+    return begin, starts.index(place + len(marked)), starts[begin] - place
 
 
 def answer_spans(labels: Tensor) -> list[tuple[int, int]]:

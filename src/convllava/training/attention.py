@@ -53,16 +53,19 @@ class Guidance:
             weights: (batch, positions), above 0 where an answer is supervised; other guided positions count 1.
 
         Returns:
-            A scalar; 0 where there are no guides. Of "count" the divergence of the shares from even ones on all places,
-            else the weighted mean over the guided positions of -log(share of attention on all their places).
+            A scalar; 0 where there are no guides. Of "count" the divergence (Kullback and Leibler's) of the shares from
+            even ones of all things, else the weighted mean over the guided positions of -log(share of attention on all
+            their places).
         """
         guides, shares = self.guides[kind], self.shares[kind]
         if not len(guides):
             return weights.new_zeros(())
         rows, groups = torch.unique(guides[:, 0] * weights.shape[1] + guides[:, 1], return_inverse=True)
         if kind == "count":
+            places, counts = torch.unique(guides, dim=0, return_inverse=True, return_counts=True)[1:]
             even = 1 / groups.bincount()[groups].to(shares.dtype)
-            return (even * (even.log() - (shares + _FLOOR).log())).sum() / len(rows)
+            wanted = even * counts[places]  # several things may stand in one place
+            return (even * (wanted.log() - (shares + _FLOOR).log())).sum() / len(rows)
         total = torch.zeros(len(rows), dtype=shares.dtype, device=shares.device).index_add(0, groups, shares)
         chosen = weights.flatten()[rows]
         chosen = chosen.where(chosen > 0, 1.0)

@@ -37,8 +37,8 @@ def asked_labels(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """(batch, positions): the text that is not supervised as labels, -100 where there is an answer, an image, padding
-    or the beginning of a sequence.
+    """(batch, positions): the text that is no answer as labels, -100 where there is an answer, an image or padding, or
+    where a packed sequence begins.
 
     Args:
         attention_mask: (batch, positions), 0 for padding; None where there is none.
@@ -50,3 +50,10 @@ def asked_labels(
     if position_ids is not None:
         left_out |= position_ids == 0
     return input_ids.masked_fill(left_out, IGNORE)
+
+
+def asked_loss(logits: Tensor, asked: Tensor) -> Tensor:
+    """Mean of the next-token cross entropy over the text of `asked_labels`, 0 where there is none."""
+    targets = asked[:, 1:].flatten()
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+    return losses / (targets != IGNORE).sum().clamp(min=1)

@@ -182,10 +182,11 @@ class Stage:
     balance: float = 0.0
     """0: every supervised token counts alike; 1: every answer does, however long; between: in between."""
     guidance: float = 0.0
-    """Weight of the loss that asks the language model's attention to look where the answer stands."""
+    """Weight of the loss that asks the language model's attention to look where an answer stands, at what a question
+    names and evenly at what it counts."""
     questions: float = 0.0
-    """Weight of the loss of the questions' own text: a language model from nothing learns to read from what they name
-    of the page, too."""
+    """Weight of the loss of all text that is no answer: a language model from nothing learns to read from what
+    questions name of the page, too."""
     gradient_checkpointing: bool = False
     """Trade time for memory, in the tower too."""
     feature_cache_gb: float = 0.0
@@ -274,8 +275,8 @@ class Stage:
         )
         yield self.accumulate != 1, "budget.passes stands in place of accumulate"
         yield (
-            self.balance != 0,
-            "balance is a mean within one pass, which a budget makes unequal; leave one of them out",
+            self.balance != 0 or self.questions != 0,
+            "balance and questions are means within one pass, which a budget makes unequal; leave them or it out",
         )
         yield (
             self.batch_size % budget.passes != 0,

@@ -26,7 +26,7 @@ from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
 from convllava.training.features import FrozenStages
 from convllava.training.held_out import BEST, HeldOutLoss, weight_of
-from convllava.training.losses import answer_loss, answer_weights, asked_labels
+from convllava.training.losses import answer_loss, answer_weights, asked_labels, asked_loss
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
 from convllava.training.parts import parameter_groups
@@ -208,13 +208,13 @@ class StageTrainer(Trainer):
     ) -> Tensor:
         """The loss of balanced answers, of questions, and attention guidance.
 
-        Both are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
+        All are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
         over the whole batch, however it is shared.
         """
         weights = answer_weights(labels, self.stage.balance)
         loss = answer_loss(logits, labels, weights)
         if asked is not None:
-            loss = loss + self.stage.questions * answer_loss(logits, asked, answer_weights(asked, 0.0))
+            loss = loss + self.stage.questions * asked_loss(logits, asked)
         if guidance is not None:
             looks = {kind: guidance.loss(kind, weights) for kind in guidance.layers}
             self.notes = {f"{kind}_guidance": value.item() for kind, value in looks.items()}

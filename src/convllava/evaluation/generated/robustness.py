@@ -18,7 +18,7 @@ from convllava.files import write_json
 from convllava.inference import Assistant
 from convllava.journal import WEIGHTS, Journal, weights_digest
 from convllava.progress import progress_bar
-from convllava.synthetic import Sample, Turn, World
+from convllava.synthetic import Sample, World
 
 _CLEAN = Disturbance("none", ("",))
 _LEFT_OUT = ("ground", "position")
@@ -86,7 +86,7 @@ def _hits(assistant: Assistant, pages: Sequence[Sample], kind: Disturbance, seve
 
 
 def _disturbed(page: Sample, kind: Disturbance, severity: int) -> Sample:
-    turns = tuple(Turn(turn.task, kind.question(turn.question, severity), turn.answer) for turn in page.turns)
+    turns = tuple(replace(turn, question=kind.question(turn.question, severity)) for turn in page.turns)
     return replace(page, image=kind.page(page.image, severity), turns=turns)
 
 
