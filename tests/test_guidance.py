@@ -26,6 +26,7 @@ from convllava.data.guidance import (
 )
 from convllava.data.synthetic import ChatDataset
 from convllava.geometry import Size, crop, square, unchanged
+from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
 
 
@@ -38,6 +39,15 @@ def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") 
     return Page(
         Sample(0, kind, Image.new("RGB", (64, 64)), "", (), glyphs, things), unchanged(Size(64, 64), stride=16), 16
     )
+
+
+def small_processor() -> ConvLlavaProcessor:
+    return build_fresh(
+        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
+        language={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16},
+        pixels={"min_pixels": 64 * 64, "max_pixels": 512 * 512},
+        words=closed_vocabulary(),
+    )[1]
 
 
 SCENE = (Thing("circle", "red", (2, 2, 14, 14)), Thing("square", "red", (34, 34, 62, 62)))
@@ -144,12 +154,7 @@ def test_answer_spans():
 
 
 def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tokens_of_its_place():
-    _, processor = build_fresh(
-        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
-        language={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16},
-        pixels={"min_pixels": 64 * 64, "max_pixels": 512 * 512},
-        words=closed_vocabulary(),
-    )
+    processor = small_processor()
     world = World(size=256, kinds={"scene": 1})
     dataset = ChatDataset(world, processor, 8, captions=1.0, guided=True)
     for index in range(8):
@@ -166,12 +171,7 @@ def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tok
 
 
 def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
-    _, processor = build_fresh(
-        vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
-        language={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16},
-        pixels={"min_pixels": 64 * 64, "max_pixels": 512 * 512},
-        words=closed_vocabulary(),
-    )
+    processor = small_processor()
     world = World(size=256, kinds={"receipt": 1, "scene": 3}, seed=1, turns=12)
     dataset = ChatDataset(world, processor, 9, captions=0.0, guided=True)
     spelled = counted = 0
