@@ -225,7 +225,8 @@ def _print_cells(
             }
             x, anchor = places["left" if column == 0 else align]
             region = canvas.text(text, x, grid.y(number + 0.5), face, colour, anchor)
-            firsts += [region] if column == 0 else []
+            if column == 0:
+                firsts.append(region)
     return firsts
 
 
