@@ -41,7 +41,7 @@ def test_recorded_shares_and_logits_are_those_of_eager_attention():
     model.set_attn_implementation({"text_config": "eager"})
     expected = model(**batch, output_attentions=True)
     guide_attention(model)
-    layers = {"mention": 0, "answer": 1, "count": 1}
+    layers = {"mention": 0, "answer": 1}
     guidance = Guidance(layers, guides)
     outputs = model(**batch, guidance=guidance)
     seen = batch["attention_mask"].bool()
@@ -73,28 +73,13 @@ def test_guided_positions_of_questions_count_one_beside_the_weights_of_answers()
     assert found == pytest.approx((math.log(2) + 3 * math.log(4)) / 4, abs=1e-5)
 
 
-def test_what_is_counted_gets_even_shares():
-    places = [[0, 3, 0], [0, 3, 1], [0, 3, 2]]
-    even = guidance_with("count", places, [1 / 3] * 3).loss("count", torch.ones(1, 4)).item()
-    uneven = guidance_with("count", places, [0.8, 0.1, 0.1]).loss("count", torch.ones(1, 4)).item()
-    assert even == pytest.approx(0.0, abs=1e-4)
-    assert uneven == pytest.approx(-(math.log(3 * 0.8) + 2 * math.log(3 * 0.1)) / 3, abs=1e-4)
-    # Two things in one place get the shares of both.
-    twice = guidance_with("count", [[0, 3, 0], [0, 3, 1], [0, 3, 1]], [1 / 3, 2 / 3, 2 / 3])
-    assert twice.loss("count", torch.ones(1, 4)).item() == pytest.approx(0.0, abs=1e-4)
-
-
-def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer_and_at_what_counts():
+def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
     found = []
     for layers in (1, 2, 4):
         model, _ = parts(layers)
         assert isinstance(model.config.text_config, LlamaConfig)
         found.append(guided_layers(model))
-    assert found == [
-        {"answer": 0, "count": 0},
-        {"mention": 0, "answer": 1, "count": 1},
-        {"mention": 1, "answer": 3, "count": 3},
-    ]
+    assert found == [{"answer": 0}, {"mention": 0, "answer": 1}, {"mention": 1, "answer": 3}]
 
 
 def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):

@@ -13,11 +13,11 @@ from PIL import Image
 from convllava.building import build_fresh
 from convllava.data.cells import label_maps
 from convllava.data.guidance import (
+    NOWHERE,
     Page,
     answer_cells,
     answer_spans,
     caption_cells,
-    counted_cells,
     mentioned_cells,
     named_cells,
     question_span,
@@ -69,7 +69,7 @@ def test_a_text_printed_twice_points_at_both_and_one_printed_often_at_none():
         ("shape", "Which shape is at the top left?", "circle", {(0, 0)}),
         ("colour", "What colour is the square?", "red", {(2, 2), (2, 3), (3, 2), (3, 3)}),
         ("position", "Where is the red circle?", "top left", {(0, 0)}),
-        ("count", "How many circles are there?", "1", set()),
+        ("count", "How many stars are there?", "0", {NOWHERE}),
         ("ground", "Where is it?", "[0.50, 0.50, 0.97, 0.97]", {(2, 2), (2, 3), (3, 2), (3, 3)}),
     ],
 )
@@ -97,16 +97,21 @@ def test_each_character_of_a_question_is_sought_in_the_printed_word_that_it_spel
     assert frozenset().union(*whole) == mentioned_cells(printed, question)
 
 
-def test_what_is_counted_stands_at_its_centre():
+def test_how_many_there_are_is_sought_at_the_last_of_them():
     turn = Turn("count", "How many?", "2", tuple(thing.box for thing in SCENE))
-    assert counted_cells(page(things=SCENE, kind="scene"), turn) == [(0, 0), (3, 3)]
-
-
-def test_things_that_are_cut_away_are_not_counted_by_looking():
+    assert answer_cells(page(things=SCENE, kind="scene"), turn) == [{(2, 2), (2, 3), (3, 2), (3, 3)}]
     cut = Sample(0, "scene", Image.new("RGB", (192, 64)), "", (), (), ())
     middle = Page(cut, crop(Size(64, 192), side=64), 16)
-    assert counted_cells(middle, Turn("count", "How many?", "1", ((90, 20, 102, 44),))) == [(2, 2)]
-    assert counted_cells(middle, Turn("count", "How many?", "2", ((90, 20, 102, 44), (2, 2, 14, 14)))) is None
+    assert answer_cells(middle, Turn("count", "How many?", "1", ((90, 20, 102, 44),))) == [{(2, 2)}]
+    assert answer_cells(middle, Turn("count", "How many?", "1", ((2, 2, 14, 14),))) == [frozenset()]
+
+
+def test_a_charts_value_is_sought_where_the_chart_shows_it():
+    printed = page("70 70", things=(Thing("bar", "red", (32, 32, 48, 64)),))
+    shown = printed.sample.glyphs[2].box
+    assert answer_cells(printed, Turn("chart", "How much is X?", "70", (shown,))) == [{(0, 3)}, {(1, 0)}]
+    bar = Turn("chart", "How much is X?", "70", (printed.sample.things[0].box,))
+    assert answer_cells(printed, bar) == [{(2, 2), (3, 2)}] * 2
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,8 @@ def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tok
                 found = {target for position, target in item["answer_guides"].tolist() if position == start - 1}
                 named = answer_cells(cells, turn)[0]
                 assert found == {first + row * (cells.grid.width + 1) + column for row, column in named} != set()
-        assert (item["input_ids"][item["answer_guides"][:, 1]] == processor.image_token_id).all()
+        looked = item["answer_guides"][:, 1]  # the first position of all, where there is none
+        assert (item["input_ids"][looked[looked > 0]] == processor.image_token_id).all()
 
 
 def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
@@ -178,20 +184,17 @@ def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
     for index in range(9):
         item, turns = dataset[index], dataset.turns(world.sample(index))
         text, supervised = processor.tokenizer.convert_ids_to_tokens(item["input_ids"].tolist()), item["labels"] != -100
-        for position, _ in item["answer_guides"].tolist():
+        looks = item["answer_guides"].tolist()
+        for position, _ in looks:
             if not supervised[position + 1]:
                 assert text[position + 1] in string.ascii_letters
                 spelled += 1
-        asked = [turn for turn in turns if turn.task == "count"]
-        guides = item["count_guides"].tolist()
-        positions = list(dict.fromkeys(position for position, _ in guides))
-        for turn, position in zip(asked, positions, strict=True):
-            # Answers to counts are written "_3": the guided position is the one that foretells the number.
-            assert text[position + 1] == turn.answer
-            targets = [target for guided, target in guides if guided == position]
-            assert targets[0] == 0
-            assert [text[target] for target in targets[1:]] == ["<image>"] * int(turn.answer)
-            counted += 1
+        for turn, (start, _) in zip(turns, answer_spans(item["labels"]), strict=True):
+            if turn.task == "count":
+                targets = [target for position, target in looks if position in (start - 1, start)]
+                assert (targets == [0]) == (turn.answer == "0")
+                assert turn.answer == "0" or {text[target] for target in targets} == {"<image>"}
+                counted += 1
     assert min(spelled, counted) > 10
 
 

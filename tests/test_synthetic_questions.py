@@ -234,29 +234,29 @@ def test_box_text_round_trips(a: float, b: float, c: float, d: float, width: int
     assert all(abs(number - share) <= 0.0101 for number, share in zip(numbers(text), shares, strict=True))
 
 
-def test_what_is_counted_is_marked(samples: list[Sample]) -> None:
+def test_what_is_counted_and_what_shows_a_value_is_marked(samples: list[Sample]) -> None:
     seen = set()
     for sample in samples:
         letters = {glyph.box: glyph.char for glyph in sample.glyphs}
         for turn in sample.turns:
-            if turn.task != "count":
-                assert turn.counted == ()
-                continue
             key, blanks = understood(turn)
+            if turn.task != "count":
+                assert bool(turn.evidence) == (key in ("chart.value", "chart.maximum", "chart.minimum"))
+                continue
             seen.add(key)
-            assert len(set(turn.counted)) == int(turn.answer)
+            assert len(set(turn.evidence)) == int(turn.answer)
             if key == "count.words":
                 words = sample.caption.removeprefix("sign: ").split()
-                assert [letters[box] for box in turn.counted] == [word[0] for word in words]
+                assert [letters[box] for box in turn.evidence] == [word[0] for word in words]
             elif key == "count.lines":
                 lines = sample.caption.removeprefix("paragraph: ").split(" / ")
-                assert [letters[box] for box in turn.counted] == [line[0] for line in lines]
+                assert [letters[box] for box in turn.evidence] == [line[0] for line in lines]
             elif key == "count.rows":
-                assert set(turn.counted) <= set(letters)
-                assert turn.counted == tuple(sorted(turn.counted, key=lambda box: box[1]))
+                assert set(turn.evidence) <= set(letters)
+                assert turn.evidence == tuple(sorted(turn.evidence, key=lambda box: box[1]))
             else:
                 named = [thing for thing in sample.things if is_counted(thing, blanks)]
-                assert {thing.box for thing in named} == set(turn.counted)
+                assert {thing.box for thing in named} == set(turn.evidence)
     assert {key for key in TEMPLATES if key.startswith("count.")} == seen
 
 

@@ -161,15 +161,16 @@ def label_maps(sample: Sample, placement: Placement, stride: int) -> dict[str, T
     fine, coarse = grid(placement.canvas, GLYPH_CELL), grid(placement.canvas, stride)
     maps = {name: torch.zeros(fine if name == "glyph" else coarse, dtype=torch.long) for name in DENSE_NAMES}
     for glyph in sample.glyphs:
-        _paint(maps["glyph"], placement.box_to_normalised(glyph.box), _label(glyph))
+        paint(maps["glyph"], placement.box_to_normalised(glyph.box), _label(glyph))
     for thing in sample.things:
         box = placement.box_to_normalised(thing.box)
-        _paint(maps["shape"], box, _LABELS["shape"][thing.shape])
-        _paint(maps["colour"], box, _LABELS["colour"][thing.colour])
+        paint(maps["shape"], box, _LABELS["shape"][thing.shape])
+        paint(maps["colour"], box, _LABELS["colour"][thing.colour])
     return maps
 
 
-def _paint(labels: Tensor, box: Box, value: int) -> None:
+def paint(labels: Tensor, box: Box, value: int) -> None:
+    """Give the cells of a map that lie under a box in fractions of the canvas a label."""
     for row, column in cells_under(box, Size(*labels.shape)):
         labels[row, column] = value
 

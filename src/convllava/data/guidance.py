@@ -4,7 +4,8 @@ A small language model that has only answers to learn from finds the commonest o
 for thousands of steps, not how to look one up: the score of "which token do I need" has no gradient until the value of
 that token is used, and the other way round. The generated world knows the place, so training can point there (see
 `training.attention`). Answers, and the words that a question names, are looked for among what was printed and drawn;
-what stands nowhere on its page has no guide. What a question counts, the world tells.
+what stands nowhere on its page has no guide. What a question counts and where a chart shows a value, the world tells:
+how many there are is the number of the last of them (see `data.marks`).
 
 Questions are guided too, where they spell a word of the page: reading "How much is the Towel?" letter by letter is the
 same search as writing "Towel", and it has to be over before the answer begins.
@@ -23,13 +24,15 @@ from torch import Tensor
 
 from convllava.data.cells import Word, text_of, words
 from convllava.data.conversation import GUIDES, IGNORE
-from convllava.geometry import Box, Placement, Size, cells_under, centre_cell, grid, parse_box
+from convllava.geometry import Box, Placement, Size, cells_under, grid, parse_box
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import COLOURS, POSITIONS, SHAPES, Glyph, Sample, Turn, position_of
 
 CAPTION = "caption"
 """The task of a turn that is answered by the caption."""
 Cells = frozenset[tuple[int, int]]
+NOWHERE = (-1, -1)
+"""In place of a cell: the first position of the sequence, which is always the same token."""
 _MOST_OCCURRENCES = 4
 """What is printed more often than this ("1") says nothing about where to look."""
 _MOST_NAMESAKES = 2
@@ -104,15 +107,26 @@ def answer_cells(page: Page, turn: Turn) -> list[Cells]:
         width, height = page.sample.image.size
         everywhere = page.cells((box[0] * width, box[1] * height, box[2] * width, box[3] * height))
     elif turn.task == "count":
-        everywhere = frozenset()  # see `counted_cells`
+        everywhere = _last_counted(page, turn)
     elif turn.task in ("shape", "colour", "position"):
         everywhere = _named_things(page, turn)
     else:
-        starts = page.find(answer)
+        starts = _printed_as(page, turn)
         if 0 < len(starts) <= _MOST_OCCURRENCES:
             return page.characters(answer, starts)
-        everywhere = mentioned_cells(page, turn.question)
+        everywhere = frozenset().union(*map(page.cells, turn.evidence)) or mentioned_cells(page, turn.question)
     return [everywhere] * len(answer)
+
+
+def _printed_as(page: Page, turn: Turn) -> list[int]:
+    """Where the answer is printed; of a turn that is read from somewhere, only what is printed there."""
+    starts = page.find(turn.answer)
+    return [start for start in starts if not turn.evidence or page.sample.glyphs[start].box in turn.evidence]
+
+
+def _last_counted(page: Page, turn: Turn) -> Cells:
+    """Where the last of what is counted stands, whose number is the answer; nowhere, the first position of all."""
+    return page.cells(turn.evidence[-1]) if turn.evidence else frozenset([NOWHERE])
 
 
 def _named_things(page: Page, turn: Turn) -> Cells:
@@ -147,13 +161,6 @@ def _by_word(page: Page, question: str, pick: Callable[[list[Word], int], list[G
             glyphs = pick(found, number)
             cells[match.start() + number] = frozenset().union(*(page.cells(glyph.box) for glyph in glyphs))
     return cells
-
-
-def counted_cells(page: Page, turn: Turn) -> list[tuple[int, int]] | None:
-    """The cell of each thing that a question counts: that of its centre. None where one is cut away."""
-    if not all(map(page.cells, turn.counted)):
-        return None
-    return [centre_cell(page.placement.box_to_normalised(box), page.grid) for box in turn.counted]
 
 
 def caption_cells(page: Page, caption: str) -> list[Cells]:
@@ -195,8 +202,8 @@ def token_cells(pieces: Sequence[str], cells: Sequence[Cells], place: int = -1) 
     return found
 
 
-Guide = tuple[str, int, tuple[int, int] | None]
-"""A kind of guide, the position that it is for, and the cell to look at; None is the first position of all."""
+Guide = tuple[str, int, tuple[int, int]]
+"""A kind of guide, the position that it is for, and the cell to look at."""
 
 
 def guides(
@@ -211,9 +218,8 @@ def guides(
         processor: Which encoded it.
 
     Returns:
-        `answer_guides`, to where the next token stands; `mention_guides`, to what the question names; `count_guides`,
-        to the first position of all and to each thing that is counted: (pairs, 2) each, a position of the sequence, and
-        one that it should look at.
+        `answer_guides`, to where the next token stands, and `mention_guides`, to what the question names: (pairs, 2)
+        each, a position of the sequence, and one that it should look at.
     """
     pixels = processor.image_processor
     page = Page(sample, pixels.placement(Size(sample.image.height, sample.image.width)), pixels.stride)
@@ -224,7 +230,7 @@ def guides(
     pairs: dict[str, list[tuple[int, int]]] = {kind: [] for kind in GUIDES}
     for turn, (start, stop), (_, before) in zip(turns, spans, [(0, 0), *spans[:-1]], strict=True):
         for kind, position, cell in _guides_of(page, turn, pieces, (before, start, stop)):
-            target = 0 if cell is None else first + cell[0] * row_length + cell[1]
+            target = 0 if cell == NOWHERE else first + cell[0] * row_length + cell[1]
             pairs[kind].append((position, target))
     return {f"{kind}_guides": torch.tensor(pairs[kind], dtype=torch.long).view(-1, 2) for kind in pairs}
 
@@ -238,21 +244,12 @@ def _guides_of(page: Page, turn: Turn, pieces: Sequence[str], bounds: tuple[int,
         return
     yield from _pointing("answer", start - 1, token_cells(answer, answer_cells(page, turn)))
     yield from _pointing("mention", start - 1, [mentioned_cells(page, turn.question)] * len(answer))
-    yield from _counting(page, turn, answer, start)
     yield from _reading(page, turn.question, pieces[before:start], before)
 
 
 def _pointing(kind: str, position: int, cells: Sequence[Cells]) -> Iterator[Guide]:
     for number, found in enumerate(cells):
         yield from ((kind, position + number, cell) for cell in sorted(found))
-
-
-def _counting(page: Page, turn: Turn, answer: Sequence[str], start: int) -> Iterator[Guide]:
-    """To all that is counted, where all of it is seen, from the token before the number, which may be its space."""
-    cells = counted_cells(page, turn)
-    if turn.task == "count" and cells is not None:
-        position = start - 1 + next(number for number, piece in enumerate(answer) if piece.strip(_SPACES))
-        yield from (("count", position, cell) for cell in (None, *cells))
 
 
 def _reading(page: Page, question: str, pieces: Sequence[str], start: int) -> Iterator[Guide]:

@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 from convllava.data.conversation import CAPTION_REQUESTS, encode
 from convllava.data.guidance import CAPTION, guides
+from convllava.data.marks import marks
+from convllava.geometry import Size
 from convllava.processing import ConvLlavaProcessor
 from convllava.synthetic import Sample, Turn, World
 
@@ -20,7 +22,8 @@ _CAPTION_FIRST = 0.25
 class ChatDataset(Dataset):
     """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
 
-    Items are those of `conversation.encode`; with `guided`, also the guides of `guidance.guides`.
+    Items are those of `conversation.encode`; with `guided`, also the guides of `guidance.guides`, and with `marked`
+    the marks of `marks.marks`.
     """
 
     def __init__(
@@ -32,9 +35,10 @@ class ChatDataset(Dataset):
         captions: float = 1.0,
         images: bool = True,
         guided: bool = False,
+        marked: bool = False,
     ) -> None:
         self.world, self.processor, self.length = world, processor, length
-        self.captions, self.images, self.guided = captions, images, guided
+        self.captions, self.images, self.guided, self.marked = captions, images, guided, marked
 
     def __len__(self) -> int:
         return self.length
@@ -43,7 +47,13 @@ class ChatDataset(Dataset):
         sample = self.world.sample(index)
         turns = self.turns(sample)
         item = encode(self.processor, self.messages(sample, turns))
-        return item | guides(item, turns, sample, self.processor) if self.guided else item
+        if self.guided:
+            item |= guides(item, turns, sample, self.processor)
+        if self.marked:
+            pixels = self.processor.image_processor
+            placement = pixels.placement(Size(sample.image.height, sample.image.width))
+            item |= marks(sample, placement, pixels.stride)
+        return item
 
     def conversation(self, index: int) -> list[dict[str, Any]]:
         """The sample as messages, with its image."""

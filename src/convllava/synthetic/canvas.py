@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.palette import Colour
-from convllava.synthetic.sample import Box, Glyph, Thing, union
+from convllava.synthetic.sample import Box, Glyph, Numbered, Thing, union
 
 _OVERSAMPLING = 4
 
@@ -39,6 +40,7 @@ class Canvas:
     image: Image.Image = field(init=False)
     glyphs: list[Glyph] = field(default_factory=list)
     things: list[Thing] = field(default_factory=list)
+    numbers: list[tuple[Region, dict[str, int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.image = Image.new("RGB", (self.width, self.height), self.background)
@@ -82,6 +84,23 @@ class Canvas:
         start = line.start + sum(len(word) for word in words[:number])
         stop = start + len(words[number])
         return Region(union(glyph.box for glyph in self.glyphs[start:stop]), start, stop)
+
+    def number(self, region: Region, **numbers: int) -> None:
+        """Remember which row, place or value (see `Numbered`) a drawn piece has."""
+        self.numbers.append((region, numbers))
+
+    def number_words(self, lines: Sequence[str], regions: Sequence[Region], through: bool = False) -> None:
+        """Number lines and the words of each; with `through`, words from the first line to the last."""
+        place = 0
+        for row, (line, region) in enumerate(zip(lines, regions, strict=True), start=1):
+            place = place if through else 0
+            for word in range(len(line.split(" "))):
+                place += 1
+                self.number(self.word(region, word, line), row=row, place=place)
+
+    def numbered(self) -> tuple[Numbered, ...]:
+        """What has numbers, as the picture stands now."""
+        return tuple(Numbered(self.where(region), **numbers) for region, numbers in self.numbers)
 
     def where(self, region: Region) -> Box:
         """The box of `region` as the picture stands now, turned with the page."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from convllava.synthetic.canvas import Canvas, Region
@@ -56,11 +56,12 @@ def draw_bar_chart(context: Context) -> Drawing:
     canvas = Canvas(*context.extent(*((0.8, 1.25) if context.simple else (0.55, 1.3))), paper)
     plot = _frame(canvas, context, data, (paper, ink), grid, horizontal=bars == "horizontal")
     fills = _fills(context, paper, colours, len(data.values))
-    drawn = []
+    drawn, shown = [], []
     for number, (value, fill) in enumerate(zip(data.values, fills, strict=True)):
         drawn.append(_bar(canvas, plot, (number, len(fills)), value, fill, 0.3 if bars == "slim" else 0.36))
-        _bar_value(canvas, plot, (number, len(fills)), value, PAINTS[fill], values)
-    drafts = [*_drafts(context.rng, data, "bar"), count(context.rng, "count.bars", drawn)]
+        shown.append(_bar_value(canvas, plot, (number, len(fills)), value, PAINTS[fill], values))
+    _number(canvas, data, drawn, shown)
+    drafts = [*_drafts(context.rng, data, "bar", drawn, shown), count(context.rng, "count.bars", drawn)]
     return Drawing(canvas, _caption("bar chart", data), drafts, layout, steepest=2.0)
 
 
@@ -163,9 +164,10 @@ def _category_labels(canvas: Canvas, plot: Plot, labels: list[str]) -> None:
     for number, label in enumerate(labels):
         x, y = plot.place((number + 0.5) / len(labels), 0)
         if plot.horizontal:
-            canvas.text(label, plot.left - 7, y, plot.face, plot.ink, "r")
+            region = canvas.text(label, plot.left - 7, y, plot.face, plot.ink, "r")
         else:
-            canvas.text(label, x, plot.bottom + plot.face.size * 0.85, plot.face, plot.ink, "m")
+            region = canvas.text(label, x, plot.bottom + plot.face.size * 0.85, plot.face, plot.ink, "m")
+        canvas.number(region, place=number + 1)
 
 
 def _bar(canvas: Canvas, plot: Plot, slot: tuple[int, int], value: int, fill: str, half: float) -> Region:
@@ -179,9 +181,12 @@ def _bar(canvas: Canvas, plot: Plot, slot: tuple[int, int], value: int, fill: st
     return canvas.bar(fill, PAINTS[fill], (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
 
 
-def _bar_value(canvas: Canvas, plot: Plot, slot: tuple[int, int], value: int, fill: Colour, style: str) -> None:
+def _bar_value(
+    canvas: Canvas, plot: Plot, slot: tuple[int, int], value: int, fill: Colour, style: str
+) -> Region | None:
+    """Print a bar's value, unless it is to be read off the axis."""
     if style == "axis":
-        return
+        return None
     number, count = slot
     x, y = plot.place((number + 0.5) / count, value)
     text, gap = str(value), plot.face.size * 0.7
@@ -189,9 +194,8 @@ def _bar_value(canvas: Canvas, plot: Plot, slot: tuple[int, int], value: int, fi
     inside = style == "inside" and depth > plot.face.width(text) + gap
     ink = contrasting(fill) if inside else plot.ink
     if plot.horizontal:
-        canvas.text(text, x - gap / 2 if inside else x + gap / 2, y, plot.face, ink, "r" if inside else "l")
-    else:
-        canvas.text(text, x, y + gap if inside else y - gap, plot.face, ink, "m")
+        return canvas.text(text, x - gap / 2 if inside else x + gap / 2, y, plot.face, ink, "r" if inside else "l")
+    return canvas.text(text, x, y + gap if inside else y - gap, plot.face, ink, "m")
 
 
 def draw_line_chart(context: Context) -> Drawing:
@@ -207,10 +211,13 @@ def draw_line_chart(context: Context) -> Drawing:
     points = [plot.place((number + 0.5) / len(data.values), value) for number, value in enumerate(data.values)]
     canvas.draw.line(points, fill=PAINTS[colour], width=context.pixels(context.rng.randint(2, 4)), joint="curve")
     markers = [_marker(canvas, context, point, marker, colour) for point in points]
+    shown: list[Region | None] = [None] * len(points)
     for number, value in enumerate(data.values if values != "axis" else ()):
         y = points[number][1] + plot.face.size * (0.95 if _valley(plot, points, number) else -0.95)
-        _point_value(canvas, plot, (points[number][0], y), str(value), paper if values == "boxed" else None)
-    drafts = [*_drafts(context.rng, data, "point"), count(context.rng, "count.points", markers)]
+        plate = paper if values == "boxed" else None
+        shown[number] = _point_value(canvas, plot, (points[number][0], y), str(value), plate)
+    _number(canvas, data, markers, shown)
+    drafts = [*_drafts(context.rng, data, "point", markers, shown), count(context.rng, "count.points", markers)]
     return Drawing(canvas, _caption("line chart", data), drafts, layout, steepest=2.0)
 
 
@@ -227,12 +234,19 @@ def _marker(canvas: Canvas, context: Context, point: tuple[float, float], marker
     return canvas.shape(marker, colour, jitter(context.rng, PAINTS[colour], 5), (x, y, x + side, y + side))
 
 
-def _point_value(canvas: Canvas, plot: Plot, point: tuple[float, float], text: str, plate: Colour | None) -> None:
+def _point_value(canvas: Canvas, plot: Plot, point: tuple[float, float], text: str, plate: Colour | None) -> Region:
     x, y = point
     half, rise = plot.face.width(text) / 2 + 2, plot.face.capital / 2 + 3
     if plate:
         canvas.draw.rectangle((x - half, y - rise, x + half, y + rise), fill=plate, outline=plot.ink)
-    canvas.text(text, x, y, plot.face, plot.ink, "m")
+    return canvas.text(text, x, y, plot.face, plot.ink, "m")
+
+
+def _number(canvas: Canvas, data: Data, marks: Sequence[Region], shown: Sequence[Region | None]) -> None:
+    """Number a chart's bars or points, with their values, and these where they are printed."""
+    for place, (value, *regions) in enumerate(zip(data.values, marks, shown, strict=True), start=1):
+        for region in filter(None, regions):
+            canvas.number(region, place=place, value=value)
 
 
 def _caption(kind: str, data: Data) -> str:
@@ -241,10 +255,15 @@ def _caption(kind: str, data: Data) -> str:
     return f"{kind}: {title}{pairs}."
 
 
-def _drafts(rng: random.Random, data: Data, piece: str) -> list[Draft]:
-    """Values of labels, and the extremes where only one label has them."""
+def _drafts(
+    rng: random.Random, data: Data, piece: str, marks: Sequence[Region], shown: Sequence[Region | None]
+) -> list[Draft]:
+    """Values of labels, and the extremes where only one label has them; read where they are printed, else from the
+    bars or points."""
+    read = [mark if text is None else text for mark, text in zip(marks, shown, strict=True)]
     drafts = [
-        ask(rng, "chart.value", str(value), label=label) for label, value in zip(data.labels, data.values, strict=True)
+        ask(rng, "chart.value", str(value), label=label).read_from(region)
+        for label, value, region in zip(data.labels, data.values, read, strict=True)
     ]
     extremes: tuple[tuple[str, str, Callable[[list[int]], int]], ...] = (
         ("highest", "maximum", max),
@@ -252,7 +271,7 @@ def _drafts(rng: random.Random, data: Data, piece: str) -> list[Draft]:
     )
     for place, key, pick in extremes:
         extreme = pick(data.values)
-        drafts.append(ask(rng, f"chart.{key}", str(extreme)))
+        drafts.append(ask(rng, f"chart.{key}", str(extreme)).read_from(read[data.values.index(extreme)]))
         if data.values.count(extreme) == 1:
             drafts.append(ask(rng, f"chart.{piece}_{place}", data.labels[data.values.index(extreme)]))
     return drafts + ([ask(rng, "chart.title", data.title)] if data.title else [])

@@ -225,6 +225,7 @@ def _print_cells(
             }
             x, anchor = places["left" if column == 0 else align]
             region = canvas.text(text, x, grid.y(number + 0.5), face, colour, anchor)
+            canvas.number(region, row=number, place=column + 1)
             if column == 0:
                 firsts.append(region)
     return firsts

@@ -23,6 +23,7 @@ def draw_sign(context: Context) -> Drawing:
     edge = _paint_board(canvas, context, board, paint, ink)
     lines = [_sign_line(context) for _ in range(int(count))]
     regions = _print_sign(canvas, context, [" ".join(line) for line in lines], edge, align, ink)
+    canvas.number_words([" ".join(line) for line in lines], regions, through=True)
     caption = f"sign: {' '.join(word for line in lines for word in line)}."
     return Drawing(canvas, caption, _sign_drafts(canvas, rng, lines, regions), layout)
 
@@ -147,6 +148,7 @@ def draw_paragraph(context: Context) -> Drawing:
     top += rng.uniform(0, 1) ** 2 * (room - step * count)
     regions = [canvas.text(line, x, top + step * (row + 0.5), body, ink, anchor) for row, line in enumerate(lines)]
     name = f"title {heading}. " if heading else ""
+    canvas.number_words(lines, regions)
     caption = f"paragraph: {name}{' / '.join(lines)}"
     return Drawing(canvas, caption, _paragraph_drafts(canvas, rng, heading, lines, regions), layout)
 

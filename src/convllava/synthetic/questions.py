@@ -45,19 +45,23 @@ _GLUE = """a an the at of and object objects sign paragraph title receipt date t
 @dataclass(frozen=True)
 class Draft:
     """A question; its answer may be a region, whose box is known only when the picture is finished, as are those of
-    what it counts."""
+    what it is read from."""
 
     task: str
     question: str
     answer: str | Region
-    counted: tuple[Region, ...] = ()
+    evidence: tuple[Region, ...] = ()
+
+    def read_from(self, *regions: Region) -> Draft:
+        """The same, told what the answer is read from."""
+        return replace(self, evidence=regions)
 
     def turn(self, canvas: Canvas) -> Turn:
         """The finished turn, a region answered by its box as `canvas` stands."""
         answer = self.answer
         if not isinstance(answer, str):
             answer = box_text(canvas.where(answer), canvas.width, canvas.height)
-        return Turn(self.task, self.question, answer, tuple(map(canvas.mark, self.counted)))
+        return Turn(self.task, self.question, answer, tuple(map(canvas.mark, self.evidence)))
 
 
 def ask(rng: random.Random, key: str, answer: str | Region, **names: str) -> Draft:
@@ -68,7 +72,7 @@ def ask(rng: random.Random, key: str, answer: str | Region, **names: str) -> Dra
 def count(rng: random.Random, key: str, regions: Iterable[Region], **names: str) -> Draft:
     """As `ask`, for how many the regions are."""
     counted = tuple(regions)
-    return replace(ask(rng, key, str(len(counted)), **names), counted=counted)
+    return ask(rng, key, str(len(counted)), **names).read_from(*counted)
 
 
 def plural(shape: str) -> str:

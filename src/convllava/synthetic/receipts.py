@@ -206,7 +206,8 @@ def _print_ticket(
     regions = []
     for row, (label, price) in enumerate(zip(labels, prices, strict=True)):
         y = edge / 2 + step * (row + 0.5)
-        canvas.text(label, edge, y, face, ink)
+        canvas.number(canvas.text(label, edge, y, face, ink), row=row + 1, place=1)
         x = canvas.width - edge if align == "spread" else edge + face.width(f"{label} {price}")
         regions.append(canvas.text(price, x, y, face, ink, "r"))
+        canvas.number(regions[-1], row=row + 1, place=2)
     return regions

@@ -30,13 +30,14 @@ TASKS = ("shape", "colour", "position", "count", "read", "field", "table", "char
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its only right answer; of the task "count", also a box for each thing that it counts: the
-    thing's own, or that of the first character of a word, line or row."""
+    """One question and its only right answer; also boxes of what it is read from, where that is not where the answer is
+    printed, or not only: of each thing that a question counts (the thing's own, or that of the first character of a
+    word, line or row), and of the bar, the point or the number that shows a chart's value."""
 
     task: str
     question: str
     answer: str
-    counted: tuple[Box, ...] = ()
+    evidence: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,24 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class Numbered:
+    """A printed or drawn piece that has a number on its page, and its box.
+
+    Attributes:
+        box: Of its ink.
+        row: Of the lines that are counted, or of a table's rows below the header, from 1; 0, of none.
+        place: Of the words of its line or of a sign, of a table's columns, of a chart's bars or points, or of a scene's
+            things, from 1; 0, of none.
+        value: That a chart shows there; 0, none.
+    """
+
+    box: Box
+    row: int = 0
+    place: int = 0
+    value: int = 0
+
+
+@dataclass(frozen=True)
 class Sample:
     """One generated picture with everything that is known about it.
 
@@ -72,6 +91,7 @@ class Sample:
     turns: tuple[Turn, ...]
     glyphs: tuple[Glyph, ...]
     things: tuple[Thing, ...]
+    numbered: tuple[Numbered, ...] = ()
     layout: tuple[str, ...] = ()
     fonts: tuple[str, ...] = ()
 

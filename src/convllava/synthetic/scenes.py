@@ -26,6 +26,8 @@ def draw_scene(context: Context) -> Drawing:
     if not context.simple:
         _paint_ground(canvas, rng, background)
     regions = _scatter(canvas, context, ground, spread)
+    for place, region in enumerate(regions, start=1):
+        canvas.number(region, place=place)
     return Drawing(
         canvas,
         describe(canvas),

@@ -125,6 +125,7 @@ class World:
             turns=_turns(rng, drawing.drafts, canvas, self.turns, self.grounding),
             glyphs=tuple(canvas.glyphs),
             things=tuple(canvas.things),
+            numbered=canvas.numbered(),
             layout=drawing.layout,
             fonts=drawing.fonts or ((context.typeface.family,) if canvas.glyphs else ()),
         )

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from convllava.data.cells import DENSE_CLASSES, DENSE_NAMES, GLYPH_CELL
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.training.dense import cells, judge
+from convllava.training.dense import box_loss, cells, judge, numbered
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -68,10 +68,10 @@ class Alignment(nn.Module):
         printed = torch.cat([cells(item, self.side) for item in glyph])
         counts = [item.numel() // self.side**2 for item in glyph]
         losses = [
-            judge("glyph", self.head["glyph"](tokens), printed, outputs),
-            self._naming_loss(tokens, self._bags(printed, shape, colour, _numbered(words, counts))),
-            self._spelling_loss(tokens, _numbered(spelling, counts), outputs),
-            self._box_loss(tokens, _numbered(boxes, counts), outputs),
+            judge("glyph", self.head["glyph"](tokens), printed, outputs, DENSE_CLASSES["glyph"]),
+            self._naming_loss(tokens, self._bags(printed, shape, colour, numbered(words, counts))),
+            self._spelling_loss(tokens, numbered(spelling, counts), outputs),
+            box_loss(self.head["box"](tokens), numbered(boxes, counts), outputs),
         ]
         return {"loss": torch.stack(losses).sum(), **outputs}
 
@@ -83,12 +83,6 @@ class Alignment(nn.Module):
         logits = self.head["next"](F.gelu(self.head["token"](tokens)[cell] + known))
         outputs["spelling"] = (logits.detach().argmax(-1) == char).float().mean()
         return F.cross_entropy(logits, char, reduction="sum") / max(len(char), 1)
-
-    def _box_loss(self, tokens: Tensor, boxes: Tensor, outputs: dict[str, Tensor]) -> Tensor:
-        """Smooth L1 distance of the sides of what stands in a cell, in cells (Fast R-CNN, arXiv 1504.08083)."""
-        found = self.head["box"](tokens[boxes[:, 0].long()])
-        outputs["box_error"] = (found.detach() - boxes[:, 1:]).abs().mean()
-        return F.smooth_l1_loss(found, boxes[:, 1:], beta=0.1, reduction="sum") / max(boxes[:, 1:].numel(), 1)
 
     def _bags(self, printed: Tensor, shape: list[Tensor], colour: list[Tensor], words: Tensor) -> Tensor:
         """(cells, vocabulary): 1 for each token that names something in the cell."""
@@ -112,14 +106,3 @@ class Alignment(nn.Module):
         shares = bags[occupied] / bags[occupied].sum(1, keepdim=True)
         log_shares = F.linear(tokens[occupied], embeddings.weight).log_softmax(-1)
         return -(shares * log_shares).sum() / occupied.sum().clamp(min=1)
-
-
-def _numbered(rows: list[Tensor], counts: list[int]) -> Tensor:
-    """Per image (n, k) whose first column is a cell of that image -> one, its cells counted through the batch."""
-    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
-    return torch.cat(
-        [
-            F.pad(item[:, :1] + start, (0, item.shape[1] - 1)) + F.pad(item[:, 1:], (1, 0))
-            for item, start in zip(rows, starts, strict=True)
-        ]
-    )

@@ -5,10 +5,6 @@
 of steps; pointing does in hundreds, and what it finds there the answers teach. A layer in the middle is told where on
 the page stands what the question names, the last one where the next token stands.
 
-Attention is a mean, and a mean of things does not tell how many they were. So where a question counts, attention is
-asked to give the same share to each thing and to the first position of the sequence, which is always the same token: of
-n things that token's share is 1 / (n + 1), and what it writes has the number in its length.
-
 The attention itself runs as scaled dot product attention; shares are computed a second time, and only for the guided
 positions of the two layers, because attention that returns all its weights takes several times as long.
 """
@@ -38,11 +34,15 @@ class Guidance:
     Args:
         layers: Kind of guide (see `convllava.data.conversation.GUIDES`) -> the layer that is guided.
         guides: Kind -> (pairs, 3): sequence of the batch, position, a position that it should look at.
+        marks: What heads on visual tokens are asked for (see `training.marks`), if anything.
     """
 
-    def __init__(self, layers: Mapping[str, int], guides: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, layers: Mapping[str, int], guides: Mapping[str, Tensor], marks: Mapping[str, list[Tensor]] | None = None
+    ) -> None:
         self.layers = dict(layers)
         self.guides = {kind: guides[kind] for kind in layers}
+        self.marks = marks or {}
         self.shares: dict[str, Tensor] = {}
 
     def loss(self, kind: str, weights: Tensor) -> Tensor:
@@ -53,19 +53,13 @@ class Guidance:
             weights: (batch, positions), above 0 where an answer is supervised; other guided positions count 1.
 
         Returns:
-            A scalar; 0 where there are no guides. Of "count" the divergence (Kullback and Leibler's) of the shares from
-            even ones of all things, else the weighted mean over the guided positions of -log(share of attention on all
-            their places).
+            A scalar: the weighted mean over the guided positions of -log(share of attention on all their places); 0
+            where there are no guides.
         """
         guides, shares = self.guides[kind], self.shares[kind]
         if not len(guides):
             return weights.new_zeros(())
         rows, groups = torch.unique(guides[:, 0] * weights.shape[1] + guides[:, 1], return_inverse=True)
-        if kind == "count":
-            places, counts = torch.unique(guides, dim=0, return_inverse=True, return_counts=True)[1:]
-            even = 1 / groups.bincount()[groups].to(shares.dtype)
-            wanted = even * counts[places]  # several things may stand in one place
-            return (even * (wanted.log() - (shares + _FLOOR).log())).sum() / len(rows)
         total = torch.zeros(len(rows), dtype=shares.dtype, device=shares.device).index_add(0, groups, shares)
         chosen = weights.flatten()[rows]
         chosen = chosen.where(chosen > 0, 1.0)
@@ -73,11 +67,9 @@ class Guidance:
 
 
 def guided_layers(model: Any) -> dict[str, int]:
-    """Which layer of the model's language model looks where: at what the question mentions, at the answer, and at all
-    that is counted."""
+    """Which layer of the model's language model looks where: at what the question mentions, and at the answer."""
     last = model.config.text_config.num_hidden_layers - 1
-    layers = {"answer": last, "count": last}
-    return layers if last == 0 else {"mention": (last - 1) // 2} | layers
+    return {"answer": last} if last == 0 else {"mention": (last - 1) // 2, "answer": last}
 
 
 def check_attention(model: Any, stage: Stage) -> None:

@@ -52,10 +52,12 @@ class DensePretraining(nn.Module):
             if number in self.sides:
                 features = self.head[f"norm{number}"](pixels)
                 labels = torch.cat([cells(item, self.sides[number]) for item in glyph])
-                losses.append(judge("glyph", self.head[f"glyph{number}"](features), labels, outputs))
+                losses.append(
+                    judge("glyph", self.head[f"glyph{number}"](features), labels, outputs, DENSE_CLASSES["glyph"])
+                )
         for name, maps in (("shape", shape), ("colour", colour)):
             labels = torch.cat([item.flatten() for item in maps])
-            losses.append(judge(name, self.head[name](features), labels, outputs))
+            losses.append(judge(name, self.head[name](features), labels, outputs, DENSE_CLASSES[name]))
         return {"loss": torch.stack(losses).sum(), **outputs}
 
 
@@ -65,11 +67,30 @@ def cells(labels: Tensor, side: int) -> Tensor:
     return labels.view(height // side, side, width // side, side).permute(0, 2, 1, 3).flatten()
 
 
-def judge(name: str, logits: Tensor, labels: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+def judge(name: str, logits: Tensor, labels: Tensor, outputs: dict[str, Tensor], classes: int) -> Tensor:
     """The loss of one head of the label map `name`; notes its accuracy over occupied cells in `outputs`."""
-    logits = logits.view(-1, DENSE_CLASSES[name])
+    logits = logits.view(-1, classes)
     occupied = labels > 0
     outputs[name] = (logits.detach().argmax(-1)[occupied] == labels[occupied]).float().mean()
-    weight = logits.new_ones(DENSE_CLASSES[name])
+    weight = logits.new_ones(classes)
     weight[0] = _BACKGROUND_WEIGHT
     return F.cross_entropy(logits, labels, weight=weight)
+
+
+def box_loss(found: Tensor, boxes: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """Smooth L1 distance of the sides of what stands in a cell, in cells (Fast R-CNN, arXiv 1504.08083); notes the mean
+    distance in `outputs`. `found` is (cells, 4), `boxes` as of `data.cells.boxes`."""
+    found = found[boxes[:, 0].long()]
+    outputs["box_error"] = (found.detach() - boxes[:, 1:]).abs().mean()
+    return F.smooth_l1_loss(found, boxes[:, 1:], beta=0.1, reduction="sum") / max(boxes[:, 1:].numel(), 1)
+
+
+def numbered(rows: list[Tensor], counts: list[int]) -> Tensor:
+    """Per image (n, k) whose first column is a cell of that image -> one, its cells counted through the batch."""
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+    return torch.cat(
+        [
+            F.pad(item[:, :1] + start, (0, item.shape[1] - 1)) + F.pad(item[:, 1:], (1, 0))
+            for item, start in zip(rows, starts, strict=True)
+        ]
+    )

@@ -42,6 +42,7 @@ from convllava.training.inputs import (
     make_held_out,
     questions_of,
 )
+from convllava.training.marks import detach_heads
 from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.processes import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.recipe import Recipe, Stage, differences, dump_recipe, load_recipe
@@ -150,6 +151,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         torch.set_flush_denormal(False)
         bar.stop()
     model.config.use_cache = True  # the Trainer turns it off
+    detach_heads(model)
     weights = trainer.whole_weights()
     trainer.accelerator.wait_for_everyone()  # each has read what the first removes now
     if is_first_process():

@@ -54,7 +54,15 @@ def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int
         return DenseDataset(world, processor, length, sheets=data.sheets)
     if stage.objective == "align":
         return AlignDataset(world, processor, length, sheets=data.sheets, stride=processor.image_processor.stride)
-    return ChatDataset(world, processor, length, captions=data.captions, images=data.images, guided=stage.guidance > 0)
+    return ChatDataset(
+        world,
+        processor,
+        length,
+        captions=data.captions,
+        images=data.images,
+        guided=stage.guidance > 0,
+        marked=stage.marks > 0,
+    )
 
 
 def mixture_of(recipe: Recipe, index: int) -> Mixture:

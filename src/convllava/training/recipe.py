@@ -182,8 +182,11 @@ class Stage:
     balance: float = 0.0
     """0: every supervised token counts alike; 1: every answer does, however long; between: in between."""
     guidance: float = 0.0
-    """Weight of the loss that asks the language model's attention to look where an answer stands, at what a question
-    names and evenly at what it counts."""
+    """Weight of the loss that asks the language model's attention to look where an answer stands and at what a question
+    names."""
+    marks: float = 0.0
+    """Weight of the loss that asks, through heads that are thrown away, the language model's lower half at each visual
+    token which line, word, bar ... stands there, and its box; `trains` then has the part `head`."""
     questions: float = 0.0
     """Weight of the loss of all text that is no answer: a language model from nothing learns to read from what
     questions name of the page, too."""
@@ -242,6 +245,14 @@ class Stage:
         yield (
             self.adapter is not None and (not chat or pointed),
             "adapter is for the objective chat, without guidance and calibrate",
+        )
+        yield (
+            self.marks < 0 or (self.marks > 0 and self.guidance <= 0),
+            "marks is a weight of 0 or more, for stages with guidance",
+        )
+        yield (
+            self.marks > 0 and "head" not in self.trains,
+            "marks are learnt by a head, which trains needs with its learning rate, such as head: 1.0e-3",
         )
         yield self.packing and (not chat or self.guidance > 0), "packing is for the objective chat without guidance"
         yield (

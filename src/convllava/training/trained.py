@@ -9,6 +9,7 @@ from convllava.processing import ConvLlavaProcessor
 from convllava.training.adapting import attach
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.dense import DensePretraining
+from convllava.training.marks import attach_heads, detach_heads
 from convllava.training.parts import freeze_all_but
 from convllava.training.recipe import Stage
 
@@ -16,6 +17,7 @@ from convllava.training.recipe import Stage
 def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
     """What the Trainer trains, frozen where it does not: the model, or parts of it under heads that are thrown away,
     or adapters beside it."""
+    detach_heads(model)  # of a stage that was only tried
     if stage.adapter is not None:
         return attach(model, stage)
     trained: nn.Module = model
@@ -23,5 +25,7 @@ def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, proce
         trained = DensePretraining(model.model.vision_tower)
     elif stage.objective == "align":
         trained = Alignment(model, vocabulary_of(processor.tokenizer))
+    elif stage.marks:
+        attach_heads(model)
     freeze_all_but(trained, stage.trains)
     return trained

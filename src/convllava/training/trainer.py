@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from convllava.configuration import ConvLlavaConfig
 from convllava.data.cells import ACCURACIES
 from convllava.data.conversation import GUIDES, SKIPPED, lengths_of
+from convllava.data.marks import MARKS
 from convllava.errors import InputError
 from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
@@ -168,7 +169,7 @@ class StageTrainer(Trainer):
         if self.stage.balance or self.stage.questions or guidance is not None:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
-            loss = self._chat_loss(outputs["logits"], labels, guidance, self._asked(inputs, labels, mask))
+            loss = self._chat_loss(outputs, labels, guidance, self._asked(inputs, labels, mask))
         else:
             loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
             notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
@@ -192,9 +193,12 @@ class StageTrainer(Trainer):
     def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
         """Take the guides out of the batch and put into it what records where attention looks."""
         found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}  # of a world's samples, all
+        marks = {name: inputs.pop(name) for name in MARKS if name in inputs}
         if not self.stage.guidance or not self.trained.training:
             return None
-        inputs["guidance"] = Guidance(self.guided_layers, found)
+        inputs["guidance"] = Guidance(self.guided_layers, found, marks)
+        if marks:
+            inputs["output_hidden_states"] = True
         return inputs["guidance"]
 
     def _asked(self, inputs: Mapping[str, Any], labels: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -204,14 +208,14 @@ class StageTrainer(Trainer):
         return asked_labels(inputs["input_ids"], labels, self.config.image_token_id, mask, inputs.get("position_ids"))
 
     def _chat_loss(
-        self, logits: Tensor, labels: Tensor, guidance: Guidance | None, asked: Tensor | None = None
+        self, outputs: Any, labels: Tensor, guidance: Guidance | None, asked: Tensor | None = None
     ) -> Tensor:
-        """The loss of balanced answers, of questions, and attention guidance.
+        """The loss of balanced answers, of questions, attention guidance, and of marks.
 
         All are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
         over the whole batch, however it is shared.
         """
-        weights = answer_weights(labels, self.stage.balance)
+        logits, weights = outputs["logits"], answer_weights(labels, self.stage.balance)
         loss = answer_loss(logits, labels, weights)
         if asked is not None:
             loss = loss + self.stage.questions * asked_loss(logits, asked)
@@ -219,6 +223,10 @@ class StageTrainer(Trainer):
             looks = {kind: guidance.loss(kind, weights) for kind in guidance.layers}
             self.notes = {f"{kind}_guidance": value.item() for kind, value in looks.items()}
             loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
+        if "marks" in outputs:
+            told = outputs["marks"]
+            self.notes |= {name: value.item() for name, value in told.items() if name != "loss" and value.isfinite()}
+            loss = loss + self.stage.marks * told["loss"]
         return loss / (self.args.gradient_accumulation_steps if self.trained.training else 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,91 @@
+"""Heads, thrown away after a stage, that ask the language model's lower half what the pieces of a page are numbers of.
+
+To answer "Which word is the second on line 3?" a model has to know of each word its line and its number in it. Nothing
+printed says so: it follows from all that stands before, which a visual token sees of the ones before it in the language
+model, and little of in the tower. A model from nothing finds that out from answers after very many of them; asked at
+every visual token (`data.marks`), it does in hundreds of steps. Attention that is told where an answer stands
+(`training.attention`) then has something to find it by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convllava.data.marks import BOXES, MARK_CELL, MARK_CLASSES
+from convllava.training.attention import guided_layers
+from convllava.training.dense import box_loss, cells, judge, numbered
+
+HEAD = "head"
+"""What the heads are called among the model's parts."""
+
+
+class MarkHeads(nn.Module):
+    """Linear heads on hidden states of visual tokens.
+
+    Args:
+        width: Of the hidden states.
+        stride: Side in pixels of a visual token.
+    """
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.side = stride // MARK_CELL
+        self.norm = nn.LayerNorm(width)
+        self.maps = nn.ModuleDict(
+            {name: nn.Linear(width, self.side**2 * classes) for name, classes in MARK_CLASSES.items()}
+        )
+        self.box = nn.Linear(width, 4)
+
+    def forward(self, tokens: Tensor, marks: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """Hidden states (visual tokens, width) of a batch and what `data.marks.marks` gives of each page -> loss, the
+        accuracy of each map over the cells that have a number, and the mean error of boxes in cells."""
+        tokens = self.norm(tokens)
+        outputs: dict[str, Tensor] = {}
+        labels = {name: torch.cat([cells(item, self.side) for item in marks[name]]) for name in MARK_CLASSES}
+        losses = [
+            judge(name, self.maps[name](tokens), labels[name], outputs, classes)
+            for name, classes in MARK_CLASSES.items()
+        ]
+        counts = [item.numel() // self.side**2 for item in marks["row"]]
+        losses.append(box_loss(self.box(tokens), numbered(marks[BOXES], counts), outputs))
+        return {"loss": torch.stack(losses).sum(), **outputs}
+
+
+def attach_heads(model: Any) -> None:
+    """Give a `ConvLlavaForConditionalGeneration` heads: where it is called with `guidance=` that has marks, and for
+    hidden states, its outputs are then `logits`, and `marks`, what `MarkHeads` gives."""
+    config = model.config
+    heads = MarkHeads(config.text_config.hidden_size, config.vision_config.stride)
+    model.add_module(HEAD, heads.to(model.device))
+    model.head.hook = model.register_forward_hook(_tell, with_kwargs=True)
+
+
+def detach_heads(model: Any) -> None:
+    """Throw the heads away, if there are any."""
+    if hasattr(model, HEAD):
+        model.head.hook.remove()
+        delattr(model, HEAD)
+
+
+def _tell(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs: Any) -> Any:
+    """Inside the model's forward, so that processes which share gradients wait for those of the heads."""
+    guidance = inputs.get("guidance")
+    if guidance is None or not guidance.marks:
+        return outputs
+    hidden = outputs.hidden_states[guided_layers(model).get("mention", -1) + 1]
+    told = model.head(hidden.flatten(0, 1)[_visual(model, inputs, guidance.marks)], guidance.marks)
+    return {"logits": outputs.logits, "marks": told}  # its own class has no other fields
+
+
+def _visual(model: Any, inputs: Mapping[str, Any], marks: Mapping[str, list[Tensor]]) -> Tensor:
+    """The positions of the visual tokens in the flattened batch; what separates rows is none."""
+    places = (inputs["input_ids"] == model.config.image_token_id).flatten().nonzero()[:, 0]
+    side = model.head.side
+    shapes = [(item.shape[0] // side, item.shape[1] // side) for item in marks["row"]]
+    kept = [F.pad(torch.ones(shape, dtype=torch.bool), (0, int(model.config.row_separator))) for shape in shapes]
+    return places[torch.cat([item.flatten() for item in kept]).to(places.device)]
