@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_synthetic_questions import understood
-from training_runs import CHAT, GUIDED, TWO, logged, recipe, train, weights
+from training_runs import CHAT, GUIDED, MARKED, TWO, logged, recipe, train, weights
 
 from convllava.data.conversation import collate
 from convllava.data.marks import MARK_CELL, MARK_CLASSES, marks, step_of
@@ -22,8 +22,6 @@ from convllava.synthetic.questions import ORDINALS, plural
 from convllava.training import engine
 from convllava.training.attention import Guidance, guide_attention, guided_layers
 from convllava.training.marks import attach_heads, detach_heads
-
-MARKED = dataclasses.replace(GUIDED, name="marked", marks=0.5, trains={**GUIDED.trains, "head": 1e-3})
 
 
 def text_in(sample: Sample, piece: Numbered) -> str:
