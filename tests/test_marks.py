@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from test_synthetic_questions import understood
-from training_runs import CHAT, GUIDED, MARKED, TWO, logged, recipe, train, weights
+from torch import Tensor
+from training_runs import GUIDED, MARKED, TWO, logged, recipe, train, weights
 
 from convllava.data.conversation import collate
 from convllava.data.marks import MARK_CELL, MARK_CLASSES, marks, step_of
@@ -18,7 +21,7 @@ from convllava.geometry import Size, unchanged
 from convllava.parts import parts_of
 from convllava.synthetic import Numbered, Sample, Thing, World
 from convllava.synthetic.canvas import Canvas
-from convllava.synthetic.questions import ORDINALS, plural
+from convllava.synthetic.questions import ORDINALS
 from convllava.training import engine
 from convllava.training.attention import Guidance, guide_attention, guided_layers
 from convllava.training.marks import attach_heads, detach_heads
@@ -65,37 +68,49 @@ def asked_for(sample: Sample) -> list[tuple[str, str]]:
     return found
 
 
-def test_the_numbers_of_a_page_are_those_that_its_questions_mean():
-    world = World(size=512, kinds={"sign": 1, "paragraph": 2, "table": 1}, turns=20, seed=3)
-    pairs = [pair for index in range(40) for pair in asked_for(world.sample(index))]
-    straight = [answer == read for answer, read in pairs]
-    # On pages that are turned the box of a word may reach into the next line.
-    assert sum(straight) > 0.9 * len(straight) > 90
+def test_the_numbers_of_a_page_are_those_that_its_questions_mean(monkeypatch):
+    monkeypatch.setattr("convllava.synthetic.world.degrade", lambda *args: None)  # boxes of turned words overlap
+    for kinds in ("sign", "paragraph", "table"):
+        world = World(size=512, kinds={kinds: 1}, turns=20, seed=3)
+        pairs = [pair for index in range(20) for pair in asked_for(world.sample(index))]
+        assert len(pairs) >= 15
+        assert [answer for answer, _ in pairs] == [read for _, read in pairs]
 
 
-def test_counts_are_the_numbers_of_the_last():
+def test_a_count_is_the_number_of_the_last_that_is_counted():
     world = World(size=512, turns=20, seed=4)
+    names = {"words": "place", "all": "place", "bars": "place", "points": "place", "lines": "row", "rows": "row"}
+    names |= {"shape": "of_shape", "colour": "of_colour"}
     seen = set()
     for sample in map(world.sample, range(60)):
-        shapes: list[str] = [thing.shape for thing in sample.things]
-        for turn in (turn for turn in sample.turns if turn.task == "count"):
-            key, blanks = understood(turn)
-            seen.add(key)
-            if key == "count.lines" or key == "count.rows":
-                assert max(piece.row for piece in sample.numbered) == int(turn.answer)
-            elif key in ("count.words", "count.all", "count.bars", "count.points"):
-                assert max(piece.place for piece in sample.numbered) == int(turn.answer)
-            elif key == "count.shape":
-                assert sum(plural(shape) == blanks["shapes"] for shape in shapes) == int(turn.answer)
-    assert len(seen) == 8
+        size = Size(sample.image.height, sample.image.width)
+        maps = marks(sample, unchanged(size, stride=32), 32)
+        for turn in (turn for turn in sample.turns if turn.task == "count" and turn.evidence):
+            name = names[understood(turn)[0].removeprefix("count.")]
+            x0, y0, x1, y1 = (side / MARK_CELL for side in turn.evidence[-1])
+            found = maps[name][int((y0 + y1) / 2), int((x0 + x1) / 2)].item()
+            assert found == min(int(turn.answer), MARK_CLASSES[name] - 1)
+            seen.add(understood(turn)[0])
+    assert len(seen) == len(names)
 
 
 def test_a_charts_pieces_have_the_values_that_it_shows():
     world = World(size=512, kinds={"bar_chart": 1, "line_chart": 1}, turns=20, seed=5)
-    for sample in map(world.sample, range(10)):
+    printed = 0
+    for sample in map(world.sample, range(20)):
         values = {piece.place: piece.value for piece in sample.numbered if piece.value}
         told = [int(part.split()[-1]) for part in sample.caption.rstrip(".").split(":")[1].split(", ")]
         assert list(values.values()) == told
+        letters = {glyph.box: glyph.char for glyph in sample.glyphs}
+        things = [thing.box for thing in sample.things]
+        for turn in (turn for turn in sample.turns if turn.evidence and turn.task == "chart"):
+            for box in turn.evidence:
+                if box in letters:
+                    assert letters[box] == turn.answer[0]
+                    printed += 1
+                else:
+                    assert told[things.index(box)] == int(turn.answer)
+    assert printed > 20
 
 
 def test_numbers_turn_with_the_page():
@@ -113,59 +128,90 @@ def test_maps_tell_the_numbers_of_what_lies_over_each_cell():
     pieces = (Numbered((0, 0, 32, 16), row=2, place=1), Numbered((32, 0, 64, 16), row=2, place=12, value=98))
     sample = Sample(0, "sign", Image.new("RGB", (128, 64)), "", (), (), things, pieces)
     found = marks(sample, unchanged(Size(64, 128), stride=32), 32)
-    assert set(found) == {*MARK_CLASSES, "mark_boxes"}
+    assert set(found) == {*MARK_CLASSES, "boxes"}
     assert found["row"].shape == (64 // MARK_CELL, 128 // MARK_CELL)
     assert found["row"][0].tolist() == [2] * 4 + [0] * 4
     assert found["place"][0].tolist() == [1, 1, 9, 9] + [0] * 4  # there is no class beyond the last
     assert found["value"][0].tolist() == [0, 0, 20, 20] + [0] * 4
     assert found["of_shape"][2].tolist() == [1, 1, 2, 2, 3, 3, 0, 0]
     assert found["of_colour"][3].tolist() == [1, 1, 1, 1, 2, 2, 0, 0]
-    assert found["mark_boxes"][:, 0].tolist() == [4, 5, 6]
+    assert found["boxes"][:, 0].tolist() == [4, 5, 6]
 
 
 def test_every_value_of_a_chart_has_a_class():
     assert [step_of(value) for value in (0, 1, 5, 8, 99, 100)] == [0, 1, 1, 2, 20, 20]
 
 
-def marked_batch(processor, samples: int):
-    dataset = ChatDataset(World(size=128, simple=True), processor, samples, guided=True, marked=True)
-    return collate([dataset[index] for index in range(samples)], processor.tokenizer.pad_token_id)
+def batch_of(processor: Any, *samples: int) -> dict[str, Any]:
+    dataset = ChatDataset(World(size=128, simple=True), processor, 8, guided=True, marked=True)
+    return collate([dataset[index] for index in samples], processor.tokenizer.pad_token_id)
 
 
-def told(model, batch):
+def told(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """What the heads tell, and what they were given."""
     guides = {kind: batch[f"{kind}_guides"] for kind in guided_layers(model)}
-    guidance = Guidance(guided_layers(model), guides, {name: batch[name] for name in (*MARK_CLASSES, "mark_boxes")})
+    given: list[Tensor] = []
+    hook = model.head.norm.register_forward_hook(lambda module, args, output: given.append(args[0]))
     pixels = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
-    return model(**pixels, guidance=guidance, output_hidden_states=True)["marks"]
+    guidance = Guidance(guided_layers(model), guides, batch["marks"])
+    outputs = model(**pixels, guidance=guidance, output_hidden_states=True)
+    hook.remove()
+    return outputs["marks"], given[0]
 
 
-@pytest.mark.parametrize("separator", [False, True])
-def test_heads_of_a_batch_are_those_of_single_samples(separator):
-    model, processor = engine.start(recipe(CHAT))
-    if not separator:
-        model.config.row_separator = processor.row_separator = False
-        model.model.multi_modal_projector.row_separator = None
+def with_heads(layers: int, separator: bool) -> tuple[Any, Any]:
+    plan = recipe(MARKED)
+    language = {**plan.model.language, "num_hidden_layers": layers}
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, language=language, row_separator=separator))
+    model, processor = engine.start(plan)
     guide_attention(model)
     attach_heads(model)
-    torch.manual_seed(0)
-    batch = marked_batch(processor, 3)
-    together = told(model, batch)
-    hidden = []
-    model.head.maps["row"].register_forward_hook(lambda module, args, output: hidden.append(output))
-    told(model, batch)
-    for number in range(3):
-        dataset = ChatDataset(World(size=128, simple=True), processor, 3, guided=True, marked=True)
-        told(model, collate([dataset[number]], processor.tokenizer.pad_token_id))
-    torch.testing.assert_close(hidden[0], torch.cat(hidden[1:]), atol=1e-4, rtol=1e-4)
-    assert len(hidden[0]) == sum(len(item.flatten()) for item in batch["row"]) // model.head.side**2
-    assert together["loss"].requires_grad
+    return model, processor
+
+
+@pytest.mark.parametrize(("layers", "separator"), [(1, True), (1, False), (2, True)])
+def test_heads_are_given_what_the_layer_that_looks_at_mentions_makes_of_each_visual_token(layers, separator):
+    model, processor = with_heads(layers, separator)
+    batch = batch_of(processor, 0, 1)
+    whole: list[Tensor] = []
+    if layers > 1:
+        model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: whole.append(output))
+    _, given = told(model, batch)
+    images = model.get_image_features(batch["pixel_values"]).pooler_output
+    grids = [tuple(length // 4 for length in page["row"].shape) for page in batch["marks"]]
+    assert [len(tokens) for tokens in images] == [rows * (columns + separator) for rows, columns in grids]
+    if layers > 1:
+        seen = batch["input_ids"] == model.config.image_token_id
+        images = whole[0][seen].split([len(tokens) for tokens in images])
+    content = [
+        tokens.unflatten(0, (rows, columns + separator))[:, :columns].flatten(0, 1)
+        for tokens, (rows, columns) in zip(images, grids, strict=True)
+    ]
+    torch.testing.assert_close(given, torch.cat(content), atol=1e-6, rtol=1e-5)
+
+
+def test_heads_of_a_batch_are_given_what_they_are_of_single_samples():
+    model, processor = with_heads(2, True)
+    together = told(model, batch_of(processor, 0, 1, 2))[1]
+    alone = [told(model, batch_of(processor, index))[1] for index in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_heads_begin_without_a_wish_and_leave_no_trace():
+    model, processor = with_heads(2, True)
+    found, given = told(model, batch_of(processor, 0, 1))
+    given.retain_grad()
+    found["loss"].backward()
+    assert given.grad is not None
+    assert not given.grad.any()
+    assert model.head.maps["row"].weight.grad.any()
     detach_heads(model)
     assert "head" not in parts_of(model)
 
 
 def test_a_marked_stage_logs_what_its_heads_tell_and_leaves_a_model_without_them(tmp_path):
     last = engine.train(recipe(MARKED), tmp_path)
-    assert all(0 <= value <= 1 for value in logged(tmp_path, "of_colour"))
+    assert {0 <= value <= 1 for value in logged(tmp_path, "of_colour")} == {True}
     assert len(logged(tmp_path, "loss")) == MARKED.steps
     assert not any("head." in name and "lm_head" not in name for name in weights(last))
 
@@ -185,6 +231,7 @@ def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):
         ({"marks": -1.0}, "marks is a weight of 0 or more"),
         ({"marks": 0.5, "guidance": 0.0}, "for stages with guidance"),
         ({"marks": 0.5, "trains": dict(GUIDED.trains)}, "such as head: 1.0e-3"),
+        ({"marks": 0.0}, "only a stage with marks has a head"),
     ],
 )
 def test_marks_that_cannot_be_are_refused(settings, told):

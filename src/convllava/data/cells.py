@@ -72,11 +72,7 @@ class AlignDataset(DenseDataset):
         return super().item(sample) | {
             "spelling": spelling(printed, placement, self.stride),
             "words": word_tokens(printed, placement, self.stride, self.processor.tokenizer),
-            "boxes": boxes(
-                [union(glyph.box for glyph in word) for word in printed] + [thing.box for thing in sample.things],
-                placement,
-                self.stride,
-            ),
+            "boxes": boxes(pieces(sample), placement, self.stride),
         }
 
 
@@ -134,6 +130,11 @@ def word_tokens(printed: Sequence[Word], placement: Placement, stride: int, toke
                 under = set().union(*(cells_under(placement.box_to_normalised(glyph.box), cells) for glyph in word))
                 rows |= {(row * cells.width + column, ids[0]) for row, column in under}
     return torch.tensor(sorted(rows), dtype=torch.long).view(-1, 2)
+
+
+def pieces(sample: Sample) -> list[Box]:
+    """The boxes of the printed words and of the things, in pixels of the image."""
+    return [union(glyph.box for glyph in word) for word in words(sample)] + [thing.box for thing in sample.things]
 
 
 def boxes(found: Sequence[Box], placement: Placement, stride: int) -> Tensor:

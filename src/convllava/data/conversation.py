@@ -12,13 +12,14 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from convllava.data.marks import MARKS
 from convllava.errors import InputError
 from convllava.processing import ConvLlavaProcessor
 
 IGNORE = -100
 GUIDES = ("answer", "mention")
 """What a position can be told to look at (see `guidance.guides`)."""
+MARKS = "marks"
+"""The key under which an item of a generated page has what its visual tokens are asked for (see `marks.marks`)."""
 SKIPPED = "skipped"
 """The key under which an item tells of the samples in whose place it was taken: (data file, what was wrong) each."""
 CAPTION_REQUESTS = ("Describe the image.", "What does the page show?", "Read the page.")
@@ -58,7 +59,7 @@ def collate(items: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing.
 
     Guides (see `guidance.guides`) become (pairs, 3): sequence of the batch, position, position to look at; marks (see
-    `marks.marks`) become lists.
+    `marks.marks`) a list.
     """
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch: dict[str, Any] = {
@@ -69,9 +70,8 @@ def collate(items: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     for name in (f"{kind}_guides" for kind in GUIDES):
         if name in items[0]:
             batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])
-    for name in MARKS:
-        if name in items[0]:
-            batch[name] = [item[name] for item in items]
+    if MARKS in items[0]:
+        batch[MARKS] = [item[MARKS] for item in items]
     return batch | _beside_text(items)
 
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convllava.data.cells import boxes, paint, words
+from convllava.data.cells import boxes, paint, pieces
 from convllava.geometry import Box, Placement, grid
-from convllava.synthetic import Numbered, Sample, union
+from convllava.synthetic import Numbered, Sample
 
 MARK_CELL = 16
 """Side in pixels of one cell of the maps: lines and words that share a visual token are told apart."""
@@ -23,9 +23,7 @@ _VALUE_STEP = 5
 """Values of charts are told to the nearest multiple of this, as their axes let them be read."""
 MARK_CLASSES = {"row": 10, "place": 10, "value": 21, "of_shape": 8, "of_colour": 8}
 """Classes of each map, 0 being none; larger numbers are told as the last class."""
-BOXES = "mark_boxes"
-MARKS = (*MARK_CLASSES, BOXES)
-"""What an item of a marked dataset has (see `marks`)."""
+BOXES = "boxes"
 
 
 def marks(sample: Sample, placement: Placement, stride: int) -> dict[str, Tensor]:
@@ -33,16 +31,16 @@ def marks(sample: Sample, placement: Placement, stride: int) -> dict[str, Tensor
 
     Returns:
         row, place, value (height / 16, width / 16), see `Numbered`; of_shape and of_colour, which of the things of its
-        shape and of its colour a thing is, in the order drawn. mark_boxes: (cells, 5) as of `cells.boxes`, of words
+        shape and of its colour a thing is, in the order drawn. boxes: (cells, 5) as of `cells.boxes`, of words
         and things.
     """
     fine = grid(placement.canvas, MARK_CELL)
     maps = {name: torch.zeros(fine, dtype=torch.long) for name in MARK_CLASSES}
     for box, numbers in (*_numbers(sample.numbered), *_counts(sample)):
         for name, number in numbers.items():
-            paint(maps[name], placement.box_to_normalised(box), min(number, MARK_CLASSES[name] - 1))
-    pieces = [union(glyph.box for glyph in word) for word in words(sample)] + [thing.box for thing in sample.things]
-    return {**maps, BOXES: boxes(pieces, placement, stride)}
+            if number:
+                paint(maps[name], placement.box_to_normalised(box), min(number, MARK_CLASSES[name] - 1))
+    return {**maps, BOXES: boxes(pieces(sample), placement, stride)}
 
 
 def _numbers(pieces: Sequence[Numbered]) -> list[tuple[Box, dict[str, int]]]:

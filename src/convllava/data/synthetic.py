@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from convllava.data.conversation import CAPTION_REQUESTS, encode
+from convllava.data.conversation import CAPTION_REQUESTS, MARKS, encode
 from convllava.data.guidance import CAPTION, guides
 from convllava.data.marks import marks
 from convllava.geometry import Size
@@ -43,16 +42,16 @@ class ChatDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.world.sample(index)
         turns = self.turns(sample)
-        item = encode(self.processor, self.messages(sample, turns))
+        item: dict[str, Any] = encode(self.processor, self.messages(sample, turns))
         if self.guided:
             item |= guides(item, turns, sample, self.processor)
         if self.marked:
             pixels = self.processor.image_processor
             placement = pixels.placement(Size(sample.image.height, sample.image.width))
-            item |= marks(sample, placement, pixels.stride)
+            item[MARKS] = marks(sample, placement, pixels.stride)
         return item
 
     def conversation(self, index: int) -> list[dict[str, Any]]:

@@ -242,9 +242,9 @@ def _point_value(canvas: Canvas, plot: Plot, point: tuple[float, float], text: s
     return canvas.text(text, x, y, plot.face, plot.ink, "m")
 
 
-def _number(canvas: Canvas, data: Data, marks: Sequence[Region], shown: Sequence[Region | None]) -> None:
+def _number(canvas: Canvas, data: Data, pieces: Sequence[Region], shown: Sequence[Region | None]) -> None:
     """Number a chart's bars or points, with their values, and these where they are printed."""
-    for place, (value, *regions) in enumerate(zip(data.values, marks, shown, strict=True), start=1):
+    for place, (value, *regions) in enumerate(zip(data.values, pieces, shown, strict=True), start=1):
         for region in filter(None, regions):
             canvas.number(region, place=place, value=value)
 
@@ -256,11 +256,11 @@ def _caption(kind: str, data: Data) -> str:
 
 
 def _drafts(
-    rng: random.Random, data: Data, piece: str, marks: Sequence[Region], shown: Sequence[Region | None]
+    rng: random.Random, data: Data, piece: str, pieces: Sequence[Region], shown: Sequence[Region | None]
 ) -> list[Draft]:
     """Values of labels, and the extremes where only one label has them; read where they are printed, else from the
     bars or points."""
-    read = [mark if text is None else text for mark, text in zip(marks, shown, strict=True)]
+    read = [mark if text is None else text for mark, text in zip(pieces, shown, strict=True)]
     drafts = [
         ask(rng, "chart.value", str(value), label=label).read_from(region)
         for label, value, region in zip(data.labels, data.values, read, strict=True)
@@ -271,7 +271,8 @@ def _drafts(
     )
     for place, key, pick in extremes:
         extreme = pick(data.values)
-        drafts.append(ask(rng, f"chart.{key}", str(extreme)).read_from(read[data.values.index(extreme)]))
+        places = [region for value, region in zip(data.values, read, strict=True) if value == extreme]
+        drafts.append(ask(rng, f"chart.{key}", str(extreme)).read_from(*places))
         if data.values.count(extreme) == 1:
             drafts.append(ask(rng, f"chart.{piece}_{place}", data.labels[data.values.index(extreme)]))
     return drafts + ([ask(rng, "chart.title", data.title)] if data.title else [])

@@ -80,8 +80,8 @@ class Sample:
     """One generated picture with everything that is known about it.
 
     `image` is RGB; every box is in its pixels. `caption` describes the picture or transcribes it in reading
-    order. `layout` holds the discrete choices of arrangement and `fonts` the font families, both of which the
-    splits keep apart.
+    order. `numbered` are the pieces that questions name by a number, or count. `layout` holds the discrete choices of
+    arrangement and `fonts` the font families, both of which the splits keep apart.
     """
 
     index: int

@@ -11,7 +11,7 @@ positions of the two layers, because attention that returns all its weights take
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,15 +34,15 @@ class Guidance:
     Args:
         layers: Kind of guide (see `convllava.data.conversation.GUIDES`) -> the layer that is guided.
         guides: Kind -> (pairs, 3): sequence of the batch, position, a position that it should look at.
-        marks: What heads on visual tokens are asked for (see `training.marks`), if anything.
+        marks: What heads on the visual tokens of each page are asked for (see `training.marks`), if anything.
     """
 
     def __init__(
-        self, layers: Mapping[str, int], guides: Mapping[str, Tensor], marks: Mapping[str, list[Tensor]] | None = None
+        self, layers: Mapping[str, int], guides: Mapping[str, Tensor], marks: Sequence[Mapping[str, Tensor]] = ()
     ) -> None:
         self.layers = dict(layers)
         self.guides = {kind: guides[kind] for kind in layers}
-        self.marks = marks or {}
+        self.marks = marks
         self.shares: dict[str, Tensor] = {}
 
     def loss(self, kind: str, weights: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from convllava.training.adapting import check_adaptable
 from convllava.training.attention import check_attention
 from convllava.training.beginning import check_pixels
 from convllava.training.inputs import make_world, missing_files
+from convllava.training.marks import detach_heads
 from convllava.training.parts import freeze_all_but
 from convllava.training.processes import process_count
 from convllava.training.recipe import Recipe, Stage
@@ -82,7 +83,10 @@ def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, process
         InputError: names the part.
     """
     if stage.adapter is None:
-        trained_module(stage, model, processor)
+        try:
+            trained_module(stage, model, processor)
+        finally:
+            detach_heads(model)
         return
     check_adaptable(stage)
     freeze_all_but(model, stage.trains)

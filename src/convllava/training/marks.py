@@ -1,15 +1,18 @@
-"""Heads, thrown away after a stage, that ask the language model's lower half what the pieces of a page are numbers of.
+"""Heads, thrown away after a stage, that ask the language model's lower layers what pieces of a page are numbers of.
 
 To answer "Which word is the second on line 3?" a model has to know of each word its line and its number in it. Nothing
-printed says so: it follows from all that stands before, which a visual token sees of the ones before it in the language
-model, and little of in the tower. A model from nothing finds that out from answers after very many of them; asked at
-every visual token (`data.marks`), it does in hundreds of steps. Attention that is told where an answer stands
+printed says so: it follows from what stands before, most of which a visual token sees in the ones before it in the
+language model, and less of in the tower. Answers alone teach that after very many of them. Asked for it at every visual
+token (`data.marks`) a model learns lines, the words of a line and boxes in hundreds of steps; which of the things of
+its colour a thing is, and what a chart shows there, it did not. Attention that is told where an answer stands
 (`training.attention`) then has something to find it by.
+
+The heads begin as zeros, so that they ask nothing of the model before they have learnt something themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,23 +40,29 @@ class MarkHeads(nn.Module):
         self.side = stride // MARK_CELL
         self.norm = nn.LayerNorm(width)
         self.maps = nn.ModuleDict(
-            {name: nn.Linear(width, self.side**2 * classes) for name, classes in MARK_CLASSES.items()}
+            {name: _zero_head(width, self.side**2 * classes) for name, classes in MARK_CLASSES.items()}
         )
-        self.box = nn.Linear(width, 4)
+        self.box = _zero_head(width, 4)
 
-    def forward(self, tokens: Tensor, marks: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, marks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Hidden states (visual tokens, width) of a batch and what `data.marks.marks` gives of each page -> loss, the
         accuracy of each map over the cells that have a number, and the mean error of boxes in cells."""
         tokens = self.norm(tokens)
         outputs: dict[str, Tensor] = {}
-        labels = {name: torch.cat([cells(item, self.side) for item in marks[name]]) for name in MARK_CLASSES}
+        labels = {name: torch.cat([cells(page[name], self.side) for page in marks]) for name in MARK_CLASSES}
         losses = [
             judge(name, self.maps[name](tokens), labels[name], outputs, classes)
             for name, classes in MARK_CLASSES.items()
         ]
-        counts = [item.numel() // self.side**2 for item in marks["row"]]
-        losses.append(box_loss(self.box(tokens), numbered(marks[BOXES], counts), outputs))
+        counts = [page["row"].numel() // self.side**2 for page in marks]
+        losses.append(box_loss(self.box(tokens), numbered([page[BOXES] for page in marks], counts), outputs))
         return {"loss": torch.stack(losses).sum(), **outputs}
+
+
+def _zero_head(width: int, outputs: int) -> nn.Linear:
+    head = nn.Linear(width, outputs)
+    nn.init.zeros_(head.weight)
+    return head
 
 
 def attach_heads(model: Any) -> None:
@@ -82,10 +91,10 @@ def _tell(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs:
     return {"logits": outputs.logits, "marks": told}  # its own class has no other fields
 
 
-def _visual(model: Any, inputs: Mapping[str, Any], marks: Mapping[str, list[Tensor]]) -> Tensor:
+def _visual(model: Any, inputs: Mapping[str, Any], marks: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """The positions of the visual tokens in the flattened batch; what separates rows is none."""
     places = (inputs["input_ids"] == model.config.image_token_id).flatten().nonzero()[:, 0]
     side = model.head.side
-    shapes = [(item.shape[0] // side, item.shape[1] // side) for item in marks["row"]]
+    shapes = [tuple(length // side for length in page["row"].shape) for page in marks]
     kept = [F.pad(torch.ones(shape, dtype=torch.bool), (0, int(model.config.row_separator))) for shape in shapes]
     return places[torch.cat([item.flatten() for item in kept]).to(places.device)]

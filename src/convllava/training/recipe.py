@@ -138,7 +138,8 @@ class Stage:
     steps: int | None = None
     """Optimiser steps."""
     trains: dict[str, float] = field(default_factory=dict)
-    """Part -> peak learning rate. Parts: stem, stage1, stage2 ..., projector, language_model. Others are frozen."""
+    """Part -> peak learning rate. Parts: stem, stage1, stage2 ..., projector, language_model, and
+    head, of the objectives dense and align and with marks. Others are frozen."""
     data: Data = field(default_factory=Data)
     """What the stage sees."""
     objective: Objective = "chat"
@@ -185,8 +186,8 @@ class Stage:
     """Weight of the loss that asks the language model's attention to look where an answer stands and at what a question
     names."""
     marks: float = 0.0
-    """Weight of the loss that asks, through heads that are thrown away, the language model's lower half at each visual
-    token which line, word, bar ... stands there, and its box; `trains` then has the part `head`."""
+    """Weight of the loss that asks, through heads that are thrown away, the language model's lower layers at each
+    visual token which line, word, bar ... stands there, and its box; `trains` then has the part `head`."""
     questions: float = 0.0
     """Weight of the loss of all text that is no answer: a language model from nothing learns to read from what
     questions name of the page, too."""
@@ -253,6 +254,10 @@ class Stage:
         yield (
             self.marks > 0 and "head" not in self.trains,
             "marks are learnt by a head, which trains needs with its learning rate, such as head: 1.0e-3",
+        )
+        yield (
+            chat and self.marks == 0 and "head" in self.trains,
+            "of the objective chat only a stage with marks has a head; take it out of trains",
         )
         yield self.packing and (not chat or self.guidance > 0), "packing is for the objective chat without guidance"
         yield (

@@ -9,15 +9,14 @@ from convllava.processing import ConvLlavaProcessor
 from convllava.training.adapting import attach
 from convllava.training.alignment import Alignment, vocabulary_of
 from convllava.training.dense import DensePretraining
-from convllava.training.marks import attach_heads, detach_heads
+from convllava.training.marks import attach_heads
 from convllava.training.parts import freeze_all_but
 from convllava.training.recipe import Stage
 
 
 def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
-    """What the Trainer trains, frozen where it does not: the model, or parts of it under heads that are thrown away,
-    or adapters beside it."""
-    detach_heads(model)  # of a stage that was only tried
+    """What the Trainer trains, frozen where it does not: the model, where it learns marks with heads that are thrown
+    away, or parts of it under such heads, or adapters beside it."""
     if stage.adapter is not None:
         return attach(model, stage)
     trained: nn.Module = model

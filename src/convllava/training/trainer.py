@@ -19,8 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from convllava.configuration import ConvLlavaConfig
 from convllava.data.cells import ACCURACIES
-from convllava.data.conversation import GUIDES, SKIPPED, lengths_of
-from convllava.data.marks import MARKS
+from convllava.data.conversation import GUIDES, MARKS, SKIPPED, lengths_of
 from convllava.errors import InputError
 from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
@@ -193,7 +192,7 @@ class StageTrainer(Trainer):
     def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
         """Take the guides out of the batch and put into it what records where attention looks."""
         found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}  # of a world's samples, all
-        marks = {name: inputs.pop(name) for name in MARKS if name in inputs}
+        marks = inputs.pop(MARKS, ())
         if not self.stage.guidance or not self.trained.training:
             return None
         inputs["guidance"] = Guidance(self.guided_layers, found, marks)
