@@ -260,7 +260,7 @@ def _drafts(
 ) -> list[Draft]:
     """Values of labels, and the extremes where only one label has them; read where they are printed, else from the
     bars or points."""
-    read = [mark if text is None else text for mark, text in zip(pieces, shown, strict=True)]
+    read = [drawn if text is None else text for drawn, text in zip(pieces, shown, strict=True)]
     drafts = [
         ask(rng, "chart.value", str(value), label=label).read_from(region)
         for label, value, region in zip(data.labels, data.values, read, strict=True)
@@ -271,8 +271,8 @@ def _drafts(
     )
     for place, key, pick in extremes:
         extreme = pick(data.values)
-        places = [region for value, region in zip(data.values, read, strict=True) if value == extreme]
-        drafts.append(ask(rng, f"chart.{key}", str(extreme)).read_from(*places))
+        extremes_at = [region for value, region in zip(data.values, read, strict=True) if value == extreme]
+        drafts.append(ask(rng, f"chart.{key}", str(extreme)).read_from(*extremes_at))
         if data.values.count(extreme) == 1:
             drafts.append(ask(rng, f"chart.{piece}_{place}", data.labels[data.values.index(extreme)]))
     return drafts + ([ask(rng, "chart.title", data.title)] if data.title else [])
