@@ -24,6 +24,7 @@ _VALUE_STEP = 5
 MARK_CLASSES = {"row": 10, "place": 10, "value": 21, "of_shape": 8, "of_colour": 8}
 """Classes of each map, 0 being none; larger numbers are told as the last class."""
 BOXES = "boxes"
+"""What the boxes of a page's words and things are called beside its maps."""
 
 
 def marks(sample: Sample, placement: Placement, stride: int) -> dict[str, Tensor]:
