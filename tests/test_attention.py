@@ -13,6 +13,7 @@ from convllava.data.conversation import GUIDES, collate
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World, closed_vocabulary
+from convllava.training import attention
 from convllava.training.attention import Guidance, check_attention, guide_attention, guided_layers
 from convllava.training.losses import answer_weights
 from convllava.training.recipe import Stage
@@ -105,3 +106,20 @@ def test_pointing_teaches_attention_to_look_there():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_under_autocast_attention_runs_in_full_precision(monkeypatch):
+    model, processor = parts()
+    guide_attention(model)
+    batch, guides, _ = guided_batch(processor)
+    expected = model(**batch).logits
+    seen, attend = [], attention.sdpa_attention_forward
+    monkeypatch.setattr(
+        attention,
+        "sdpa_attention_forward",
+        lambda module, query, *a, **k: seen.append(query.dtype) or attend(module, query, *a, **k),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**batch, guidance=Guidance({"answer": 1}, guides)).logits
+    assert seen == [torch.float32] * 2
+    assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99

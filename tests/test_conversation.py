@@ -10,6 +10,7 @@ from conftest import fresh
 from training_runs import CHAT, DATA, log, recipe
 
 from convllava.data.conversation import IGNORE, collate, encode, lengths_of, pack
+from convllava.data.guidance import answer_spans
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World
@@ -44,6 +45,43 @@ def test_batched_loss_equals_the_mean_over_all_supervised_tokens():
     totals = [(model(**collate([item], 0)).loss, int((item["labels"][1:] != IGNORE).sum())) for item in items]
     expected = sum(loss * count for loss, count in totals) / sum(count for _, count in totals)
     torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_longer_padding_changes_no_loss():
+    model, processor = fresh()
+    items, pad = mixed_items(processor), processor.tokenizer.pad_token_id
+    padded = collate(items, pad, multiple=64)
+    assert padded["input_ids"].shape[1] % 64 == 0
+    assert padded["input_ids"].shape[1] - collate(items, pad)["input_ids"].shape[1] in range(64)
+    torch.testing.assert_close(model(**padded).loss, model(**collate(items, pad)).loss, atol=1e-5, rtol=0)
+
+
+def test_casual_questions_have_the_same_answers_and_guides():
+    _, processor = fresh()
+    world = World(size=128, simple=True)
+    formal, casual = (ChatDataset(world, processor, 8, captions=0.5, casual=share, guided=True) for share in (0.0, 1.0))
+    openings = set()
+    for index in range(8):
+        asked = list(zip(formal.turns(world.sample(index)), casual.turns(world.sample(index)), strict=True))
+        for turn, other in asked:
+            opening, same, rest = other.question.partition(turn.question)
+            assert (same and opening and not rest) or other.question == turn.question.lower().rstrip("?.")
+            openings.add(opening if same else "")
+        assert [turn.answer for turn, _ in asked] == [other.answer for _, other in asked]
+        spans = [answer_spans(dataset[index]["labels"]) for dataset in (formal, casual)]
+        places = [
+            [
+                sorted(
+                    place
+                    for position, place in dataset[index]["answer_guides"].tolist()
+                    if start - 1 <= position < stop
+                )
+                for start, stop in found
+            ]
+            for dataset, found in zip((formal, casual), spans, strict=True)
+        ]
+        assert places[0] == places[1]
+    assert len(openings) > 2
 
 
 def mixed_items(processor):

@@ -82,3 +82,16 @@ def test_our_own_gradient_is_taken_where_the_weight_trains(monkeypatch):
     monkeypatch.setattr(depthwise, "weight_gradient", lambda *a: calls.append(1) or original(*a))
     gradients(DepthwiseConv2d(4, 7), torch.randn(1, 4, 8, 8))
     assert calls == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_runs_in_full_precision(dtype):
+    layer = DepthwiseConv2d(4, 7)
+    maps = torch.randn(2, 4, 8, 12).to(dtype)
+    expected = gradients(layer, maps.float())
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(maps).dtype == torch.float32
+        found = gradients(layer, maps)
+    for name in range(len(expected)):
+        torch.testing.assert_close(found[name], expected[name].to(found[name].dtype))

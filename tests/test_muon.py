@@ -101,3 +101,10 @@ def test_the_dearest_matrices_are_spread_first():
     assert owners[1] != owners[3]
     costs = [sum(max(s) * min(s) ** 2 for s, o in zip(shapes, owners, strict=True) if o == rank) for rank in (0, 1)]
     assert max(costs) - min(costs) <= max(max(s) * min(s) ** 2 for s in shapes)
+
+
+def test_in_bfloat16_steps_point_the_same_way():
+    matrix = torch.randn(48, 96)
+    full, low = orthogonalise(matrix), orthogonalise(matrix, torch.bfloat16)
+    assert low.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(full.flatten(), low.flatten(), dim=0) > 0.999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from convllava.errors import InputError
 from convllava.processing import ConvLlavaProcessor
@@ -55,18 +55,21 @@ def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dic
     return item | images
 
 
-def collate(items: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+def collate(items: list[dict[str, Any]], pad_token_id: int, multiple: int = 1) -> dict[str, Any]:
     """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing.
+
+    Its length is a multiple of `multiple`, so that batches have few different ones.
 
     Guides (see `guidance.guides`) become (pairs, 3): sequence of the batch, position, position to look at; marks (see
     `marks.marks`) a list.
     """
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    length = multiple * math.ceil(int(lengths.max()) / multiple)
     batch: dict[str, Any] = {
-        "input_ids": pad_sequence([item["input_ids"] for item in items], batch_first=True, padding_value=pad_token_id),
-        "labels": pad_sequence([item["labels"] for item in items], batch_first=True, padding_value=IGNORE),
+        name: torch.stack([F.pad(item[name], (0, length - len(item[name])), value=padding) for item in items])
+        for name, padding in (("input_ids", pad_token_id), ("labels", IGNORE))
     }
-    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
     for name in (f"{kind}_guides" for kind in GUIDES):
         if name in items[0]:
             batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])

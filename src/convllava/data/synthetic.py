@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -16,13 +17,23 @@ from convllava.synthetic import Sample, Turn, World
 
 _CAPTION_FIRST = 0.25
 """Share of the captions that are asked for before anything else, as people do."""
+_OPENINGS = (
+    "Hello!",
+    "Look at the page.",
+    "One question:",
+    "I would like to know:",
+    "From the picture:",
+    "Can you answer this?",
+    "Answer in one word or number:",
+)
+"""What people write before a question."""
 
 
 class ChatDataset(Dataset):
     """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
 
     Items are those of `conversation.encode`; with `guided`, also the guides of `guidance.guides`, and with `marked`
-    the marks of `marks.marks`.
+    the marks of `marks.marks`. A share `casual` of the questions is asked as people ask, see `casually`.
     """
 
     def __init__(
@@ -32,12 +43,14 @@ class ChatDataset(Dataset):
         length: int,
         *,
         captions: float = 1.0,
+        casual: float = 0.0,
         images: bool = True,
         guided: bool = False,
         marked: bool = False,
     ) -> None:
         self.world, self.processor, self.length = world, processor, length
-        self.captions, self.images, self.guided, self.marked = captions, images, guided, marked
+        self.captions, self.casual, self.images = captions, casual, images
+        self.guided, self.marked = guided, marked
 
     def __len__(self) -> int:
         return self.length
@@ -67,6 +80,8 @@ class ChatDataset(Dataset):
         if not turns or draw.random() < self.captions:
             place = 0 if draw.random() < _CAPTION_FIRST else len(turns)
             turns.insert(place, Turn(CAPTION, draw.choice(CAPTION_REQUESTS), sample.caption))
+        if self.casual:
+            turns = [casually(turn, draw) if draw.random() < self.casual else turn for turn in turns]
         return turns
 
     def messages(self, sample: Sample, turns: list[Turn]) -> list[dict[str, Any]]:
@@ -78,3 +93,10 @@ class ChatDataset(Dataset):
         if self.images:
             messages[0]["content"].insert(0, {"type": "image", "image": sample.image})
         return messages
+
+
+def casually(turn: Turn, draw: random.Random) -> Turn:
+    """The same question without capitals and question mark, or behind other words; its answer stays."""
+    if draw.random() < 0.5:
+        return replace(turn, question=turn.question.lower().rstrip("?."))
+    return replace(turn, question=f"{draw.choice(_OPENINGS)} {turn.question}")

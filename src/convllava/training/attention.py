@@ -122,7 +122,11 @@ def _attend(
         for kind, layer in guidance.layers.items():
             if layer == getattr(module, "layer_idx", None):
                 guidance.shares[kind] = shares_of(query, key, guidance.guides[kind], kwargs["scaling"])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if not torch.is_autocast_enabled("cpu"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    with torch.autocast("cpu", enabled=False):  # the gradient of torch's attention in bfloat16 takes longer on a CPU
+        query, key, value = query.float(), key.float(), value.float()
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def shares_of(query: Tensor, key: Tensor, guides: Tensor, scaling: float) -> Tensor:

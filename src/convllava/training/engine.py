@@ -11,6 +11,7 @@ is complete. A stage in progress keeps `.1-NAME.progress/checkpoint-STEP/`, from
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         observe(trainer, stage, index, folder, bar, Assistant(model, processor))
     if stage.guidance:
         guide_attention(model)
+    # oneDNN's own 1024 are used up in ten steps of pages of mixed shapes, and each has to be made anew.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
         if not has_stopped(stage, checkpoint):

@@ -24,6 +24,9 @@ from convllava.errors import InputError
 from convllava.synthetic import World
 from convllava.training.recipe import Data, Recipe, Source, Stage
 
+_LENGTHS = 32
+"""Rows of padded samples are as long as a multiple of this where they are computed in bfloat16: a CPU makes its kernels
+anew for every length, which takes about as long as a layer does."""
 Question = tuple[list[dict[str, Any]], str]
 """A conversation up to its first answer, and that answer."""
 
@@ -59,6 +62,7 @@ def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int
         processor,
         length,
         captions=data.captions,
+        casual=data.casual,
         images=data.images,
         guided=stage.guidance > 0,
         marked=stage.marks > 0,
@@ -133,7 +137,9 @@ def make_collator(stage: Stage, processor: Any) -> Collator:
     """Makes a batch of a list of a dataset's items, each of which may be a whole pass."""
     if stage.objective != "chat":
         return collate_dense
-    collator: Collator = pack if stage.packing else partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    multiple = _LENGTHS if stage.precision == "bfloat16" else 1
+    padded = partial(collate, pad_token_id=processor.tokenizer.pad_token_id, multiple=multiple)
+    collator: Collator = pack if stage.packing else padded
     return collator if stage.budget is None else partial(_of_passes, collator)
 
 

@@ -1,8 +1,8 @@
 """Muon: momentum whose every step is made orthogonal, for the matrices inside a network; AdamW for everything else.
 
 On two cores the dense stage reaches a loss with it in about two thirds of the time that AdamW needs. torch.optim.Muon
-orthogonalises in bfloat16, which a CPU without bfloat16 arithmetic emulates so slowly that nothing is won; this one
-works in the weights' own precision, and keeps both kinds of parameters in one optimiser, as the Trainer wants.
+orthogonalises in bfloat16 always, which a CPU without bfloat16 arithmetic emulates so slowly that nothing is won; this
+one does it in the precision of the stage, and keeps both kinds of parameters in one optimiser, as the Trainer wants.
 
 Muon: Keller Jordan et al., 2024. Its steps are scaled to a root mean square of one, as AdamW's first steps have, so
 that one learning rate serves a part's matrices and vectors (arXiv 2502.16982, section 2.2, with 1 in place of 0.2).
@@ -21,25 +21,25 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """The (rows, columns) matrix with its singular values moved near one, by Newton-Schulz iteration."""
+def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """The (rows, columns) matrix with its singular values moved near one, by Newton-Schulz iteration in a precision."""
     a, b, c = _QUINTIC
-    x = matrix / (matrix.norm() + 1e-7)
+    x = (matrix / (matrix.norm() + 1e-7)).to(precision)
     if tall := x.shape[0] > x.shape[1]:
         x = x.T
     for _ in range(_ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
-def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalise_all(matrices: Sequence[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
     """The matrices, each orthogonalised; where several processes have the same ones, each does its share for all."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [orthogonalise(matrix) for matrix in matrices]
+        return [orthogonalise(matrix, precision) for matrix in matrices]
     owners, rank = owners_of(matrices, dist.get_world_size()), dist.get_rank()
     found = [
-        orthogonalise(matrix) if owner == rank else torch.zeros_like(matrix)
+        orthogonalise(matrix, precision) if owner == rank else torch.zeros_like(matrix)
         for matrix, owner in zip(matrices, owners, strict=True)
     ]
     together = torch.cat([matrix.flatten() for matrix in found])
@@ -65,9 +65,16 @@ class Muon(torch.optim.Optimizer):
         groups: Parameter groups with `lr` and `weight_decay`; those of Muon hold parameters of two or more dimensions,
             which count as (first, all the rest).
         betas: AdamW's; the first is Muon's momentum too.
+        precision: In which matrices are made orthogonal; all else stays in the weights' own.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.95, 0.98)) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        betas: tuple[float, float] = (0.95, 0.98),
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.precision = precision
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "betas": betas, "eps": 1e-8, "muon": False})
 
     @torch.no_grad()
@@ -85,7 +92,7 @@ class Muon(torch.optim.Optimizer):
         momenta = [self._momentum(parameter, group["betas"][0]).flatten(1) for parameter in parameters]
         return [
             (direction * max(direction.shape) ** 0.5).view_as(parameter)
-            for parameter, direction in zip(parameters, orthogonalise_all(momenta), strict=True)
+            for parameter, direction in zip(parameters, orthogonalise_all(momenta, self.precision), strict=True)
         ]
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:

@@ -132,10 +132,12 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            is_muon = self.stage.optimizer == "muon"
             groups = parameter_groups(self.trained, self.stage)
-            betas = (0.95 if is_muon else 0.9, self.stage.adam_beta2)
-            self.optimizer = Muon(groups, betas=betas) if is_muon else torch.optim.AdamW(groups, betas=betas)
+            precision = getattr(torch, self.stage.precision)
+            if self.stage.optimizer == "muon":
+                self.optimizer = Muon(groups, (0.95, self.stage.adam_beta2), precision)
+            else:
+                self.optimizer = torch.optim.AdamW(groups, betas=(0.9, self.stage.adam_beta2))
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:

@@ -32,21 +32,25 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def _is_ours_faster(maps: Tensor, weight: Tensor) -> bool:
-    """Where the weight trains on a CPU in full precision, and nothing traces: a compiler would unroll the rows."""
+    """Where a weight in full precision trains on a CPU, and nothing traces: a compiler would unroll the rows."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    trains = torch.is_grad_enabled() and weight.requires_grad and not torch.is_autocast_enabled("cpu")
-    plain = type(weight) is nn.Parameter and maps.device.type == "cpu" and maps.dtype == weight.dtype == torch.float32
-    return trains and plain and not traced
+    trains = torch.is_grad_enabled() and weight.requires_grad
+    full = weight.dtype == torch.float32 and (maps.dtype == torch.float32 or torch.is_autocast_enabled("cpu"))
+    return trains and full and type(weight) is nn.Parameter and maps.device.type == "cpu" and not traced
 
 
 class _Depthwise(torch.autograd.Function):
+    """In full precision under autocast too: torch's gradient in bfloat16 takes as long as its gradient in float32."""
+
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(maps, weight)
         return F.conv2d(maps, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
     @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         maps, weight = ctx.saved_tensors
         size = weight.shape[-1]

@@ -32,10 +32,11 @@ def join(parts: list[Tensor]) -> Tensor:
 
 
 def patches(maps: Tensor, side: int) -> Tensor:
-    """(images, height, width, channels) -> (patches, channels * side * side), channels first as in a Conv2d weight."""
+    """(images, height, width, channels) -> (patches, side * side * channels): by row, column, channel, in which a patch
+    lies in memory in runs; one by channel, as a Conv2d's weight lies, takes many times as long to gather."""
     images, height, width, channels = maps.shape
     tiles = maps.view(images, height // side, side, width // side, side, channels)
-    return tiles.permute(0, 1, 3, 5, 2, 4).reshape(-1, channels * side * side)
+    return tiles.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side * channels)
 
 
 def as_linear(convolution: Any, matrix: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def as_linear(convolution: Any, matrix: Tensor) -> Tensor:
 
     Any module with such a weight and bias will do: engines put classes of their own in the place of Conv2d.
     """
-    return F.linear(matrix, convolution.weight.flatten(1), convolution.bias)
+    return F.linear(matrix, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
 def halve(grids: Grids) -> Grids:
