@@ -282,7 +282,7 @@ def _write(image: Image.Image, values: NDArray[np.float32], canvas: NDArray[np.f
     """Look the image's (height, width, 3) bytes up into the top left corner of a (3, height, width) array."""
     pixels = np.asarray(image)
     for channel, table in enumerate(values):
-        canvas[channel, : image.height, : image.width] = table[pixels[..., channel]]
+        canvas[channel, : image.height, : image.width] = table.take(pixels[..., channel])  # half the time of table[...]
 
 
 def _flatten(images: Any) -> Iterator[Any]:

@@ -45,7 +45,7 @@ def _row(model: Any, parts: Sequence[str], items: list[Any], folder: Path, repea
     freeze_all_but(model, parts)
     tower, store = model.model.vision_tower, FeatureStore(folder, float("inf"))
     count = frozen_stages(Stage("bench", 1, dict.fromkeys(parts, 1e-3)), tower.config.num_stages)
-    kept = _reading(model, items, FrozenStages(tower, count, store))
+    kept = _reading(model, items, FrozenStages(tower, count, tower.dtype, store), store)
     # The first call, which does not count, computes the features and keeps them.
     seconds = side_by_side({"run": step_of(model, pack(items)), "kept": kept}, repeats)
     sizes = [path.stat().st_size for path in folder.rglob("*.safetensors")]
@@ -58,8 +58,8 @@ def _row(model: Any, parts: Sequence[str], items: list[Any], folder: Path, repea
     }
 
 
-def _reading(model: Any, items: list[Any], frozen: FrozenStages) -> Work:
-    collate = LookUp(pack, frozen.store)
+def _reading(model: Any, items: list[Any], frozen: FrozenStages, store: FeatureStore) -> Work:
+    collate = LookUp(pack, store)
 
     def run() -> None:
         step_of(model, frozen.encoded(collate(items)))()

@@ -1,9 +1,12 @@
-"""A step of training on pages of mixed shapes: at their own shapes and packed, beside padded squares and rows."""
+"""A step of training on pages of mixed shapes: at their own shapes and packed, beside padded squares and rows; and with
+its products in bfloat16."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
 
 from convllava.bench.suites import Row
 from convllava.bench.timing import Work, side_by_side
@@ -23,7 +26,8 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
     """Forward and backward of tower, projector and language model on the same pages, ours and as is usual.
 
     Ours keeps every page as it is and lays the sequences end to end. The baseline pads every page to one square, the
-    smallest in which none is shrunk, and every sequence to the longest. `side` is the root of the pages' area.
+    smallest in which none is shrunk, and every sequence to the longest. `side` is the root of the pages' area. A third
+    step is ours as `precision: bfloat16` computes it.
     """
     for name in names:
         for side in sides:
@@ -35,7 +39,8 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
             ours = pack(items_of(name, language, world, NATIVE))
             squares = items_of(name, language, world, {"mode": "square", "side": square})
             padded = collate(squares, processor.tokenizer.pad_token_id)
-            seconds = side_by_side({"ours": step_of(model, ours), "padded": step_of(model, padded)}, repeats)
+            works = {"ours": step_of(model, ours), "padded": step_of(model, padded)}
+            seconds = side_by_side({**works, "bfloat16": step_of(model, ours, low=True)}, repeats)
             yield {
                 "tower": name,
                 "side": side,
@@ -43,6 +48,7 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
                 "seconds": round(seconds["ours"], 3),
                 "padded_seconds": round(seconds["padded"], 3),
                 "ratio": round(seconds["ours"] / seconds["padded"], 3),
+                "bfloat16_ratio": round(seconds["bfloat16"] / seconds["ours"], 3),
                 "pixels": pixels_of(ours),
                 "padded_pixels": pixels_of(padded),
                 "useful_tokens": round(sum(lengths_of(ours)) / ours["input_ids"].numel(), 3),
@@ -65,9 +71,11 @@ def pixels_of(batch: dict[str, Any]) -> int:
     return sum(image.shape[1] * image.shape[2] for image in batch.get("pixel_values", ()))
 
 
-def step_of(model: Any, batch: dict[str, Any]) -> Work:
+def step_of(model: Any, batch: dict[str, Any], low: bool = False) -> Work:
     def run() -> None:
-        model(**batch).loss.backward()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+            loss = model(**batch).loss
+        loss.backward()
         model.zero_grad()
 
     return run

@@ -48,10 +48,13 @@ class Page:
     def __init__(self, sample: Sample, placement: Placement, stride: int) -> None:
         self.sample, self.placement, self.grid = sample, placement, grid(placement.canvas, stride)
         self.printed = "".join(glyph.char for glyph in sample.glyphs)
+        self._cells: dict[Box, Cells] = {}
 
     def cells(self, box: Box) -> Cells:
         """The cells under a box in pixels of the image."""
-        return frozenset(cells_under(self.placement.box_to_normalised(box), self.grid))
+        if box not in self._cells:  # most boxes are asked for several times
+            self._cells[box] = frozenset(cells_under(self.placement.box_to_normalised(box), self.grid))
+        return self._cells[box]
 
     def things(self, shapes: Iterable[str], colours: Iterable[str], place: str | None = None) -> Cells:
         """Of every thing that has one of these shapes, one of these colours and this place; nothing named, any."""

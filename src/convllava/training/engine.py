@@ -33,7 +33,7 @@ from convllava.training.attention import guide_attention
 from convllava.training.beginning import start
 from convllava.training.calibration import calibrate
 from convllava.training.checks import check_stages
-from convllava.training.features import LookUp, keep_features
+from convllava.training.features import LookUp, frozen_of
 from convllava.training.held_out import SampleAnswers, callbacks_of, has_stopped
 from convllava.training.inputs import (
     distinct_samples,
@@ -174,9 +174,9 @@ def make_trainer(
         dataset: What it trains on.
     """
     stage, output = recipe.stages[index], folder.parent
-    collator, frozen = make_collator(stage, processor), None
-    if stage.feature_cache_gb:
-        frozen = keep_features(stage, model.model.vision_tower, output)
+    collator = make_collator(stage, processor)
+    frozen = frozen_of(recipe, stage, model.model.vision_tower, output)
+    if frozen is not None and frozen.store is not None:
         collator = LookUp(collator, frozen.store)
     return StageTrainer(
         recipe,

@@ -1,17 +1,19 @@
-"""What the frozen stages of a tower make of each image, kept in files: they run once an image, not once a step.
+"""What the frozen stages of a tower make of each image: without gradients, as for inference; on request kept in files,
+so that they run once an image and not once a step.
 
     RUNS/.cache/features/DIGEST/ab/abcd....safetensors    beside the output folder RUNS/NAME, one file an image
 
-DIGEST is of the frozen weights and of how they run, a file's name of the pixels as the tower gets them. An image runs
-through the frozen stages alone: what is kept of it does not depend on the images that it was with, so a run sees the
-same numbers whatever has been kept before, by itself, by another process or by a run that was killed.
+DIGEST is of the frozen weights and of how they run, a file's name of the pixels as the tower gets them. What is kept of
+an image was made of it alone and does not depend on the images that it was with, so a run sees the same numbers
+whatever has been kept before, by itself, by another process or by a run that was killed.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from torch import Tensor
 
 from convllava.training.inputs import Collator
 from convllava.training.processes import process_count, process_number
-from convllava.training.recipe import Stage
-from convllava.vision import ConvLlavaStageFeatures, ConvLlavaVisionModel
+from convllava.training.recipe import Recipe, Stage
+from convllava.vision import ConvLlavaStageFeatures, ConvLlavaVisionModel, inference
 
 FEATURES = "features"
 """The key under which a batch holds, for each image, its features, or the name of those that are not kept yet."""
@@ -104,24 +106,35 @@ class FrozenStages:
     Args:
         tower: Whose; its later stages may train.
         count: How many.
-        store: Where features are kept.
+        precision: In which they run.
+        store: Where features are kept, if they are.
     """
 
-    def __init__(self, tower: ConvLlavaVisionModel, count: int, store: FeatureStore) -> None:
-        self.tower, self.count, self.store = tower, count, store
+    def __init__(
+        self, tower: ConvLlavaVisionModel, count: int, precision: torch.dtype, store: FeatureStore | None = None
+    ) -> None:
+        self.count, self.store = count, store
+        self.tower = tower if tower.dtype == precision else _beginning(tower, count, precision)
 
     def encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of `LookUp` as the model takes it: `pixel_values` are features, those that were not kept computed."""
+        """A batch, of `LookUp` where features are kept, as the model takes it: its `pixel_values` are features."""
         found = batch.pop(FEATURES, None)
-        if found is None:
+        images = batch.pop("pixel_values", ())
+        if found is not None:
+            features = ConvLlavaStageFeatures.of_maps(list(self._maps(found, iter(images))), self.count)
+        elif len(images):
+            features = self.tower.begin(list(images), self.count)
+        else:
             return batch
-        images = iter(batch.pop("pixel_values", ()))
-        maps = [self._of_image(kept, next(images)) if isinstance(kept, str) else kept for kept in found]
-        return batch | {"pixel_values": ConvLlavaStageFeatures.of_maps(maps, self.count)}
+        return batch | {"pixel_values": features}
 
-    @torch.no_grad()
+    def _maps(self, found: Sequence[str | Tensor], images: Iterator[Tensor]) -> Iterator[Tensor]:
+        """(rows, columns, channels) of each image: what was kept of it, or what is made of it now."""
+        for kept in found:
+            yield self._of_image(kept, next(images)) if isinstance(kept, str) else kept
+
     def _of_image(self, name: str, image: Tensor) -> Tensor:
-        """(rows, columns, channels) of an image of (3, height, width)."""
+        assert self.store is not None
         # Batches are loaded ahead: what one was without may have been kept meanwhile.
         if (kept := self.store.read(name)) is not None:
             return kept.to(image.device)
@@ -130,18 +143,36 @@ class FrozenStages:
         return computed
 
 
+def _beginning(tower: ConvLlavaVisionModel, count: int, precision: torch.dtype) -> ConvLlavaVisionModel:
+    """A copy of a tower without its later stages."""
+    beginning = copy.deepcopy(tower)
+    beginning.encoder.stages = beginning.encoder.stages[:count]
+    for parameter in beginning.parameters():
+        parameter.data = parameter.data.to(precision)
+    return beginning
+
+
 def frozen_stages(stage: Stage, stages: int) -> int:
     """How many of a tower's stages come before the first that trains."""
     trained = [int(part.removeprefix("stage")) - 1 for part in stage.trains if part.startswith("stage")]
     return 0 if "stem" in stage.trains else min(trained, default=stages)
 
 
-def keep_features(stage: Stage, tower: ConvLlavaVisionModel, output: Path) -> FrozenStages:
-    """The frozen stages of a tower as a stage's `feature_cache_gb` asks for them."""
-    count = frozen_stages(stage, tower.config.num_stages)
+def frozen_of(recipe: Recipe, stage: Stage, tower: ConvLlavaVisionModel, output: Path) -> FrozenStages | None:
+    """The frozen stages of a tower, where they need not run on the path that trains: on a CPU, whose memory is slow,
+    and where `feature_cache_gb` asks for them to be kept."""
+    count = 0 if stage.objective == "dense" else frozen_stages(stage, tower.config.num_stages)
+    precision = getattr(torch, stage.precision) if tower.device.type == "cpu" else tower.dtype
+    if stage.feature_cache_gb:
+        return FrozenStages(tower, count, precision, _store(stage, tower, count, output))
+    usual = count > 0 and tower.device.type == "cpu" and recipe.sharding == "none" and inference.is_plain(tower)
+    return FrozenStages(tower, count, precision) if usual else None
+
+
+def _store(stage: Stage, tower: ConvLlavaVisionModel, count: int, output: Path) -> FeatureStore:
     folder = output.absolute().parent / ".cache" / "features" / _digest(stage, tower, count)
     used = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    return FrozenStages(tower, count, FeatureStore(folder, (1e9 * stage.feature_cache_gb - used) / process_count()))
+    return FeatureStore(folder, (1e9 * stage.feature_cache_gb - used) / process_count())
 
 
 def name_of(image: Tensor) -> str:
@@ -154,7 +185,7 @@ def name_of(image: Tensor) -> str:
 def _digest(stage: Stage, tower: ConvLlavaVisionModel, count: int) -> str:
     """Of the frozen weights, how many stages they are, what lies between them, and the precision in which they run."""
     config = tower.config
-    settings = (count, stage.precision, tower.dtype, config.hidden_act, config.layer_norm_eps)
+    settings = ("in place", count, stage.precision, tower.dtype, config.hidden_act, config.layer_norm_eps)
     content = hashlib.sha256(repr(settings).encode())
     for name, weight in _frozen(tower, count):
         content.update(f"{name} {tuple(weight.shape)}".encode())

@@ -102,7 +102,7 @@ class StageTrainer(Trainer):
         stage: What trains, at which rates.
         config: Of the whole model, parts of which may train under other heads.
         skips: Takes note of samples that were passed over.
-        frozen: Stages of the tower whose features are kept, if any are.
+        frozen: Stages of the tower that need not run on the path that trains, if any are.
         keywords: As of `Trainer`.
     """
 
@@ -160,8 +160,7 @@ class StageTrainer(Trainer):
         training = self.trained.training
         self.skips.note(skipped, self.state.global_step + training, held_out=not training)
         if self.frozen is not None:
-            with self.accelerator.autocast():  # which else begins in the model's forward
-                inputs = self.frozen.encoded(inputs)
+            inputs = self.frozen.encoded(inputs)
         if self.trained.training:
             self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.

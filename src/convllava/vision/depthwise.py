@@ -51,7 +51,9 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def backward(  # type: ignore[override]  # the decorator forgets the types
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         maps, weight = ctx.saved_tensors
         size = weight.shape[-1]
         of_maps = of_bias = None

@@ -37,7 +37,12 @@ def is_possible(tower: ConvLlavaVisionModel) -> bool:
     no layer that does more than its weights say (adapters, quantisation, hooks such as those that move weights)."""
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not (torch.is_grad_enabled() or autocast or traced) and all(map(_is_plain, tower.modules()))
+    return not (torch.is_grad_enabled() or autocast or traced) and is_plain(tower)
+
+
+def is_plain(tower: ConvLlavaVisionModel) -> bool:
+    """Whether no layer does more than its weights say."""
+    return all(map(_is_plain, tower.modules()))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -46,10 +51,11 @@ def _is_plain(module: nn.Module) -> bool:
     return not hooked and (own or type(module).__module__.startswith(("convllava.vision", "transformers.activations")))
 
 
-def encode(tower: ConvLlavaVisionModel, images: list[Tensor]) -> tuple[Tensor, Grids]:
-    """Whole images of (channels, height, width) -> the last feature maps as one matrix, and their grids."""
+def encode(tower: ConvLlavaVisionModel, images: list[Tensor], stages: int | None = None) -> tuple[Tensor, Grids]:
+    """Whole images of (channels, height, width) -> the feature maps after so many stages, or all, as one matrix, and
+    their grids."""
     pixels, grids = embed(tower, images)
-    for stage in stages_of(tower):
+    for stage in stages_of(tower)[:stages]:
         pixels, grids = downsample(stage, pixels, grids)
         for layer in layers_of(stage):
             block(layer, pixels, grids)

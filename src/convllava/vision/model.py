@@ -184,13 +184,13 @@ class ConvLlavaVisionModel(PreTrainedModel):
         if isinstance(module, ConvLlavaVisionLayer):
             init.constant_(module.layer_scale_parameter, self.config.layer_scale_init_value)
 
+    @torch.no_grad()
     def begin(self, images: list[Tensor], stages: int) -> ConvLlavaStageFeatures:
         """Images of (channels, height, width), whose sides are multiples of the stride, through the stem and the first
-        `stages` stages, on the path that trains."""
-        pixels, grids = self.embeddings([image.to(self.dtype) for image in images])
-        for stage in self.encoder.stages[:stages]:
-            pixels, grids = stage(pixels, grids)
-        return ConvLlavaStageFeatures(pixels, grids, stages)
+        `stages` stages: without gradients, in the tower's own precision, as for inference."""
+        with torch.autocast(self.device.type, enabled=False):
+            images = [image.to(self.device, self.dtype) for image in images]
+            return ConvLlavaStageFeatures(*inference.encode(self, images, stages), stages)
 
     def forward(
         self,
