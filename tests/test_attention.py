@@ -119,7 +119,9 @@ def test_under_autocast_attention_runs_in_full_precision(monkeypatch):
         "sdpa_attention_forward",
         lambda module, query, *a, **k: seen.append(query.dtype) or attend(module, query, *a, **k),
     )
+    guidance = Guidance({"answer": 1}, guides)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(**batch, guidance=Guidance({"answer": 1}, guides)).logits
+        found = model(**batch, guidance=guidance).logits
+    assert guidance.shares["answer"].dtype == torch.float32
     assert seen == [torch.float32] * 2
     assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99

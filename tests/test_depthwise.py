@@ -89,9 +89,13 @@ def test_under_autocast_it_runs_in_full_precision(dtype):
     layer = DepthwiseConv2d(4, 7)
     maps = torch.randn(2, 4, 8, 12).to(dtype)
     expected = gradients(layer, maps.float())
-    layer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(maps).dtype == torch.float32
-        found = gradients(layer, maps)
-    for name in range(len(expected)):
-        torch.testing.assert_close(found[name], expected[name].to(found[name].dtype))
+        with torch.no_grad():
+            held_out = layer(maps)
+        found = layer(maps.requires_grad_())
+    assert held_out.equal(found)
+    assert found.dtype == torch.float32
+    layer.zero_grad()
+    found.sin().sum().backward()
+    for own, other in zip([maps.grad, layer.weight.grad, layer.bias.grad], expected, strict=True):
+        torch.testing.assert_close(own, other.to(own.dtype))

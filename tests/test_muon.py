@@ -107,4 +107,5 @@ def test_in_bfloat16_steps_point_the_same_way():
     matrix = torch.randn(48, 96)
     full, low = orthogonalise(matrix), orthogonalise(matrix, torch.bfloat16)
     assert low.dtype == torch.float32
+    assert not low.equal(full)
     assert torch.nn.functional.cosine_similarity(full.flatten(), low.flatten(), dim=0) > 0.999

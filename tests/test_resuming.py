@@ -18,6 +18,7 @@ from training_runs import (
     CHAT,
     DENSE,
     GUIDED,
+    LOW,
     MARKED,
     ONE,
     TWO,
@@ -35,7 +36,7 @@ from convllava.training import engine
 from convllava.training.recipe import Adapter, Evaluation, load_recipe
 
 
-@pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, MARKED], ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, MARKED, LOW], ids=lambda stage: stage.name)
 def test_resumed_equals_uninterrupted(tmp_path, stage):
     plan = recipe(stage, save_every=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -18,13 +18,12 @@ from convllava.synthetic import Sample, Turn, World
 _CAPTION_FIRST = 0.25
 """Share of the captions that are asked for before anything else, as people do."""
 _OPENINGS = (
-    "Hello!",
     "Look at the page.",
     "One question:",
     "I would like to know:",
     "From the picture:",
     "Can you answer this?",
-    "Answer in one word or number:",
+    "Read the page and say:",
 )
 """What people write before a question."""
 
@@ -33,7 +32,8 @@ class ChatDataset(Dataset):
     """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
 
     Items are those of `conversation.encode`; with `guided`, also the guides of `guidance.guides`, and with `marked`
-    the marks of `marks.marks`. A share `casual` of the questions is asked as people ask, see `casually`.
+    the marks of `marks.marks`. Of the questions a share `casual` is asked as people ask: without capitals and final
+    mark, or behind other words.
     """
 
     def __init__(
@@ -80,23 +80,24 @@ class ChatDataset(Dataset):
         if not turns or draw.random() < self.captions:
             place = 0 if draw.random() < _CAPTION_FIRST else len(turns)
             turns.insert(place, Turn(CAPTION, draw.choice(CAPTION_REQUESTS), sample.caption))
-        if self.casual:
-            turns = [casually(turn, draw) if draw.random() < self.casual else turn for turn in turns]
-        return turns
+        return (
+            [carelessly(turn) if draw.random() < self.casual / 2 else turn for turn in turns] if self.casual else turns
+        )
 
     def messages(self, sample: Sample, turns: list[Turn]) -> list[dict[str, Any]]:
         """The conversation for the chat template; its image is the first part of the first user message."""
         messages: list[dict[str, Any]] = []
+        draw = random.Random(sample.index)
         for turn in turns:
-            messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+            opened = turn.task != CAPTION and draw.random() < self.casual / 2
+            question = f"{draw.choice(_OPENINGS)} {turn.question}" if opened else turn.question
+            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         if self.images:
             messages[0]["content"].insert(0, {"type": "image", "image": sample.image})
         return messages
 
 
-def casually(turn: Turn, draw: random.Random) -> Turn:
-    """The same question without capitals and question mark, or behind other words; its answer stays."""
-    if draw.random() < 0.5:
-        return replace(turn, question=turn.question.lower().rstrip("?."))
-    return replace(turn, question=f"{draw.choice(_OPENINGS)} {turn.question}")
+def carelessly(turn: Turn) -> Turn:
+    """The same question without capitals and final mark."""
+    return replace(turn, question=turn.question.lower().rstrip("?."))

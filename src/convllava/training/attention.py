@@ -118,15 +118,15 @@ def _attend(
     guidance: Guidance | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if torch.is_autocast_enabled("cpu"):  # the gradient of torch's attention in bfloat16 takes longer on a CPU
+        with torch.autocast("cpu", enabled=False):
+            given = query.float(), key.float(), value.float()
+            return _attend(module, *given, attention_mask, guidance, **kwargs)
     if guidance is not None:
         for kind, layer in guidance.layers.items():
             if layer == getattr(module, "layer_idx", None):
                 guidance.shares[kind] = shares_of(query, key, guidance.guides[kind], kwargs["scaling"])
-    if not torch.is_autocast_enabled("cpu"):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    with torch.autocast("cpu", enabled=False):  # the gradient of torch's attention in bfloat16 takes longer on a CPU
-        query, key, value = query.float(), key.float(), value.float()
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def shares_of(query: Tensor, key: Tensor, guides: Tensor, scaling: float) -> Tensor:

@@ -77,6 +77,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
         check_output(output, resume)  # before anything is measured
     recipe = capped(with_planned_steps(recipe, output), max_steps)
     set_seed(recipe.seed)
+    make_room_for_kernels(recipe)
     model, processor = start(recipe)
     check_stages(recipe, model, processor)
     if is_first_process():
@@ -90,6 +91,14 @@ def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps
             model, processor = checkpoints.read(folders[index - 1])
         run_stage(recipe, index, model, processor, folders[index])
     return folders[-1]
+
+
+def make_room_for_kernels(recipe: Recipe) -> None:
+    """On a CPU, products in bfloat16 have a kernel for every shape. The 1024 that oneDNN keeps are used up in ten steps
+    of pages of mixed shapes, and making one takes as long as it then runs. How many it keeps is read once, when it
+    makes the first."""
+    if any(stage.precision == "bfloat16" for stage in recipe.stages) and not torch.accelerator.is_available():
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
 
 def capped(recipe: Recipe, max_steps: int | None) -> Recipe:
@@ -143,8 +152,6 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         observe(trainer, stage, index, folder, bar, Assistant(model, processor))
     if stage.guidance:
         guide_attention(model)
-    # oneDNN's own 1024 are used up in ten steps of pages of mixed shapes, and each has to be made anew.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
         if not has_stopped(stage, checkpoint):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,9 +25,9 @@ from convllava.errors import InputError
 from convllava.synthetic import World
 from convllava.training.recipe import Data, Recipe, Source, Stage
 
-_LENGTHS = 32
-"""Rows of padded samples are as long as a multiple of this where they are computed in bfloat16: a CPU makes its kernels
-anew for every length, which takes about as long as a layer does."""
+_LENGTH_STEP = 32
+"""Rows of padded samples are as long as a multiple of this where a CPU computes them in bfloat16: it makes its kernels
+anew for every length, which takes as long as they then run."""
 Question = tuple[list[dict[str, Any]], str]
 """A conversation up to its first answer, and that answer."""
 
@@ -137,7 +138,8 @@ def make_collator(stage: Stage, processor: Any) -> Collator:
     """Makes a batch of a list of a dataset's items, each of which may be a whole pass."""
     if stage.objective != "chat":
         return collate_dense
-    multiple = _LENGTHS if stage.precision == "bfloat16" else 1
+    rounded = stage.precision == "bfloat16" and stage.budget is None and not torch.accelerator.is_available()
+    multiple = _LENGTH_STEP if rounded else 1
     padded = partial(collate, pad_token_id=processor.tokenizer.pad_token_id, multiple=multiple)
     collator: Collator = pack if stage.packing else padded
     return collator if stage.budget is None else partial(_of_passes, collator)

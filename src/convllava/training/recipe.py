@@ -177,7 +177,7 @@ class Stage:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; .inf leaves them as they are."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs under autocast."""
+    """bfloat16: products under autocast, Muon's steps and the tower's frozen stages; weights stay in float32."""
     calibrate: bool = False
     """Shift and scale the last stage and the projector on a few pages before the first step, where they are new."""
     balance: float = 0.0

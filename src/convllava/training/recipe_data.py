@@ -78,7 +78,7 @@ class Data:
     captions: float = 1.0
     """Share of samples with the caption before or, mostly, behind the turns."""
     casual: float = 0.0
-    """Share of the questions without capitals and question mark, or behind other words such as "One question:"."""
+    """Share of the questions without capitals and final mark, or behind other words such as "One question:"."""
     images: bool = True
     """False: the same conversations without the image, for a language model that has never seen text."""
     sheets: float = 0.0

@@ -133,11 +133,11 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(self.trained, self.stage)
-            precision = getattr(torch, self.stage.precision)
+            beta2 = self.stage.adam_beta2
             if self.stage.optimizer == "muon":
-                self.optimizer = Muon(groups, (0.95, self.stage.adam_beta2), precision)
+                self.optimizer = Muon(groups, betas=(0.95, beta2), precision=getattr(torch, self.stage.precision))
             else:
-                self.optimizer = torch.optim.AdamW(groups, betas=(0.9, self.stage.adam_beta2))
+                self.optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2))
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -179,13 +179,13 @@ class StageTrainer(Trainer):
     def _count(self, inputs: Mapping[str, Any]) -> None:
         """Samples, images and tokens of all processes, which have as many each, more or less; and the positions that
         the language model computes, beside those that padding would make of the same samples."""
-        lengths, images = lengths_of(inputs), len(inputs.get("pixel_values", ()))
+        lengths, images, mask = lengths_of(inputs), len(inputs.get("pixel_values", ())), "attention_mask" in inputs
         found = {
             "samples": len(lengths) or images,
             "images": images,
             "tokens": sum(lengths),
             "positions": inputs["input_ids"].numel() if lengths else 0,
-            "padded": len(lengths) * max(lengths, default=0),
+            "padded": inputs["input_ids"].numel() if mask else len(lengths) * max(lengths, default=0),
         }
         for name, count in found.items():
             self.counts[name] += count * self.args.world_size

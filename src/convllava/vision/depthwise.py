@@ -32,10 +32,12 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def _is_ours_faster(maps: Tensor, weight: Tensor) -> bool:
-    """Where a weight in full precision trains on a CPU, and nothing traces: a compiler would unroll the rows."""
+    """Where a weight in full precision trains on a CPU, and nothing traces: a compiler would unroll the rows. Under
+    autocast always, so that a layer that trains is judged by the numbers that it trains with."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    trains = torch.is_grad_enabled() and weight.requires_grad
-    full = weight.dtype == torch.float32 and (maps.dtype == torch.float32 or torch.is_autocast_enabled("cpu"))
+    autocast = torch.is_autocast_enabled("cpu")
+    trains = autocast or (torch.is_grad_enabled() and weight.requires_grad)
+    full = weight.dtype == torch.float32 and (maps.dtype == torch.float32 or autocast)
     return trains and full and type(weight) is nn.Parameter and maps.device.type == "cpu" and not traced
 
 

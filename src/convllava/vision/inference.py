@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convllava.geometry import Size
-from convllava.vision.pixels import Grids, as_linear, halve, join, patches, rectangles
+from convllava.vision.pixels import Grids, by_patches, halve, join, rectangles
 
 if TYPE_CHECKING:
     from convllava.vision.model import ConvLlavaVisionLayer, ConvLlavaVisionModel, ConvLlavaVisionStage
@@ -84,7 +84,7 @@ def embed(tower: ConvLlavaVisionModel, images: list[Tensor]) -> tuple[Tensor, Gr
     for image, grid in zip(images, grids, strict=True):
         for top, bottom in strips(grid.height, grid.width * width * pixels.element_size(), pixels.device):
             maps = image[:, top * side : bottom * side].permute(1, 2, 0).unsqueeze(0)
-            embedded = stem.layernorm(as_linear(stem.patch_embeddings, patches(maps, side)))
+            embedded = stem.layernorm(by_patches(stem.patch_embeddings, [maps]))
             pixels[done : done + len(embedded)] = embedded
             done += len(embedded)
     return pixels, grids
@@ -102,7 +102,7 @@ def downsample(stage: ConvLlavaVisionStage, pixels: Tensor, grids: Grids) -> tup
         for top, bottom in strips(maps.shape[1] // 2, 2 * _row_bytes(maps), pixels.device):
             # Nothing of a strip has a name, so that nothing of it is there when the next one is made.
             target = result[done : done + maps.shape[0] * (bottom - top) * (maps.shape[2] // 2)]
-            target.copy_(as_linear(convolution, patches(norm(maps[:, 2 * top : 2 * bottom]), 2)))
+            target.copy_(by_patches(convolution, [norm(maps[:, 2 * top : 2 * bottom])]))
             done += len(target)
     return result, halve(grids)
 

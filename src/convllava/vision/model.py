@@ -26,7 +26,7 @@ from convllava.errors import InputError
 from convllava.geometry import Size
 from convllava.vision import inference, streaming
 from convllava.vision.depthwise import DepthwiseConv2d
-from convllava.vision.pixels import Grids, as_linear, halve, join, patches, rectangles
+from convllava.vision.pixels import Grids, by_patches, halve, join, rectangles
 
 
 @dataclass
@@ -90,9 +90,9 @@ class ConvLlavaVisionEmbeddings(nn.Module):
     def forward(self, images: list[Tensor]) -> tuple[Tensor, Grids]:
         """Images of (channels, height, width) -> (pixels, channels) at 1/patch_size and the grids."""
         side = self.patch_size
-        matrix = join([patches(image.permute(1, 2, 0).unsqueeze(0), side) for image in images])
         grids = tuple(Size(image.shape[1] // side, image.shape[2] // side) for image in images)
-        return self.layernorm(as_linear(self.patch_embeddings, matrix)), grids
+        maps = (image.permute(1, 2, 0).unsqueeze(0) for image in images)
+        return self.layernorm(by_patches(self.patch_embeddings, maps)), grids
 
 
 class ConvLlavaVisionLayer(GradientCheckpointingLayer):
@@ -135,8 +135,7 @@ class ConvLlavaVisionStage(nn.Module):
         if not self.downsampling_layer:
             return pixels, grids
         norm, convolution = self.downsampling_layer
-        matrix = join([patches(part, 2) for part in rectangles(norm(pixels), grids)])
-        return as_linear(convolution, matrix), halve(grids)
+        return by_patches(convolution, rectangles(norm(pixels), grids)), halve(grids)
 
     def forward(self, pixels: Tensor, grids: Grids) -> tuple[Tensor, Grids]:
         pixels, grids = self.downsample(pixels, grids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from convllava.geometry import Size
 
 Grids = tuple[Size, ...]
 """Rows and columns of each image's map."""
+
+
+_SMALL = 2**17
+"""Numbers in a weight; a copy of half a megabyte costs nothing beside the maps that it is multiplied with."""
 
 
 def rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:
@@ -31,20 +36,25 @@ def join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def patches(maps: Tensor, side: int) -> Tensor:
-    """(images, height, width, channels) -> (patches, side * side * channels): by row, column, channel, in which a patch
-    lies in memory in runs; one by channel, as a Conv2d's weight lies, takes many times as long to gather."""
-    images, height, width, channels = maps.shape
-    tiles = maps.view(images, height // side, side, width // side, side, channels)
-    return tiles.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side * channels)
-
-
-def as_linear(convolution: Any, matrix: Tensor) -> Tensor:
-    """A convolution whose stride is its kernel is a linear layer over patches.
+def by_patches(convolution: Any, parts: Iterable[Tensor]) -> Tensor:
+    """A convolution whose stride is its kernel, as a linear layer over the patches of (images, height, width, channels)
+    each -> (patches, channels out).
 
     Any module with such a weight and bias will do: engines put classes of their own in the place of Conv2d.
     """
-    return F.linear(matrix, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
+    weight = convolution.weight
+    # By row, column, channel a patch lies in runs and is gathered several times as fast as by channel, row, column, as
+    # weights lie. The copy of the weight that this takes is worth it where weights are small beside the maps.
+    by_rows = weight.numel() <= _SMALL
+    matrix = join([_patches(maps, weight.shape[-1], by_rows) for maps in parts])
+    return F.linear(matrix, (weight.permute(0, 2, 3, 1) if by_rows else weight).flatten(1), convolution.bias)
+
+
+def _patches(maps: Tensor, side: int, by_rows: bool) -> Tensor:
+    images, height, width, channels = maps.shape
+    tiles = maps.view(images, height // side, side, width // side, side, channels)
+    order = (0, 1, 3, 2, 4, 5) if by_rows else (0, 1, 3, 5, 2, 4)
+    return tiles.permute(order).reshape(-1, side * side * channels)
 
 
 def halve(grids: Grids) -> Grids:
