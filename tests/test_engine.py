@@ -279,3 +279,14 @@ def test_no_tokens_whatever_break_the_text(parts, tokens, stop):
     whole = tokenizer.decode(tokens, skip_special_tokens=True)
     assert whole.startswith(stream.text)
     assert stream.is_stopped or stream.text == whole
+
+
+def test_a_special_token_within_an_answer_takes_no_space_with_it(parts):
+    tokenizer = parts[1].tokenizer
+    text, special = tokenizer("a b", add_special_tokens=False)["input_ids"], tokenizer.all_special_ids[0]
+    for place in range(len(text)):
+        stream, pieces = TextStream(tokenizer), []
+        for token in (*text[:place], special, special, *text[place:]):
+            stream.push(token)
+            pieces.append(stream.take())
+        assert "".join(pieces) == stream.text == tokenizer.decode(text)

@@ -57,11 +57,13 @@ def test_batched_scores_equal_single_ones(assistant):
 
 def test_what_the_model_says_is_greedy_and_nothing_else_is():
     assistant = load("tiny", device="cpu")
-    images = [picture(192, 192, seed) for seed in range(3)]
-    said = [str(assistant.ask(image, "What colour is the circle?")) for image in images]
-    question = [{"role": "user", "content": "What colour is the circle?"}]
+    page = World("heldout", seed=1, size=256, kinds={"scene": 1}).sample(0)
+    questions = [turn.question for turn in page.turns[:3]]
+    said = [str(assistant.ask(page.image, question)) for question in questions]
     requests = [
-        ([image], question, answer) for image, own in zip(images, said, strict=True) for answer in (own, "seven")
+        ([page.image], [{"role": "user", "content": question}], answer)
+        for question, own in zip(questions, said, strict=True)
+        for answer in (own, "seven")
     ]
     scores = log_likelihoods(assistant, requests)
     assert [score.is_greedy for score in scores] == [True, False] * 3

@@ -29,6 +29,7 @@ class TextStream:
         self.is_stopped = False
         self._tokens: list[int] = []
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._longest = max(map(len, self._stop), default=0)
         # Only the last tokens are decoded again: those from `_base` on, of which those up to `_read` are in the text.
         self._base = self._read = 0
@@ -36,6 +37,8 @@ class TextStream:
 
     def push(self, token: int) -> None:
         """Add a token."""
+        if token in self._special:  # has no text, and at the beginning of what is decoded would take a space with it
+            return
         self._tokens.append(token)
         recent = self._decode(self._base)
         if recent.endswith(_BROKEN):  # perhaps the next token completes the character

@@ -15,7 +15,7 @@ Grids = tuple[Size, ...]
 """Rows and columns of each image's map."""
 
 
-_SMALL = 2**17
+SMALL = 2**17
 """Numbers in a weight; a copy of half a megabyte costs nothing beside the maps that it is multiplied with."""
 
 
@@ -45,7 +45,7 @@ def by_patches(convolution: Any, parts: Iterable[Tensor]) -> Tensor:
     weight = convolution.weight
     # By row, column, channel a patch lies in runs and is gathered several times as fast as by channel, row, column, as
     # weights lie. The copy of the weight that this takes is worth it where weights are small beside the maps.
-    by_rows = weight.numel() <= _SMALL
+    by_rows = weight.numel() <= SMALL
     matrix = join([_patches(maps, weight.shape[-1], by_rows) for maps in parts])
     return F.linear(matrix, (weight.permute(0, 2, 3, 1) if by_rows else weight).flatten(1), convolution.bias)
 
