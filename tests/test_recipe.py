@@ -58,6 +58,14 @@ def test_overrides_reach_stages_by_name_and_by_number(tmp_path):
         (MINIMAL.replace("1e-3", ".inf"), "stage a: trains.projector is a finite number; got inf"),
         (MINIMAL.replace("steps: 3", "steps: 3, weight_decay: .nan"), "stage a: weight_decay is a finite number"),
         (MINIMAL.replace("steps: 3", "steps: 3, data: {darkest: .nan}"), "stage a: data.darkest is a finite number"),
+        (
+            MINIMAL.replace("steps: 3", "steps: 3, data: {casual: 1.5}"),
+            "stage a: data.casual is a share from 0 to 1; got 1.5",
+        ),
+        (
+            MINIMAL.replace("steps: 3", "steps: 3, data: {captions: -1}"),
+            "stage a: data.captions is a share from 0 to 1; got -1",
+        ),
         (MINIMAL + "sed: 3\n", "unknown key 'sed'; did you mean seed"),
         (MINIMAL + "frobnicate: 3\n", "known keys: name"),
         (MINIMAL.replace("steps: 3, ", ""), "give either steps or epochs"),

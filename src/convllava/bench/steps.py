@@ -27,7 +27,7 @@ def steps(names: Sequence[str], sides: Sequence[int], repeats: int, language: st
 
     Ours keeps every page as it is and lays the sequences end to end. The baseline pads every page to one square, the
     smallest in which none is shrunk, and every sequence to the longest. `side` is the root of the pages' area. A third
-    step is ours as `precision: bfloat16` computes it.
+    step is ours under autocast in bfloat16, without what a stage's `precision: bfloat16` does besides.
     """
     for name in names:
         for side in sides:

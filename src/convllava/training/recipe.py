@@ -202,6 +202,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self._check_finite(f"stage {self.name}")
+        self._check_shares(f"stage {self.name}")
         self._check_length(f"stage {self.name}")
         for is_bad, told in self._rules():
             if is_bad:
@@ -322,6 +323,11 @@ class Stage:
             boundless = key == "max_grad_norm" and value == math.inf
             if isinstance(value, float) and not math.isfinite(value) and not boundless:
                 raise InputError(f"{where}: {key} is a finite number; got {value}")
+
+    def _check_shares(self, where: str) -> None:
+        for key in ("grounding", "captions", "casual", "sheets"):
+            if not 0 <= (share := getattr(self.data, key)) <= 1:
+                raise InputError(f"{where}: data.{key} is a share from 0 to 1; got {share:g}")
 
     def _check_length(self, where: str) -> None:
         if min(1 if self.steps is None else self.steps, self.batch_size, self.accumulate) < 1:
