@@ -170,17 +170,17 @@ class Assistant:
         batch_size: int = 32,
         max_new_tokens: int = 64,
     ) -> Iterator[list[str]]:
-        """Answers to (image, question) pairs, a batch at a time; questions in a row about an image encode it once, and
-        an image that `encode` has been given is not encoded again."""
+        """Greedy answers to (image, question) pairs, a batch at a time. Tower and language model see an image once for
+        the questions in a row about it (`many`); one that `encode` has been given is not encoded again."""
+        from convllava.inference.many import answerer  # which builds on this module
+
+        answer = answerer(self, max_new_tokens)
         encoded: dict[int, EncodedImage] = {}
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             images = {id(image): image for image, _ in batch}
             encoded = {key: encoded.get(key) or self.encode(image) for key, image in images.items()}
-            conversations = [
-                ([Message(role="user", content=question)], [encoded[id(image)]]) for image, question in batch
-            ]
-            yield self.chat_many(conversations, max_new_tokens=max_new_tokens)
+            yield answer([(encoded[id(image)], question) for image, question in batch])
 
     def chat_many(
         self,

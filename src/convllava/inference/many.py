@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+
+import torch
 
 from convllava.errors import InputError
 from convllava.inference.answer import Event
@@ -15,53 +18,38 @@ from convllava.inference.sampling import Sampling
 SLOTS, STEP_TOKENS = 16, 512
 """More slots find fewer beginnings that have been read; fewer, or shorter steps, leave the processor idle."""
 
+Questions = Sequence[tuple[EncodedImage, str]]
 
-def answer_all(
-    assistant: Assistant,
-    questions: Sequence[tuple[EncodedImage, str]],
-    *,
-    max_new_tokens: int = 64,
-    progress: Callable[[float], None] = lambda share: None,
-) -> list[str]:
-    """Greedy answers to (image, question) pairs. What questions in a row about one image have in common, the image and
-    all before it, is read once; a language model that the engine cannot run reads it for each (`answer_many`).
 
-    Args:
-        progress: Called with the share of answers done, 0 to 1.
-
-    Raises:
-        InputError: as `Assistant.ask`.
-    """
+def answerer(assistant: Assistant, max_new_tokens: int) -> Callable[[Questions], list[str]]:
+    """What answers batch after batch, greedily: by an engine, or, where the language model cannot be run that way, each
+    prompt read whole."""
     try:
         engine = Engine(assistant, SLOTS, step_tokens=STEP_TOKENS, by_columns=False)
     except InputError:
-        return _answer_in_batches(assistant, questions, max_new_tokens, progress)
+        return lambda questions: assistant.chat_many(
+            [([Message(role="user", content=question)], [image]) for image, question in questions],
+            max_new_tokens=max_new_tokens,
+        )
+    return partial(_answer, assistant, engine, Sampling(max_new_tokens))
 
+
+def _answer(assistant: Assistant, engine: Engine, sampling: Sampling, questions: Questions) -> list[str]:
     answers = [""] * len(questions)
 
     def collect(number: int, event: Event) -> None:
         answers[number] += event.text
 
+    digests = {id(image): _digest(image) for image, _ in questions}
     for number, (image, question) in enumerate(questions):
-        prompt = build_prompt(assistant, [Message(role="user", content=question)], [image], [str(id(image))])
-        engine.submit(prompt, Sampling(max_new_tokens), partial(collect, number))
-        while engine.scheduler.waiting >= SLOTS:
-            engine.step()
-        progress(number / len(questions))
+        messages = [Message(role="user", content=question)]
+        prompt = build_prompt(assistant, messages, [image], [digests[id(image)]])
+        engine.submit(prompt, sampling, partial(collect, number))
     while engine.step():
         pass
-    progress(1.0)
     return answers
 
 
-def _answer_in_batches(
-    assistant: Assistant,
-    questions: Sequence[tuple[EncodedImage, str]],
-    max_new_tokens: int,
-    progress: Callable[[float], None],
-) -> list[str]:
-    answers: list[str] = []
-    for batch in assistant.answer_many(questions, max_new_tokens=max_new_tokens):
-        answers += batch
-        progress(len(answers) / len(questions))
-    return answers
+def _digest(image: EncodedImage) -> str:
+    content = image.tokens.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, digest_size=20).hexdigest()

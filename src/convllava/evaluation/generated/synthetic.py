@@ -14,12 +14,12 @@ from convllava.errors import InputError
 from convllava.evaluation.scoring.metrics import box_match, exact_match, relaxed_match
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
-from convllava.inference.many import answer_all
 from convllava.progress import progress_bar
 from convllava.synthetic import TASKS, Sample, Turn, World
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"chart": relaxed_match, "ground": box_match}
 """Tasks not judged by exact match."""
+BATCH_SIZE = 64
 
 
 class Score(TypedDict):
@@ -92,7 +92,10 @@ def judge(
 ) -> list[bool]:
     """Whether each question of each page is answered rightly when its image is shown; page after page."""
     asked = [(image, turn) for page, image in zip(pages, images, strict=True) for turn in page.turns]
-    answers = answer_all(assistant, [(image, turn.question) for image, turn in asked], progress=progress)
+    answers: list[str] = []
+    for batch in assistant.answer_many([(image, turn.question) for image, turn in asked], batch_size=BATCH_SIZE):
+        answers += batch
+        progress(len(answers) / len(asked))
     return [is_right(turn, answer) for (_, turn), answer in zip(asked, answers, strict=True)]
 
 
