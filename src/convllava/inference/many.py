@@ -22,16 +22,25 @@ Questions = Sequence[tuple[EncodedImage, str]]
 
 
 def answerer(assistant: Assistant, max_new_tokens: int) -> Callable[[Questions], list[str]]:
-    """What answers batch after batch, greedily: by an engine, or, where the language model cannot be run that way, each
-    prompt read whole."""
-    try:
-        engine = Engine(assistant, SLOTS, step_tokens=STEP_TOKENS, by_columns=False)
-    except InputError:
+    """What answers batch after batch, greedily: by an engine, or each prompt read whole where that cannot be."""
+    engine = _engine(assistant)
+    if engine is None:
         return lambda questions: assistant.chat_many(
             [([Message(role="user", content=question)], [image]) for image, question in questions],
             max_new_tokens=max_new_tokens,
         )
     return partial(_answer, assistant, engine, Sampling(max_new_tokens))
+
+
+def _engine(assistant: Assistant) -> Engine | None:
+    """None on a device, where slots as long as the context take memory that a CPU gives when it is written, and for a
+    language model that cannot be run this way."""
+    if assistant.model.device.type != "cpu":
+        return None
+    try:
+        return Engine(assistant, SLOTS, step_tokens=STEP_TOKENS, by_columns=False)
+    except InputError:
+        return None
 
 
 def _answer(assistant: Assistant, engine: Engine, sampling: Sampling, questions: Questions) -> list[str]:
