@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_synthetic_questions import understood
 from torch import Tensor
 from training_runs import GUIDED, MARKED, TWO, logged, recipe, train, weights
 
+from convllava import checkpoints
 from convllava.data.conversation import collate
 from convllava.data.marks import MARK_CELL, MARK_CLASSES, marks, step_of
 from convllava.data.synthetic import ChatDataset
@@ -24,7 +26,7 @@ from convllava.synthetic.canvas import Canvas
 from convllava.synthetic.questions import ORDINALS
 from convllava.training import engine
 from convllava.training.attention import Guidance, guide_attention, guided_layers
-from convllava.training.marks import attach_heads, detach_heads
+from convllava.training.marks import HEADS_FILE, attach_heads, detach_heads
 
 
 def text_in(sample: Sample, piece: Numbered) -> str:
@@ -214,6 +216,17 @@ def test_a_marked_stage_logs_what_its_heads_tell_and_leaves_a_model_without_them
     assert {0 <= value <= 1 for value in logged(tmp_path, "of_colour")} == {True}
     assert len(logged(tmp_path, "loss")) == MARKED.steps
     assert not any("head." in name and "lm_head" not in name for name in weights(last))
+
+
+def test_heads_begin_as_those_of_the_stage_before(tmp_path):
+    still = dict.fromkeys(MARKED.trains, 1e-30)
+    second = dataclasses.replace(MARKED, name="again", trains=still, weight_decay=0.0, steps=1)
+    plan = recipe(MARKED, second)
+    last = engine.train(plan, tmp_path)
+    heads = [load_file(folder / HEADS_FILE) for folder in (tmp_path / "0-marked", last)]
+    assert heads[0]["maps.row.weight"].any()
+    torch.testing.assert_close(heads[1], heads[0], atol=0, rtol=0)
+    assert checkpoints.read(last)
 
 
 def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
@@ -139,15 +140,24 @@ def write(
     path: Path,
     *,
     weights: dict[str, Tensor] | None = None,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
     **texts: str,
 ) -> None:
     """Save both, and texts as NAME.yaml; the folder appears only when it is complete and replaces an older one.
 
-    `weights` are the model's, where it holds only a share of them itself.
+    Args:
+        model: What to save.
+        processor: What to save with it.
+        path: The folder.
+        weights: The model's, where it holds only a share of them itself.
+        beside: File name -> tensors that are no part of the model.
+        texts: NAME -> what it says.
     """
     with whole_folder(path) as folder:
         model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
+        for name, tensors in (beside or {}).items():
+            save_file(dict(tensors), folder / name)
         _write_texts(folder, texts)
 
 

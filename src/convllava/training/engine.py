@@ -138,7 +138,8 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         model = base_model(recipe, index, model, processor, folder.parent)
     set_seed(recipe.seed + index)
     processor.image_processor.change(**stage.pixels)
-    trained = trained_module(stage, model, processor)
+    before = folder.with_name(f"{index - 1}-{recipe.stages[index - 1].name}") if index > 0 else None
+    trained = trained_module(stage, model, processor, before)
     if is_first_process():
         print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
     dataset = in_passes(recipe, index, processor, folder.parent, make_dataset(recipe, index, processor))
@@ -161,11 +162,11 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
         torch.set_flush_denormal(False)
         bar.stop()
     model.config.use_cache = True  # the Trainer turns it off
-    detach_heads(model)
+    heads = detach_heads(model)
     weights = trainer.whole_weights()
     trainer.accelerator.wait_for_everyone()  # each has read what the first removes now
     if is_first_process():
-        write_stage(recipe, index, trained, model, processor, folder, weights)
+        write_stage(recipe, index, trained, model, processor, folder, weights, heads)
         shutil.rmtree(progress, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
@@ -228,11 +229,12 @@ def write_stage(
     processor: Any,
     folder: Path,
     weights: dict[str, Tensor] | None,
+    beside: dict[str, dict[str, Tensor]],
 ) -> None:
     """The stage's folder: a whole checkpoint, or an adapter beside the one that it was trained on."""
     text = dump_recipe(recipe)
     if recipe.stages[index].adapter is None:
-        checkpoints.write(model, processor, folder, weights=weights, recipe=text)
+        checkpoints.write(model, processor, folder, weights=weights, beside=beside, recipe=text)
         return
     checkpoints.write_adapter(trained, processor, folder, base_folder(recipe, index, folder.parent), recipe=text)
 

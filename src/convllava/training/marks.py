@@ -1,4 +1,4 @@
-"""Heads, thrown away after a stage, that ask the language model's lower layers what pieces of a page are numbers of.
+"""Heads, no part of what is trained, that ask the language model's lower layers what pieces of a page are numbers of.
 
 To answer "Which word is the second on line 3?" a model has to know of each word its line and its number in it. Nothing
 printed says so: it follows from what stands before, most of which a visual token sees in the ones before it in the
@@ -7,16 +7,20 @@ token (`data.marks`) a model learns lines, the words of a line and boxes in hund
 its colour a thing is, and what a chart shows there, it did not. Attention that is told where an answer stands
 (`training.attention`) then has something to find it by.
 
-The heads begin as zeros, so that they ask nothing of the model before they have learnt something themselves.
+The heads begin as zeros, so that they ask nothing of the model before they have learnt something themselves; in a stage
+after another with heads they begin as that one's, which lie beside its checkpoint: new ones would take a hundred steps
+to learn what those knew, and the model with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from convllava.data.marks import BOXES, MARK_CELL, MARK_CLASSES
@@ -25,6 +29,8 @@ from convllava.training.dense import box_loss, cells, judge, numbered
 
 HEAD = "head"
 """What the heads are called among the model's parts."""
+HEADS_FILE = "heads.safetensors"
+"""Where in a stage's folder they lie."""
 
 
 class MarkHeads(nn.Module):
@@ -65,20 +71,30 @@ def _zero_head(width: int, outputs: int) -> nn.Linear:
     return head
 
 
-def attach_heads(model: Any) -> None:
+def attach_heads(model: Any, before: Path | None = None) -> None:
     """Give a `ConvLlavaForConditionalGeneration` heads: where it is called with `guidance=` that has marks, and for
-    hidden states, its outputs are then `logits`, and `marks`, what `MarkHeads` gives."""
+    hidden states, its outputs are then `logits`, and `marks`, what `MarkHeads` gives.
+
+    Args:
+        model: Gets them.
+        before: The folder of the stage before, whose heads they begin as, if it had any.
+    """
     config = model.config
     heads = MarkHeads(config.text_config.hidden_size, config.vision_config.stride)
+    if before is not None and (before / HEADS_FILE).exists():
+        heads.load_state_dict(load_file(before / HEADS_FILE))
     model.add_module(HEAD, heads.to(model.device))
     model.head.hook = model.register_forward_hook(_tell, with_kwargs=True)
 
 
-def detach_heads(model: Any) -> None:
-    """Throw the heads away, if there are any."""
-    if hasattr(model, HEAD):
-        model.head.hook.remove()
-        delattr(model, HEAD)
+def detach_heads(model: Any) -> dict[str, dict[str, Tensor]]:
+    """Take the heads off again, if there are any: the file that the next stage finds them in -> their weights."""
+    if not hasattr(model, HEAD):
+        return {}
+    heads = model.head
+    heads.hook.remove()
+    delattr(model, HEAD)
+    return {HEADS_FILE: heads.state_dict()}
 
 
 def _tell(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs: Any) -> Any:

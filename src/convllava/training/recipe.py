@@ -186,7 +186,7 @@ class Stage:
     """Weight of the loss that asks the language model's attention to look where an answer stands and at what a question
     names."""
     marks: float = 0.0
-    """Weight of the loss that asks, through heads that are thrown away, the language model's lower layers at each
+    """Weight of the loss that asks, through heads that are no part of it, the language model's lower layers at each
     visual token which line, word, bar ... stands there, and its box; `trains` then has the part `head`."""
     questions: float = 0.0
     """Weight of the loss of all text that is no answer: a language model from nothing learns to read from what

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from convllava.modeling import ConvLlavaForConditionalGeneration
@@ -14,9 +16,11 @@ from convllava.training.parts import freeze_all_but
 from convllava.training.recipe import Stage
 
 
-def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> nn.Module:
-    """What the Trainer trains, frozen where it does not: the model, where it learns marks with heads that are thrown
-    away, or parts of it under such heads, or adapters beside it."""
+def trained_module(
+    stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor, before: Path | None = None
+) -> nn.Module:
+    """What the Trainer trains, frozen where it does not: the model, with heads that begin as those in the folder
+    `before` where it learns marks, or parts of it under heads that are thrown away, or adapters beside it."""
     if stage.adapter is not None:
         return attach(model, stage)
     trained: nn.Module = model
@@ -25,6 +29,6 @@ def trained_module(stage: Stage, model: ConvLlavaForConditionalGeneration, proce
     elif stage.objective == "align":
         trained = Alignment(model, vocabulary_of(processor.tokenizer))
     elif stage.marks:
-        attach_heads(model)
+        attach_heads(model, before)
     freeze_all_but(trained, stage.trains)
     return trained
