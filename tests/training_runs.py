@@ -24,7 +24,7 @@ ALIGN = Stage(
 )
 CHAT = Stage("chat", 4, {"stage5": 1e-3, "projector": 2e-3, "language_model": 1e-3}, DATA, batch_size=2)
 GUIDED = dataclasses.replace(CHAT, name="guided", guidance=0.5, questions=0.3)
-MARKED = dataclasses.replace(GUIDED, name="marked", marks=0.5, trains={**GUIDED.trains, "head": 1e-3})
+MARKED = dataclasses.replace(GUIDED, name="marked", marks=0.5, letters=0.5, trains={**GUIDED.trains, "head": 1e-3})
 """Of a model with one layer, which asks its embeddings."""
 LOW = dataclasses.replace(GUIDED, name="low", precision="bfloat16", optimizer="muon")
 

@@ -159,15 +159,21 @@ def _label(glyph: Glyph) -> int:
 
 def label_maps(sample: Sample, placement: Placement, stride: int) -> dict[str, Tensor]:
     """Label maps of a sample on its canvas; see `DenseDataset`."""
-    fine, coarse = grid(placement.canvas, GLYPH_CELL), grid(placement.canvas, stride)
-    maps = {name: torch.zeros(fine if name == "glyph" else coarse, dtype=torch.long) for name in DENSE_NAMES}
-    for glyph in sample.glyphs:
-        paint(maps["glyph"], placement.box_to_normalised(glyph.box), _label(glyph))
+    coarse = grid(placement.canvas, stride)
+    maps = {name: torch.zeros(coarse, dtype=torch.long) for name in ("shape", "colour")}
     for thing in sample.things:
         box = placement.box_to_normalised(thing.box)
         paint(maps["shape"], box, _LABELS["shape"][thing.shape])
         paint(maps["colour"], box, _LABELS["colour"][thing.colour])
-    return maps
+    return {"glyph": glyph_map(sample, placement), **maps}
+
+
+def glyph_map(sample: Sample, placement: Placement) -> Tensor:
+    """(height / 8, width / 8): the character over each cell of 8 pixels of the canvas, 0 where there is none."""
+    labels = torch.zeros(grid(placement.canvas, GLYPH_CELL), dtype=torch.long)
+    for glyph in sample.glyphs:
+        paint(labels, placement.box_to_normalised(glyph.box), _label(glyph))
+    return labels
 
 
 def paint(labels: Tensor, box: Box, value: int) -> None:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from convllava.data.cells import DENSE_CLASSES, DENSE_NAMES, GLYPH_CELL
+from convllava.data.cells import DENSE_NAMES, GLYPH_CELL
 from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.training.dense import box_loss, cells, judge, numbered
+from convllava.training.dense import box_loss, cells, numbered
+from convllava.training.letters import LetterHeads
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -37,17 +38,8 @@ class Alignment(nn.Module):
         self.model = model.model
         self.config = model.config
         self.side = self.config.vision_config.stride // GLYPH_CELL
-        width = self.config.text_config.hidden_size
-        glyphs = DENSE_CLASSES["glyph"]
-        self.head = nn.ModuleDict(
-            {
-                "glyph": nn.Linear(width, self.side**2 * glyphs),
-                "token": nn.Linear(width, 2 * width),
-                "before": nn.Embedding(2 * glyphs, 2 * width),
-                "next": nn.Linear(2 * width, glyphs),
-                "box": nn.Linear(width, 4),
-            }
-        )
+        width, stride = self.config.text_config.hidden_size, self.config.vision_config.stride
+        self.head = nn.ModuleDict({"letters": LetterHeads(width, stride), "box": nn.Linear(width, 4)})
         self.vocabulary = {name: torch.tensor(ids) for name, ids in vocabulary.items()}
 
     def forward(
@@ -67,22 +59,14 @@ class Alignment(nn.Module):
         outputs: dict[str, Tensor] = {}
         printed = torch.cat([cells(item, self.side) for item in glyph])
         counts = [item.numel() // self.side**2 for item in glyph]
+        letters, spelled = self.head["letters"](tokens, printed, numbered(spelling, counts), outputs)
         losses = [
-            judge("glyph", self.head["glyph"](tokens), printed, outputs, DENSE_CLASSES["glyph"]),
+            letters,
             self._naming_loss(tokens, self._bags(printed, shape, colour, numbered(words, counts))),
-            self._spelling_loss(tokens, numbered(spelling, counts), outputs),
+            spelled,
             box_loss(self.head["box"](tokens), numbered(boxes, counts), outputs),
         ]
         return {"loss": torch.stack(losses).sum(), **outputs}
-
-    def _spelling_loss(self, tokens: Tensor, spelling: Tensor, outputs: dict[str, Tensor]) -> Tensor:
-        """Cross entropy of each character, given the two before it and the token of its cell: reading is that step."""
-        cell, *before, char = spelling.T
-        glyphs = DENSE_CLASSES["glyph"]
-        known = self.head["before"](before[0]) + self.head["before"](glyphs + before[1])
-        logits = self.head["next"](F.gelu(self.head["token"](tokens)[cell] + known))
-        outputs["spelling"] = (logits.detach().argmax(-1) == char).float().mean()
-        return F.cross_entropy(logits, char, reduction="sum") / max(len(char), 1)
 
     def _bags(self, printed: Tensor, shape: list[Tensor], colour: list[Tensor], words: Tensor) -> Tensor:
         """(cells, vocabulary): 1 for each token that names something in the cell."""

@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from convllava.data.cells import GLYPH_CELL
 from convllava.data.marks import BOXES, MARK_CELL, MARK_CLASSES
 from convllava.training.attention import guided_layers
 from convllava.training.dense import box_loss, cells, judge, numbered
+from convllava.training.letters import LetterHeads
 
 HEAD = "head"
 """What the heads are called among the model's parts."""
@@ -39,9 +41,10 @@ class MarkHeads(nn.Module):
     Args:
         width: Of the hidden states.
         stride: Side in pixels of a visual token.
+        letters: Whether to ask the tokens, as they enter the language model, for their characters too.
     """
 
-    def __init__(self, width: int, stride: int) -> None:
+    def __init__(self, width: int, stride: int, letters: bool = False) -> None:
         super().__init__()
         self.side = stride // MARK_CELL
         self.norm = nn.LayerNorm(width)
@@ -49,10 +52,22 @@ class MarkHeads(nn.Module):
             {name: _zero_head(width, self.side**2 * classes) for name, classes in MARK_CLASSES.items()}
         )
         self.box = _zero_head(width, 4)
+        self.letters = LetterHeads(width, stride) if letters else None
+        if self.letters is not None:
+            self.letters.begin_as_zeros()
 
-    def forward(self, tokens: Tensor, marks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Hidden states (visual tokens, width) of a batch and what `data.marks.marks` gives of each page -> loss, the
-        accuracy of each map over the cells that have a number, and the mean error of boxes in cells."""
+    def forward(self, tokens: Tensor, marks: Sequence[Mapping[str, Tensor]], entering: Tensor) -> dict[str, Tensor]:
+        """What the heads find, and how far they are from right.
+
+        Args:
+            tokens: Hidden states (visual tokens, width) of a batch.
+            marks: What `data.marks.marks` gives of each page.
+            entering: As `tokens`, before the language model's first layer.
+
+        Returns:
+            loss, the accuracy of each map over the cells that have a number, and the mean error of boxes in cells; with
+            letters also their loss, `letters`, and their accuracies.
+        """
         tokens = self.norm(tokens)
         outputs: dict[str, Tensor] = {}
         labels = {name: torch.cat([cells(page[name], self.side) for page in marks]) for name in MARK_CLASSES}
@@ -62,6 +77,10 @@ class MarkHeads(nn.Module):
         ]
         counts = [page["row"].numel() // self.side**2 for page in marks]
         losses.append(box_loss(self.box(tokens), numbered([page[BOXES] for page in marks], counts), outputs))
+        if self.letters is not None:
+            printed = torch.cat([cells(page["glyph"], self.side * MARK_CELL // GLYPH_CELL) for page in marks])
+            spelling = numbered([page["spelling"] for page in marks], counts)
+            outputs["letters"] = torch.stack(self.letters(entering, printed, spelling, outputs)).sum()
         return {"loss": torch.stack(losses).sum(), **outputs}
 
 
@@ -71,18 +90,19 @@ def _zero_head(width: int, outputs: int) -> nn.Linear:
     return head
 
 
-def attach_heads(model: Any, before: Path | None = None) -> None:
+def attach_heads(model: Any, before: Path | None = None, letters: bool = False) -> None:
     """Give a `ConvLlavaForConditionalGeneration` heads: where it is called with `guidance=` that has marks, and for
     hidden states, its outputs are then `logits`, and `marks`, what `MarkHeads` gives.
 
     Args:
         model: Gets them.
-        before: The folder of the stage before, whose heads they begin as, if it had any.
+        before: The folder of the stage before, whose heads they begin as, those that it had.
+        letters: Whether tokens are asked for their characters too.
     """
     config = model.config
-    heads = MarkHeads(config.text_config.hidden_size, config.vision_config.stride)
+    heads = MarkHeads(config.text_config.hidden_size, config.vision_config.stride, letters)
     if before is not None and (before / HEADS_FILE).exists():
-        heads.load_state_dict(load_file(before / HEADS_FILE))
+        heads.load_state_dict(load_file(before / HEADS_FILE), strict=False)
     model.add_module(HEAD, heads.to(model.device))
     model.head.hook = model.register_forward_hook(_tell, with_kwargs=True)
 
@@ -102,8 +122,10 @@ def _tell(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs:
     guidance = inputs.get("guidance")
     if guidance is None or not guidance.marks:
         return outputs
-    hidden = outputs.hidden_states[guided_layers(model).get("mention", -1) + 1]
-    told = model.head(hidden.flatten(0, 1)[_visual(model, inputs, guidance.marks)], guidance.marks)
+    visual = _visual(model, inputs, guidance.marks)
+    layers = (guided_layers(model).get("mention", -1) + 1, 0)
+    hidden, entering = (outputs.hidden_states[layer].flatten(0, 1)[visual] for layer in layers)
+    told = model.head(hidden, guidance.marks, entering)
     return {"logits": outputs.logits, "marks": told}  # its own class has no other fields
 
 

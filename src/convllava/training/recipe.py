@@ -188,6 +188,9 @@ class Stage:
     marks: float = 0.0
     """Weight of the loss that asks, through heads that are no part of it, the language model's lower layers at each
     visual token which line, word, bar ... stands there, and its box; `trains` then has the part `head`."""
+    letters: float = 0.0
+    """Weight, in a stage with marks, of the loss that asks each visual token, before the language model, for the
+    characters in it."""
     questions: float = 0.0
     """Weight of the loss of all text that is no answer: a language model from nothing learns to read from what
     questions name of the page, too."""
@@ -259,6 +262,10 @@ class Stage:
         yield (
             chat and self.marks == 0 and "head" in self.trains,
             "of the objective chat only a stage with marks has a head; take it out of trains",
+        )
+        yield (
+            self.letters < 0 or (self.letters > 0 and self.marks <= 0),
+            ("letters is a weight of 0 or more, for stages with marks"),
         )
         yield self.packing and (not chat or self.guidance > 0), "packing is for the objective chat without guidance"
         yield (

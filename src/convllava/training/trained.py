@@ -29,6 +29,6 @@ def trained_module(
     elif stage.objective == "align":
         trained = Alignment(model, vocabulary_of(processor.tokenizer))
     elif stage.marks:
-        attach_heads(model, before)
+        attach_heads(model, before, letters=stage.letters > 0)
     freeze_all_but(trained, stage.trains)
     return trained

@@ -225,8 +225,9 @@ class StageTrainer(Trainer):
             loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
         if "marks" in outputs:
             told = outputs["marks"]
-            self.notes |= {name: value.item() for name, value in told.items() if name != "loss" and value.isfinite()}
-            loss = loss + self.stage.marks * told["loss"]
+            losses = {"loss": self.stage.marks, "letters": self.stage.letters}
+            self.notes |= {name: told[name].item() for name in told.keys() - losses.keys() if told[name].isfinite()}
+            loss = loss + sum(weight * told[name] for name, weight in losses.items() if name in told)
         return loss / (self.args.gradient_accumulation_steps if self.trained.training else 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
