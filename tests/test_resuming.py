@@ -33,6 +33,7 @@ from training_runs import (
 
 from convllava.errors import InputError
 from convllava.training import engine
+from convllava.training.marks import HEADS_FILE
 from convllava.training.recipe import Adapter, Evaluation, load_recipe
 
 
@@ -50,6 +51,10 @@ def test_resumed_equals_uninterrupted(tmp_path, stage):
     assert spent[0] > 0
     assert spent == sorted(spent), "time on the processor adds up over resumed parts"
     assert not changed(weights(whole / f"0-{stage.name}"), weights(parts / f"0-{stage.name}"))
+    heads = [run / f"0-{stage.name}" / HEADS_FILE for run in (whole, parts)]
+    assert {path.exists() for path in heads} == {stage.marks > 0}
+    if stage.marks:
+        assert heads[0].read_bytes() == heads[1].read_bytes()
 
 
 def test_a_checkpoint_that_was_being_written_is_never_taken(tmp_path):

@@ -150,13 +150,14 @@ def write(
         processor: What to save with it.
         path: The folder.
         weights: The model's, where it holds only a share of them itself.
-        beside: File name -> tensors that are no part of the model.
+        beside: Path in the folder -> tensors that are no part of the model.
         texts: NAME -> what it says.
     """
     with whole_folder(path) as folder:
         model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
         for name, tensors in (beside or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
             save_file(dict(tensors), folder / name)
         _write_texts(folder, texts)
 

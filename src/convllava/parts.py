@@ -18,7 +18,7 @@ _PREFIXES = {
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to: stem, stage1 ... stageN, projector, language_model (with its head), or
-    head (which a stage throws away)."""
+    head (of the stage that trains it, no part of the model)."""
     if stage := _STAGE.search(name):
         return f"stage{int(stage[1]) + 1}"
     name = name.removeprefix("base_model.model.").removeprefix("model.")

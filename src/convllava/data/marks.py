@@ -30,6 +30,8 @@ BOXES = "boxes"
 def marks(sample: Sample, placement: Placement, stride: int, letters: bool = False) -> dict[str, Tensor]:
     """The numbers over each cell of 16 pixels of a sample on its canvas, and the box of what stands in a visual token.
 
+    Of several pieces over one cell, the last that was printed or drawn.
+
     Returns:
         row, place, value (height / 16, width / 16), see `Numbered`; letter, the number of a character in its word;
         of_shape and of_colour, which of the things of its shape and of its colour a thing is, in the order drawn.
@@ -54,7 +56,8 @@ def _numbers(pieces: Sequence[Numbered]) -> list[tuple[Box, dict[str, int]]]:
 
 
 def _letters(printed: Sequence[Word]) -> list[tuple[Box, dict[str, int]]]:
-    """Without it nothing tells the second l of "Village" from the first where one visual token holds both."""
+    """The number of each character in its word: where one visual token holds both l of "Village", the one tells from
+    the other by nothing else."""
     return [(glyph.box, {"letter": number}) for word in printed for number, glyph in enumerate(word, start=1)]
 
 

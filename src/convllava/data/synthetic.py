@@ -32,7 +32,7 @@ class ChatDataset(Dataset):
     """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
 
     Items are those of `conversation.encode`; with `guided`, also the guides of `guidance.guides`, and with `marked`
-    the marks of `marks.marks`, letters among them if `spelled`. Of the questions a share `casual` is asked as people
+    the marks of `marks.marks`, with `letters` those too. Of the questions a share `casual` is asked as people
     ask: without capitals and final mark, or behind other words.
     """
 
@@ -47,11 +47,11 @@ class ChatDataset(Dataset):
         images: bool = True,
         guided: bool = False,
         marked: bool = False,
-        spelled: bool = False,
+        letters: bool = False,
     ) -> None:
         self.world, self.processor, self.length = world, processor, length
         self.captions, self.casual, self.images = captions, casual, images
-        self.guided, self.marked, self.spelled = guided, marked, spelled
+        self.guided, self.marked, self.letters = guided, marked, letters
 
     def __len__(self) -> int:
         return self.length
@@ -65,7 +65,7 @@ class ChatDataset(Dataset):
         if self.marked:
             pixels = self.processor.image_processor
             placement = pixels.placement(Size(sample.image.height, sample.image.width))
-            item[MARKS] = marks(sample, placement, pixels.stride, letters=self.spelled)
+            item[MARKS] = marks(sample, placement, pixels.stride, letters=self.letters)
         return item
 
     def conversation(self, index: int) -> list[dict[str, Any]]:

@@ -59,11 +59,11 @@ class Alignment(nn.Module):
         outputs: dict[str, Tensor] = {}
         printed = torch.cat([cells(item, self.side) for item in glyph])
         counts = [item.numel() // self.side**2 for item in glyph]
-        letters, spelled = self.head["letters"](tokens, printed, numbered(spelling, counts), outputs)
+        glyph_loss, spelling_loss = self.head["letters"](tokens, printed, numbered(spelling, counts), outputs)
         losses = [
-            letters,
+            glyph_loss,
             self._naming_loss(tokens, self._bags(printed, shape, colour, numbered(words, counts))),
-            spelled,
+            spelling_loss,
             box_loss(self.head["box"](tokens), numbered(boxes, counts), outputs),
         ]
         return {"loss": torch.stack(losses).sum(), **outputs}

@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 -m convllava train recipes/tiny-quick.yaml --output runs/quick
 
 Everything lies in the output folder: `recipe.yaml` (resolved), `log.jsonl` (one line an optimiser step), `tensorboard/`
-and one folder per stage, `1-NAME/`, which is a loadable checkpoint with the recipe beside it and appears when the stage
-is complete. A stage in progress keeps `.1-NAME.progress/checkpoint-STEP/`, from which `--resume` continues exactly.
+and one folder per stage, `1-NAME/`, which is a loadable checkpoint with the recipe beside it, and the heads that the
+next stage goes on with; it appears when the stage is complete. A stage in progress keeps
+`.1-NAME.progress/checkpoint-STEP/`, from which `--resume` continues exactly.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int
         images=data.images,
         guided=stage.guidance > 0,
         marked=stage.marks > 0,
-        spelled=stage.letters > 0,
+        letters=stage.letters > 0,
     )
 
 

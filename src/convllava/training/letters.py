@@ -27,7 +27,8 @@ class LetterHeads(nn.Module):
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
-        self.glyph = nn.Linear(width, (stride // GLYPH_CELL) ** 2 * GLYPHS)
+        self.side = stride // GLYPH_CELL
+        self.glyph = nn.Linear(width, self.side**2 * GLYPHS)
         self.token = nn.Linear(width, 2 * width)
         self.before = nn.Embedding(2 * GLYPHS, 2 * width)
         self.next = nn.Linear(2 * width, GLYPHS)
@@ -35,7 +36,7 @@ class LetterHeads(nn.Module):
     def forward(
         self, tokens: Tensor, printed: Tensor, spelling: Tensor, outputs: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The loss of each of the two; notes their accuracies in `outputs`.
+        """The losses of both, scalars; notes their accuracies in `outputs`.
 
         Args:
             tokens: (visual tokens, width) of a batch.
@@ -46,9 +47,9 @@ class LetterHeads(nn.Module):
         cell, *before, char = spelling.T
         known = self.before(before[0]) + self.before(GLYPHS + before[1])
         logits = self.next(F.gelu(self.token(tokens)[cell] + known))
-        told = judge("glyph", self.glyph(tokens), printed, outputs, GLYPHS)
+        glyph_loss = judge("glyph", self.glyph(tokens), printed, outputs, GLYPHS)
         outputs["spelling"] = (logits.detach().argmax(-1) == char).float().mean()
-        return told, F.cross_entropy(logits, char, reduction="sum") / max(len(char), 1)
+        return glyph_loss, F.cross_entropy(logits, char, reduction="sum") / max(len(char), 1)
 
     def begin_as_zeros(self) -> None:
         """Ask nothing of the tokens before something is learnt."""

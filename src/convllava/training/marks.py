@@ -20,19 +20,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from convllava.data.cells import GLYPH_CELL
 from convllava.data.marks import BOXES, MARK_CELL, MARK_CLASSES
+from convllava.errors import InputError
+from convllava.files import tensors_in
 from convllava.training.attention import guided_layers
 from convllava.training.dense import box_loss, cells, judge, numbered
 from convllava.training.letters import LetterHeads
 
 HEAD = "head"
 """What the heads are called among the model's parts."""
-HEADS_FILE = "heads.safetensors"
-"""Where in a stage's folder they lie."""
+HEADS_FILE = "training/heads.safetensors"
+"""Where in a stage's folder they lie: not beside the model's file, since vLLM reads every .safetensors there."""
 
 
 class MarkHeads(nn.Module):
@@ -47,6 +47,7 @@ class MarkHeads(nn.Module):
     def __init__(self, width: int, stride: int, letters: bool = False) -> None:
         super().__init__()
         self.side = stride // MARK_CELL
+        self.others: dict[str, Tensor] = {}
         self.norm = nn.LayerNorm(width)
         self.maps = nn.ModuleDict(
             {name: _zero_head(width, self.side**2 * classes) for name, classes in MARK_CLASSES.items()}
@@ -78,10 +79,27 @@ class MarkHeads(nn.Module):
         counts = [page["row"].numel() // self.side**2 for page in marks]
         losses.append(box_loss(self.box(tokens), numbered([page[BOXES] for page in marks], counts), outputs))
         if self.letters is not None:
-            printed = torch.cat([cells(page["glyph"], self.side * MARK_CELL // GLYPH_CELL) for page in marks])
+            printed = torch.cat([cells(page["glyph"], self.letters.side) for page in marks])
             spelling = numbered([page["spelling"] for page in marks], counts)
+            # With their coordinates, which the language model's loss keeps from shrinking.
             outputs["letters"] = torch.stack(self.letters(entering, printed, spelling, outputs)).sum()
         return {"loss": torch.stack(losses).sum(), **outputs}
+
+    @torch.no_grad()
+    def begin_as(self, path: Path) -> None:
+        """Take the weights of a file, as far as it has them; keep those of heads that these are not for the next stage.
+
+        Raises:
+            InputError: a weight of another shape, or a damaged file.
+        """
+        found, own = tensors_in(path), self.state_dict()
+        for name in found:
+            if name not in own:
+                self.others[name] = found[name]
+            elif own[name].shape == found[name].shape:
+                own[name].copy_(found[name])
+            else:
+                raise InputError(f"{path}: {name} has another shape than this version's; remove it to begin anew")
 
 
 def _zero_head(width: int, outputs: int) -> nn.Linear:
@@ -98,11 +116,14 @@ def attach_heads(model: Any, before: Path | None = None, letters: bool = False) 
         model: Gets them.
         before: The folder of the stage before, whose heads they begin as, those that it had.
         letters: Whether tokens are asked for their characters too.
+
+    Raises:
+        InputError: the stage before has heads of other shapes, or its file is damaged.
     """
     config = model.config
     heads = MarkHeads(config.text_config.hidden_size, config.vision_config.stride, letters)
     if before is not None and (before / HEADS_FILE).exists():
-        heads.load_state_dict(load_file(before / HEADS_FILE), strict=False)
+        heads.begin_as(before / HEADS_FILE)
     model.add_module(HEAD, heads.to(model.device))
     model.head.hook = model.register_forward_hook(_tell, with_kwargs=True)
 
@@ -114,7 +135,7 @@ def detach_heads(model: Any) -> dict[str, dict[str, Tensor]]:
     heads = model.head
     heads.hook.remove()
     delattr(model, HEAD)
-    return {HEADS_FILE: heads.state_dict()}
+    return {HEADS_FILE: {**heads.others, **heads.state_dict()}}
 
 
 def _tell(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs: Any) -> Any:

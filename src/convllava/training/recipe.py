@@ -264,8 +264,8 @@ class Stage:
             "of the objective chat only a stage with marks has a head; take it out of trains",
         )
         yield (
-            self.letters < 0 or (self.letters > 0 and self.marks <= 0),
-            ("letters is a weight of 0 or more, for stages with marks"),
+            self.letters < 0 or (self.letters > 0 and (self.marks <= 0 or not self._trains_pixels())),
+            "letters is a weight of 0 or more, for stages with marks that train the projector or the tower",
         )
         yield self.packing and (not chat or self.guidance > 0), "packing is for the objective chat without guidance"
         yield (
@@ -278,6 +278,9 @@ class Stage:
         )
         yield from self._cache_rules()
         yield from self._budget_rules()
+
+    def _trains_pixels(self) -> bool:
+        return bool(set(self.trains) - {"language_model", "head"})
 
     def _cache_rules(self) -> typing.Iterator[tuple[bool, str]]:
         yield self.feature_cache_gb < 0, "feature_cache_gb is 0 or more"
