@@ -33,7 +33,7 @@ def test_recipes_of_the_repo_survive_a_round_trip(path, tmp_path):
     rate=st.floats(1e-9, 1.0),
     captions=st.floats(0, 1),
     kinds=st.none() | st.dictionaries(st.sampled_from(["scene", "sign"]), st.floats(0.1, 9), min_size=1),
-    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    schedule=st.sampled_from(["cosine", "linear", "constant", "stable"]),
 )
 def test_any_recipe_survives_a_round_trip(tmp_path_factory, steps, rate, captions, kinds, schedule):
     data = Data(captions=captions, kinds=kinds)
@@ -71,7 +71,10 @@ def test_overrides_reach_stages_by_name_and_by_number(tmp_path):
         (MINIMAL.replace("steps: 3, ", ""), "give either steps or epochs"),
         (MINIMAL.replace("steps: 3", "steps: many"), "steps must be a int; got 'many'"),
         (MINIMAL.replace("1e-3", "fast"), r"trains.projector must be a float; got 'fast'"),
-        (MINIMAL.replace("steps: 3", "steps: 3, schedule: sine"), "schedule must be one of cosine, linear, constant"),
+        (
+            MINIMAL.replace("steps: 3", "steps: 3, schedule: sine"),
+            "schedule must be one of cosine, linear, constant, stable",
+        ),
         (MINIMAL.replace("steps: 3", "steps: 3, batch_size: 3, accumulate: 2"), "no multiple of accumulate"),
         ("name: x\nstages: []\n", "at least one stage"),
         (MINIMAL + MINIMAL.splitlines()[2] + "\n", "names must differ"),

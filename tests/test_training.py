@@ -50,6 +50,13 @@ def test_the_log_has_one_line_a_step(tmp_path):
     assert list((tmp_path / "tensorboard").rglob("events*"))
 
 
+def test_stable_rates_fall_in_the_last_fifth_of_the_steps(tmp_path):
+    stage = dataclasses.replace(CHAT, steps=10, warmup=0.2, schedule="stable")
+    engine.train(recipe(stage), tmp_path)
+    rates = [rate["projector"] / stage.trains["projector"] for rate in logged(tmp_path, "learning_rates")]
+    assert rates == pytest.approx([0.5, *[1.0] * 7, 0.5, 0.0])
+
+
 def test_a_guided_run_logs_where_attention_looks(tmp_path):
     engine.train(recipe(GUIDED), tmp_path)
     found = logged(tmp_path, "answer_guidance")

@@ -157,8 +157,9 @@ class Stage:
     """Lay the samples of a pass end to end in one row, none seeing another, in place of padding them."""
     accumulate: int = 1
     """Forward passes per optimiser step: each takes batch_size / accumulate samples."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Of the learning rate, after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "stable"] = "cosine"
+    """Of the learning rate, after the warm-up. stable: constant, and linear to 0 in the last fifth of the steps; a run
+    can then be made longer from where that begins (arXiv 2404.06395, section 4)."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises."""
     optimizer: Literal["adamw", "muon"] = "adamw"

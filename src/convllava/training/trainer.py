@@ -38,6 +38,9 @@ from convllava.training.sharding import sharding_arguments
 COUNTS = ("samples", "images", "tokens", "positions", "padded", "waited")
 """Of what the stage has seen (see `StageTrainer._count`), and the seconds in which this process waited for samples."""
 
+_FALLS = 0.2
+"""The share of the steps at the end in which the rates of the schedule `stable` fall."""
+
 
 def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> TrainingArguments:
     """The Trainer's settings for one stage, whose steps are known."""
@@ -49,7 +52,7 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         # With a budget an item of the dataset is a whole pass.
         per_device_train_batch_size=1 if stage.budget else samples_of(stage, process_count()),
         gradient_accumulation_steps=passes_of(stage, process_count()),
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
+        **_schedule(stage),
         warmup_steps=round(stage.warmup * stage.steps),
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bfloat16",
@@ -70,6 +73,13 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         **sharding_arguments(recipe),
         ddp_find_unused_parameters=True,  # an objective may leave parts of what trains alone for a step
     )
+
+
+def _schedule(stage: Stage) -> dict[str, Any]:
+    if stage.schedule == "stable":
+        falls = {"num_decay_steps": round(_FALLS * (stage.steps or 0)), "decay_type": "linear"}
+        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": falls}
+    return {"lr_scheduler_type": {"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule)}
 
 
 def _evaluating(stage: Stage) -> dict[str, Any]:
