@@ -178,8 +178,9 @@ def glyph_map(sample: Sample, placement: Placement) -> Tensor:
 
 def paint(labels: Tensor, box: Box, value: int) -> None:
     """Give the cells of a map that lie under a box in fractions of the canvas a label."""
-    for row, column in cells_under(box, Size(*labels.shape)):
-        labels[row, column] = value
+    if under := cells_under(box, Size(*labels.shape)):
+        rows, columns = zip(*under, strict=True)
+        labels[list(rows), list(columns)] = value  # at once: writing cell by cell was a fifth of a page's cost
 
 
 def collate_dense(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
