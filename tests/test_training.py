@@ -59,6 +59,8 @@ def test_stable_rates_fall_in_the_last_fifth_of_the_steps(tmp_path):
 
 def test_a_guided_run_logs_where_attention_looks(tmp_path):
     engine.train(recipe(GUIDED), tmp_path)
+    answers, losses = (logged(tmp_path, name) for name in ("answer_loss", "loss"))
+    assert all(0 < answer < loss for answer, loss in zip(answers, losses, strict=True))
     found = logged(tmp_path, "answer_guidance")
     assert len(found) == GUIDED.steps
     assert min(found) > 0

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from convllava.data.conversation import IGNORE
 
+ANSWER_LOSS = "answer_loss"
+"""What training reports the loss of answers as, where it is not all of the loss."""
+
 
 def answer_weights(labels: Tensor, balance: float) -> Tensor:
     """What the prediction made at each position counts: (batch, positions), with the mean 1 over those supervised.

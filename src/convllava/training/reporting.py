@@ -20,10 +20,11 @@ from convllava.data.conversation import GUIDES
 from convllava.data.marks import MARK_CLASSES
 from convllava.errors import InputError
 from convllava.parts import parts_of
+from convllava.training.losses import ANSWER_LOSS
 from convllava.training.processes import process_number
 from convllava.training.recipe import Stage
 
-NOTES = (*ACCURACIES, *MARK_CLASSES, *(f"{kind}_guidance" for kind in GUIDES))
+NOTES = (ANSWER_LOSS, *ACCURACIES, *MARK_CLASSES, *(f"{kind}_guidance" for kind in GUIDES))
 """What a step may report beside its loss."""
 _QUIET_SECONDS = 30
 """Where there is no terminal, one line this often stands in for the bar."""

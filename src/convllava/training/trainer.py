@@ -26,7 +26,7 @@ from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
 from convllava.training.features import FrozenStages
 from convllava.training.held_out import BEST, HeldOutLoss, weight_of
-from convllava.training.losses import answer_loss, answer_weights, asked_labels, asked_loss
+from convllava.training.losses import ANSWER_LOSS, answer_loss, answer_weights, asked_labels, asked_loss
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
 from convllava.training.parts import parameter_groups
@@ -227,11 +227,13 @@ class StageTrainer(Trainer):
         """
         logits, weights = outputs["logits"], answer_weights(labels, self.stage.balance)
         loss = answer_loss(logits, labels, weights)
+        if self.trained.training:
+            self.notes = {ANSWER_LOSS: loss.item()}  # what stages with other weights of the rest have in common
         if asked is not None:
             loss = loss + self.stage.questions * asked_loss(logits, asked)
         if guidance is not None:
             looks = {kind: guidance.loss(kind, weights) for kind in guidance.layers}
-            self.notes = {f"{kind}_guidance": value.item() for kind, value in looks.items()}
+            self.notes |= {f"{kind}_guidance": value.item() for kind, value in looks.items()}
             loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
         if "marks" in outputs:
             told = outputs["marks"]
