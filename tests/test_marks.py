@@ -293,6 +293,7 @@ def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):
         ({"marks": -1.0}, "marks is a weight of 0 or more"),
         ({"letters": -1.0}, "letters is a weight of 0 or more"),
         ({"letters": 0.5, "marks": 0.0, "trains": dict(GUIDED.trains)}, "for stages with marks"),
+        ({"trains": {"language_model": 1e-3, "head": 1e-3}}, "train the projector or the tower"),
         ({"marks": 0.5, "guidance": 0.0}, "for stages with guidance"),
         ({"marks": 0.5, "trains": dict(GUIDED.trains)}, "such as head: 1.0e-3"),
         ({"marks": 0.0}, "only a stage with marks has a head"),

@@ -47,7 +47,7 @@ class MarkHeads(nn.Module):
     def __init__(self, width: int, stride: int, letters: bool = False) -> None:
         super().__init__()
         self.side = stride // MARK_CELL
-        self.others: dict[str, Tensor] = {}
+        self.others: dict[str, Tensor] = {}  # of a stage before that asked for more, for one after that does again
         self.norm = nn.LayerNorm(width)
         self.maps = nn.ModuleDict(
             {name: _zero_head(width, self.side**2 * classes) for name, classes in MARK_CLASSES.items()}
@@ -99,7 +99,9 @@ class MarkHeads(nn.Module):
             elif own[name].shape == found[name].shape:
                 own[name].copy_(found[name])
             else:
-                raise InputError(f"{path}: {name} has another shape than this version's; remove it to begin anew")
+                raise InputError(
+                    f"{path}: {name} has another shape than this version's; remove the file, and heads begin anew"
+                )
 
 
 def _zero_head(width: int, outputs: int) -> nn.Linear:
