@@ -34,7 +34,9 @@ def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") 
     """A 64 x 64 page of 4 x 4 cells: one character in each cell in reading order, none for a space, and things."""
     places = [(16 * (number % 4), 16 * (number // 4)) for number in range(len(printed))]
     glyphs = tuple(
-        Glyph(char, (x + 1, y + 4, x + 15, y + 12)) for char, (x, y) in zip(printed, places, strict=True) if char != " "
+        Glyph(char, (x + 1, y + 4, x + 15, y + 12), begins=before == " ")
+        for before, char, (x, y) in zip(" " + printed, printed, places, strict=False)
+        if char != " "
     )
     return Page(
         Sample(0, kind, Image.new("RGB", (64, 64)), "", (), glyphs, things), unchanged(Size(64, 64), stride=16), 16
@@ -51,6 +53,11 @@ def small_processor() -> ConvLlavaProcessor:
 
 
 SCENE = (Thing("circle", "red", (2, 2, 14, 14)), Thing("square", "red", (34, 34, 62, 62)))
+
+
+def test_an_answer_is_sought_inside_other_words_only_where_it_is_none_itself():
+    assert answer_cells(page("ab cab x"), Turn("read", "What?", "ab")) == [{(0, 0)}, {(0, 1)}]
+    assert answer_cells(page("xab cab"), Turn("read", "What?", "ab")) == [{(0, 1), (1, 1)}, {(0, 2), (1, 2)}]
 
 
 def test_each_character_is_sought_where_it_is_printed():

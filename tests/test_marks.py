@@ -143,7 +143,7 @@ def test_maps_tell_the_numbers_of_what_lies_over_each_cell():
 def test_letters_are_numbered_in_their_words():
     places = [*range(0, 16 * 14, 16), 16 * 16]
     text = "fourteenletter" + "a"
-    glyphs = tuple(Glyph(char, (x, 32, x + 16, 64)) for char, x in zip(text, places, strict=True))
+    glyphs = tuple(Glyph(char, (x, 32, x + 16, 64), begins=x in (0, 256)) for char, x in zip(text, places, strict=True))
     sample = Sample(0, "sign", Image.new("RGB", (288, 64)), "", (), glyphs, ())
     size = unchanged(Size(64, 288), stride=32)
     found = marks(sample, size, 32, letters=True)

@@ -33,7 +33,7 @@ def test_label_maps_lie_where_things_lie():
 def labelled_page() -> Sample:
     """64 x 64 pixels: "ab" and "c" on a line, below them "d"."""
     boxes = {"a": (2, 2, 10, 12), "b": (11, 2, 20, 12), "c": (40, 2, 50, 12), "d": (2, 40, 10, 52)}
-    glyphs = tuple(Glyph(char, box) for char, box in boxes.items())
+    glyphs = tuple(Glyph(char, box, begins=char != "b") for char, box in boxes.items())
     return Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ())
 
 

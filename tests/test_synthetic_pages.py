@@ -8,6 +8,7 @@ import re
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from convllava.data.cells import words
 from convllava.synthetic import CHARACTERS, Box, Sample, World
 from convllava.synthetic import world as world_module
 from convllava.synthetic.canvas import Canvas
@@ -71,6 +72,17 @@ def test_boxes_lie_inside_the_picture(samples: list[Sample]) -> None:
         for x0, y0, x1, y1 in [glyph.box for glyph in sample.glyphs] + [thing.box for thing in sample.things]:
             assert 0 <= x0 < x1 <= sample.image.width
             assert 0 <= y0 < y1 <= sample.image.height
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_words_end_at_spaces_however_narrow_they_look(split: str) -> None:
+    for kind, told in (("sign", "sign: "), ("paragraph", "paragraph: ")):
+        world = World(split, kinds={kind: 1})
+        for sample in map(world.sample, range(12)):
+            text = sample.caption.removeprefix(told).removesuffix("." if kind == "sign" else "")
+            if not text.startswith("title "):
+                printed = ["".join(glyph.char for glyph in word) for word in words(sample)]
+                assert printed == text.replace(" / ", " ").split(" ")
 
 
 def test_glyph_boxes_hold_ink(untouched: None) -> None:

@@ -80,26 +80,18 @@ Word = list[Glyph]
 
 
 def words(sample: Sample) -> list[Word]:
-    """The printed characters, those that touch on a line together."""
+    """The printed words, each as its characters."""
     found: list[Word] = []
     for glyph in sample.glyphs:
-        if found and _is_next(found[-1][-1], glyph):
-            found[-1].append(glyph)
-        else:
-            found.append([glyph])
+        if glyph.begins or not found:
+            found.append([])
+        found[-1].append(glyph)
     return found
 
 
 def text_of(word: Word) -> str:
     """What a word says, without the punctuation around it."""
     return "".join(glyph.char for glyph in word).strip(".,:;()")
-
-
-def _is_next(a: Glyph, b: Glyph) -> bool:
-    """Whether b stands on the line of a, right of it and with less than a space between."""
-    height = max(a.box[3] - a.box[1], b.box[3] - b.box[1])
-    level = abs(a.box[1] + a.box[3] - b.box[1] - b.box[3]) / 2 < height
-    return level and -height / 2 < b.box[0] - a.box[2] < 0.3 * height
 
 
 def spelling(printed: Sequence[Word], placement: Placement, stride: int) -> Tensor:

@@ -48,6 +48,7 @@ class Page:
     def __init__(self, sample: Sample, placement: Placement, stride: int) -> None:
         self.sample, self.placement, self.grid = sample, placement, grid(placement.canvas, stride)
         self.printed = "".join(glyph.char for glyph in sample.glyphs)
+        self.bounds = {number for number, glyph in enumerate(sample.glyphs) if glyph.begins} | {len(self.printed)}
         self._cells: dict[Box, Cells] = {}
 
     def cells(self, box: Box) -> Cells:
@@ -122,8 +123,9 @@ def answer_cells(page: Page, turn: Turn) -> list[Cells]:
 
 
 def _printed_as(page: Page, turn: Turn) -> list[int]:
-    """Where the answer is printed; of a turn that is read from somewhere, only what is printed there."""
-    starts = page.find(turn.answer)
+    """Where the answer is printed, as whole words if anywhere; of a turn that is read from somewhere, only there."""
+    starts, length = page.find(turn.answer), len(turn.answer.replace(" ", ""))
+    starts = [start for start in starts if {start, start + length} <= page.bounds] or starts
     return [start for start in starts if not turn.evidence or page.sample.glyphs[start].box in turn.evidence]
 
 

@@ -52,14 +52,15 @@ class Canvas:
         left = round(x - origins[-1] * {"l": 0.0, "m": 0.5, "r": 1.0}[anchor])
         baseline = round(y + font.capital / 2)
         start = len(self.glyphs)
-        for char, origin in zip(text, origins, strict=False):
+        for before, char, origin in zip(" " + text, text, origins, strict=False):
             if char != " ":
                 mask, (right, down) = font.mask(char)
                 corner = left + round(origin) + right, baseline + down
                 self.draw.bitmap(corner, mask, ink)
-                self.glyphs.append(Glyph(char, (*corner, corner[0] + mask.width, corner[1] + mask.height)))
-        box = self._inside(union(glyph.box for glyph in self.glyphs[start:]))
-        return Region(box, start, len(self.glyphs))
+                box = (*corner, corner[0] + mask.width, corner[1] + mask.height)
+                self.glyphs.append(Glyph(char, box, begins=before == " "))
+        inside = self._inside(union(glyph.box for glyph in self.glyphs[start:]))
+        return Region(inside, start, len(self.glyphs))
 
     def shape(self, shape: str, colour: str, fill: Colour, box: Box) -> Region:
         """Draw one of `SHAPES` filling the square `box` (whole pixels), its edges smooth."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import math
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageChops
 
 from convllava.synthetic.canvas import Canvas
-from convllava.synthetic.sample import Box, Glyph, Thing
+from convllava.synthetic.sample import Box, Thing
 
 _TILE = 512
 
@@ -47,7 +48,7 @@ def rotate(canvas: Canvas, degrees: float) -> None:
     # Two samples a pixel look like bilinear interpolation here and cost a fifth of Pillow's.
     canvas.image = Image.blend(_sampled(canvas, degrees, -0.25), _sampled(canvas, degrees, 0.25), 0.5)
     number = len(canvas.glyphs)
-    canvas.glyphs = [Glyph(glyph.char, box) for glyph, box in zip(canvas.glyphs, turned[:number], strict=True)]
+    canvas.glyphs = [replace(glyph, box=box) for glyph, box in zip(canvas.glyphs, turned[:number], strict=True)]
     canvas.things = [
         Thing(thing.shape, thing.colour, box) for thing, box in zip(canvas.things, turned[number:], strict=True)
     ]

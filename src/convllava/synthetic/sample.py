@@ -42,10 +42,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Glyph:
-    """One printed non-space character and the box of its ink."""
+    """One printed non-space character, the box of its ink, and whether it begins a word, being behind a space or the
+    first of what was printed at once: how wide a space looks differs too much between fonts to tell it by."""
 
     char: str
     box: Box
+    begins: bool = False
 
 
 @dataclass(frozen=True)
