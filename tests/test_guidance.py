@@ -57,6 +57,7 @@ SCENE = (Thing("circle", "red", (2, 2, 14, 14)), Thing("square", "red", (34, 34,
 
 def test_an_answer_is_sought_inside_other_words_only_where_it_is_none_itself():
     assert answer_cells(page("ab cab x"), Turn("read", "What?", "ab")) == [{(0, 0)}, {(0, 1)}]
+    assert answer_cells(page("(ab, cab"), Turn("read", "What?", "ab")) == [{(0, 1)}, {(0, 2)}]
     assert answer_cells(page("xab cab"), Turn("read", "What?", "ab")) == [{(0, 1), (1, 1)}, {(0, 2), (1, 2)}]
 
 

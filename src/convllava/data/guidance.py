@@ -48,7 +48,6 @@ class Page:
     def __init__(self, sample: Sample, placement: Placement, stride: int) -> None:
         self.sample, self.placement, self.grid = sample, placement, grid(placement.canvas, stride)
         self.printed = "".join(glyph.char for glyph in sample.glyphs)
-        self.bounds = {number for number, glyph in enumerate(sample.glyphs) if glyph.begins} | {len(self.printed)}
         self._cells: dict[Box, Cells] = {}
 
     def cells(self, box: Box) -> Cells:
@@ -84,6 +83,19 @@ class Page:
             text = text_of(word)
             begin = "".join(glyph.char for glyph in word).index(text)
             found.setdefault(text.lower(), []).append(word[begin : begin + len(text)])
+        return found
+
+    @cached_property
+    def bounds(self) -> set[int]:
+        """The numbers of the printed characters before which a word begins or ends, with the punctuation around it or
+        without."""
+        found: set[int] = set()
+        start = 0
+        for word in words(self.sample):
+            text = text_of(word)
+            begin = start + "".join(glyph.char for glyph in word).index(text)
+            found |= {start, begin, begin + len(text), start + len(word)}
+            start += len(word)
         return found
 
     def find(self, text: str, after: int = 0) -> list[int]:
