@@ -147,10 +147,22 @@ def test_bad_adapters_are_refused_before_anything_is_written(tmp_path, changes, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("adapter_model.safetensors", b"{" * 200), ("adapter_model.bin", b"")], ids=["cut", "empty"]
+)
+def test_a_damaged_adapter_is_one_line(run, tmp_path, name, content):
+    shutil.copytree(run / "1-lora", tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    (tmp_path / "lora" / name).write_bytes(content)
+    with pytest.raises(InputError, match="does not load as an adapter of its base: ") as refusal:
+        checkpoints.read(tmp_path / "lora", base=str(run / "0-chat"))
+    assert "\n" not in str(refusal.value)
+
+
 def test_an_adapter_is_not_converted_and_a_whole_model_not_merged(run, tmp_path):
     with pytest.raises(InputError, match="is an adapter; write it with its base"):
         checkpoints.convert(run / "1-lora", tmp_path / "new")
-    with pytest.raises(InputError, match="is no adapter but a whole checkpoint"):
+    with pytest.raises(InputError, match="is no folder of an adapter"):
         checkpoints.merge(run / "0-chat", tmp_path / "new")
     with pytest.raises(InputError, match="adapter is for the objective chat"):
         replaced(objective="align")

@@ -25,6 +25,7 @@ from convllava import InputError
 from convllava.evaluation.benchmarks import BENCHMARKS
 from convllava.evaluation.files.rows import listed
 from convllava.evaluation.files.sources import find_benchmarks, load_questions
+from convllava.evaluation.questions import NoPicture
 
 
 def load(name, path, **settings):
@@ -62,6 +63,51 @@ def test_texts_with_tabs_quotes_and_line_ends_do_not_shift_the_images(tmp_path):
     assert [question.text for question in questions] == ['a\t"b"\nc é'] * 2
     assert same(questions[0], 3)
     assert same(questions[1], 4)
+
+
+@pytest.mark.parametrize("indices", [("0", "0"), ("", "")])
+def test_rows_that_share_an_index_keep_their_own_images(tmp_path, indices):
+    rows = [
+        {"index": index, "question": "q", "A": "x", "B": "y", "answer": "A", "image": base64_png(number)}
+        for number, index in enumerate(indices)
+    ]
+    rows.append({**rows[0], "image": indices[0]})
+    first, second, third = load("seedbench", write_tsv(tmp_path / "seed.tsv", rows))
+    assert same(first, 0)
+    assert same(second, 1)
+    if indices[0]:
+        assert same(third, 0)
+    else:
+        assert third.pictures == (NoPicture("row 3 of seed.tsv: no image"),)
+
+
+@pytest.mark.parametrize("answers", [{"answer": None}, {"answers": [""] * 10}, {"answers": ["nan", ""]}])
+def test_a_row_whose_answer_is_nothing_is_refused(tmp_path, answers):
+    path = write_parquet(tmp_path / "t.parquet", [{"question": "q", "image": parquet_image(), **answers}])
+    with pytest.raises(InputError, match=r"row 1 of t.parquet has no answer"):
+        load("textvqa", path)
+
+
+@pytest.mark.parametrize("change", [{"bbox": ["a", 1, 2, 3]}, {"bbox": [None, 1, 2, 3]}, {"height": "tall"}])
+def test_boxes_and_sizes_that_are_no_numbers_are_refused(tmp_path, change):
+    row = {"question": "q", "bbox": [0, 1, 2, 3], "height": 4, "width": 4, "image": "a.png"} | change
+    (tmp_path / "val.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=r"val.jsonl: (bbox|height or width) must be numbers; got"):
+        load("refcoco", tmp_path / "val.jsonl")
+
+
+def test_a_size_that_is_not_told_is_that_of_the_image(tmp_path):
+    row = {"question": "q", "bbox": [0, 1, 2, 3], "height": None, "width": None, "image": "a.png"}
+    (tmp_path / "val.jsonl").write_text(json.dumps(row))
+    assert load("refcoco", tmp_path / "val.jsonl")[0].details["size"] is None
+
+
+def test_an_image_in_place_of_its_name_is_a_picture_that_is_not_there(tmp_path):
+    row = {"questionId": 1, "question": "q", "answers": ["a"], "image": "A" * 100_000}
+    (tmp_path / "val.json").write_text(json.dumps({"data": [row]}))
+    (question,) = load("docvqa", tmp_path / "val.json")
+    with pytest.raises(InputError):
+        question.pictures[0].load()
 
 
 def test_a_list_of_answers_in_a_cell_is_several_truths(tmp_path):

@@ -6,6 +6,7 @@ import base64
 import json
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from convllava.data.conversation import encode
 from convllava.evaluation.benchmarks import BENCHMARKS
 from convllava.evaluation.files.sources import load_questions
 from convllava.evaluation.generated.synthetic import evaluate
-from convllava.evaluation.generated.world import as_report, text_height, world_questions
+from convllava.evaluation.generated.world import SYNTHETIC, as_report, text_height, world_questions
 from convllava.evaluation.generation import Asking, answer_all, likeliest_letter
 from convllava.evaluation.prompts import check_template, conversation, prompt, templates_of
 from convllava.evaluation.running import Options, run
 from convllava.evaluation.scoring.judging import ChatJudge, score_in
+from convllava.evaluation.scoring.results import score
+from convllava.files import write_json
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
 from convllava.inference.likelihood import log_likelihoods
@@ -59,7 +62,7 @@ def seedbench(tmp_path, count=7):
 
 def run_on(assistant, data, output=None, **options):
     settings = {"batch_size": 2, "max_new_tokens": 4, "timed": 0, "prompt": "{question} {options}"} | options
-    return run(BENCHMARKS["seedbench"], "tiny", assistant, data, Options(**settings), output)
+    return run(BENCHMARKS["seedbench"], "tiny", lambda: assistant, data, Options(**settings), output)
 
 
 def test_a_run_killed_at_any_byte_continues_to_the_same_result(assistant, tmp_path):
@@ -173,6 +176,20 @@ def test_choices_of_the_generated_world_are_refused(choices, message):
         CliRunner().invoke(app, ["eval", "--model", "nonexistent", "--choices", choices], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("option", ["--samples 5", "--seed 2", "--size 512", "--simple"])
+def test_options_of_the_generated_world_are_refused_for_files(option, tmp_path):
+    arguments = ["eval", "--benchmark", "docvqa", "--data", str(tmp_path), *option.split()]
+    with pytest.raises(InputError, match="are for the generated world; of a benchmark on files, --limit"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_another_folder_of_images_is_another_run(assistant, tmp_path):
+    data = seedbench(tmp_path, 2)
+    run_on(assistant, data, tmp_path / "out")
+    with pytest.raises(InputError, match=r"images was None and is '.*low'"):
+        run_on(assistant, data, tmp_path / "out", images=tmp_path / "low")
+
+
 def test_prompts_have_options_hints_and_images_where_they_belong(tmp_path):
     questions = load_questions(
         BENCHMARKS["mmbench"], write_tsv(tmp_path / "m.tsv", [circular_rows()[0] | {"hint": "Look."}])
@@ -196,7 +213,9 @@ def test_questions_about_several_images_are_asked_together(assistant, tmp_path):
     row = {"id": "validation_Art_1", "question": "Is <image 2> like <image 1>?", "options": "[]", "answer": "no"}
     images = {"image_1": parquet_image(1), "image_2": parquet_image(2)}
     data = write_parquet(tmp_path / "m.parquet", [row | images])
-    found = run(BENCHMARKS["mmmu"], "tiny", assistant, data, Options(max_new_tokens=3, timed=1, prompt="{question}"))
+    found = run(
+        BENCHMARKS["mmmu"], "tiny", lambda: assistant, data, Options(max_new_tokens=3, timed=1, prompt="{question}")
+    )
     assert found["broken"] == []
     efficiency = found["efficiency"]
     assert efficiency["visual_tokens"] == 2 * len(assistant.encode(picture(64, 64, 1)).tokens)
@@ -219,18 +238,45 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path):
         Journal(tmp_path, {})
 
 
-def test_the_generated_world_through_a_run_is_that_of_evaluate(assistant, tmp_path):
-    world = World("heldout", seed=3, size=192, simple=True)
-    questions = world_questions(world, 3)
-    journal = Journal(None, {})
-    answer_all(assistant, questions, Asking({"open": "{question}", "choice": ""}, 64, batch_size=3), journal)
-    from convllava.evaluation.generated.world import SYNTHETIC
-    from convllava.evaluation.scoring.results import score
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    journal = Journal(tmp_path / "run", {})
+    (tmp_path / "run" / "answers.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"answers.jsonl cannot be written: Is a directory"):
+        journal.add([{"id": "1", "answer": "one"}])
+    with pytest.raises(InputError, match=r"a.json cannot be written: No such file"):
+        write_json(tmp_path / "nowhere" / "a.json", {})
 
+
+class Half:
+    """Knows the answers to half of the questions about a page, but only while that page is before it."""
+
+    def __init__(self, world: World, count: int) -> None:
+        turns = [(page.image.tobytes(), turn) for page in map(world.sample, range(count)) for turn in page.turns]
+        self.known = {(image, turn.question): turn.answer for image, turn in turns[::2]}
+
+    def encode(self, image):
+        return image
+
+    def _answer(self, image, question):
+        return self.known.get((image.tobytes(), question), "none")
+
+    def answer_many(self, questions, batch_size):
+        yield [self._answer(image, question) for image, question in questions]
+
+    def chat_many(self, conversations, max_new_tokens):
+        return [self._answer(image, messages[0]["content"]) for messages, (image,) in conversations]
+
+
+def test_the_generated_world_through_a_run_is_that_of_evaluate():
+    world = World("heldout", seed=3, size=192, simple=True)
+    questions, journal = world_questions(world, 3), Journal(None, {})
+    assistant: Any = Half(world, 3)
+    answer_all(assistant, questions, Asking({"open": "{question}", "choice": ""}, 64, batch_size=3), journal)
     result = score(SYNTHETIC, questions, list(journal.entries.values()))
     report = as_report(result | {"seconds": 0.0}, 3)
     assert report | {"seconds": 0} == evaluate(assistant, world, 3) | {"seconds": 0}
     assert len(result["units"]) == report["overall"]["n"] == len(questions) // 2
+    assert report["overall"]["accuracy"] > 0.3 > report["overall"]["blind"]
 
 
 def test_the_height_of_a_printed_answer_is_that_of_its_tallest_character():
@@ -293,8 +339,8 @@ def test_a_judge_is_not_asked_again_about_what_it_has_judged(assistant, tmp_path
 
     options = Options(max_new_tokens=2, timed=0, prompt="{question}", judge=judge)
     with pytest.raises(InputError, match="does not answer"):
-        run(BENCHMARKS["mmvet"], "tiny", assistant, data, options, tmp_path / "out")
-    assert run(BENCHMARKS["mmvet"], "tiny", assistant, data, options, tmp_path / "out")["score"] == 0.25
+        run(BENCHMARKS["mmvet"], "tiny", lambda: assistant, data, options, tmp_path / "out")
+    assert run(BENCHMARKS["mmvet"], "tiny", lambda: assistant, data, options, tmp_path / "out")["score"] == 0.25
     assert asked == ["q0", "q1", "q2", "q2"]
 
 

@@ -51,6 +51,11 @@ def test_every_preset_can_be_shown():
         assert json.loads(result.stdout)["name"] == name
 
 
+def test_the_name_of_the_weights_in_the_package_is_not_that_of_their_tower():
+    found = json.loads(CliRunner().invoke(app, ["info", "tiny", "--json"], catch_exceptions=False).stdout)
+    assert found["parameters"]["language_model"] > 0
+
+
 def test_another_kind_of_model_is_refused(tmp_path):
     LlamaConfig(hidden_size=64).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="holds a model of type llama, not convllava"):

@@ -48,6 +48,28 @@ def test_every_layout_gives_the_same_model(published, tmp_path):
             assert same(tensors_of(found), expected), found.name
 
 
+def test_tied_embeddings_are_in_a_file_once(published, tmp_path):
+    tied = tmp_path / "tied"
+    shutil.copytree(published, tied)
+    change(tied / "config.json", tie_word_embeddings=True)
+    weights = load_file(tied / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tied / "model.safetensors")
+    convert(tied, tmp_path / "ours", "float32")
+    convert(tmp_path / "ours", tmp_path / "theirs", "float32", to="official")
+    for folder in (tied, tmp_path / "ours", tmp_path / "theirs"):
+        model, _ = read(folder)
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"]), folder.name
+
+
+def test_a_base_of_what_is_no_lora_is_refused(published, tmp_path):
+    convert(published, tmp_path / "ours", "float32")
+    for folder in (published, tmp_path / "ours"):
+        with pytest.raises(InputError, match="is a whole checkpoint and no LoRA; leave --base out"):
+            convert(folder, tmp_path / "new", base=tmp_path)
+
+
 def in_two_shards(folder: Path) -> None:
     """Write a checkpoint's single file anew as two with an index."""
     whole = folder / "model.safetensors"

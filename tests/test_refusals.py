@@ -141,6 +141,9 @@ def test_an_answer_that_takes_too_long_is_given_up(parts):
         connection.request("POST", PATH, json.dumps(streamed), {"Content-Type": "application/json"})
         text = connection.getresponse().read().decode()
         assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "too_late"
+        counted = running.service.metrics.text().decode()
+        assert 'convllava_refusals_total{code="too_late"} 2.0' in counted
+        assert 'convllava_requests_total{status="200"} 1.0' in counted
         until(lambda: running.service.engine.scheduler.running == 0)
 
 
@@ -160,6 +163,7 @@ def test_a_failed_step_is_a_server_error_and_the_next_request_is_served(server, 
     monkeypatch.setattr(server.service.engine.model, "forward", lambda *_: 1 / 0)
     status, body, _ = server.post(request())
     assert (status, body["error"]["type"]) == (500, "server_error")
+    assert 'convllava_requests_total{status="500"}' in server.service.metrics.text().decode()
     monkeypatch.undo()
     assert server.post(request())[0] == 200
 

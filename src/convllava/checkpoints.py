@@ -25,7 +25,7 @@ from convllava.errors import InputError
 from convllava.files import is_hub_id, one_line, tensor_files, tensors_in
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.processing import ConvLlavaProcessor
-from convllava.stored import StoredModel, shapes_of
+from convllava.stored import StoredModel, shapes_of, without_tied
 
 SHIPPED = Path(__file__).parent / "weights"
 """Models that come with the package, a folder each."""
@@ -178,7 +178,7 @@ def merge(adapter: str | Path, destination: str | Path, dtype: str = "bfloat16",
     """Write an adapter and its base as one plain checkpoint.
 
     Args:
-        adapter: The folder or hub id of what a stage with `adapter` has written.
+        adapter: The folder of what a stage with `adapter` has written.
         destination: A new folder, which appears only when it is complete.
         dtype: float32, bfloat16 or float16.
         base: What it was trained on, in place of the checkpoint that it names.
@@ -188,9 +188,9 @@ def merge(adapter: str | Path, destination: str | Path, dtype: str = "bfloat16",
     """
     destination = Path(destination)
     _check_new(destination, dtype)
-    adapter = official.on_disk(find(str(adapter)))
+    adapter = find(str(adapter))
     if not adapters.is_adapter(adapter):
-        raise InputError(f"{adapter} is no adapter but a whole checkpoint; `convllava convert` writes it again")
+        raise InputError(f"{adapter} is no folder of an adapter; `convllava convert` writes a whole checkpoint again")
     model, processor = read(adapter, DTYPES[dtype], base)
     write(model, processor, destination)
 
@@ -234,11 +234,12 @@ def convert(
         raise InputError(f"there is no layout {to!r}; choose convllava or official")
     if adapters.is_adapter(source):
         raise InputError(f"{source} is an adapter; write it with its base as one checkpoint by `convllava merge`")
-    found = (
-        official.look_up(source, DTYPES[dtype], base)
-        if official.is_official(source)
-        else look_up(source, DTYPES[dtype])
-    )
+    if official.is_official(source):
+        found = official.look_up(source, DTYPES[dtype], base)
+    elif base is None:
+        found = look_up(source, DTYPES[dtype])
+    else:
+        raise InputError(f"{source} is a whole checkpoint and no LoRA; leave --base out")
     with whole_folder(destination) as folder:
         if to == "convllava":
             found.save(folder, DTYPES[dtype])
@@ -278,10 +279,8 @@ def _tensors(
                 raise InputError(f"{path}: {name} has the shape {list(tensor.shape)}, which the model does not have")
             if name.startswith(prefix):
                 yield name, tensor.to(dtype)
-    if config.text_config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    if expected:
-        raise InputError(f"{folder} lacks the tensor {min(expected)}; its weights are not complete")
+    if missing := without_tied(expected, config):
+        raise InputError(f"{folder} lacks the tensor {min(missing)}; its weights are not complete")
 
 
 @contextmanager

@@ -188,10 +188,13 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write it beside and rename: the file is the old one or the new one, whatever happens."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write it beside and rename: the file is the old one or the new one, whatever happens.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def make_output(folder: Path) -> None:

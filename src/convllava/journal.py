@@ -46,12 +46,23 @@ class Journal:
             self.entries = {entry["id"]: entry for entry in _continued(self.path)}
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Keep entries whose ids have none yet."""
+        """Keep entries whose ids have none yet.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         fresh = [entry for entry in entries if entry["id"] not in self.entries]
         self.entries |= {entry["id"]: entry for entry in fresh}
         if self.path is not None and fresh:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in fresh))
+            _append(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in fresh))
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; the run continues where there is room") from None
 
 
 def _begin(entries: Path, settings: Mapping[str, Any], settings_name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +57,12 @@ class StoredModel:
         """Keep the tokenizer in the form that the original's slow tokenizer reads."""
         if (self.tokenizer_folder / VOCABULARY).is_file():
             shutil.copyfile(self.tokenizer_folder / VOCABULARY, folder / VOCABULARY)
+
+
+def without_tied(names: Iterable[str], config: ConvLlavaConfig) -> set[str]:
+    """Those of a model's tensors that a file must have: tied embeddings are both in one of them."""
+    tied = {"lm_head.weight"} if config.text_config.tie_word_embeddings else set()
+    return set(names) - tied
 
 
 def shapes_of(config: ConvLlavaConfig) -> dict[str, torch.Size]:

@@ -92,6 +92,7 @@ def evaluate(
         _refuse_files(data, images, split, limit, category)
         result = commands.run_synthetic(model, settings, _world(seed, size, simple), samples, options, output)
     else:
+        _refuse_pages(context)
         result = commands.run_files(benchmark, model, settings, _required(data, benchmark), options, output)
     show(result, as_json, lambda: commands.tables_of_all(result))
 
@@ -197,13 +198,25 @@ def _refuse_before(context: typer.Context, name: str) -> None:
     group: Any = context.command
     known = {option for parameter in group.commands[name].params for option in parameter.opts}
     for parameter in group.params:
-        source = context.get_parameter_source(parameter.name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _is_given(context, parameter.name):
             option = parameter.opts[0]
             place = (
                 f"put it behind {name}" if option in known else f"it is for eval alone, and {name} has no such option"
             )
             raise InputError(f"{option} stands before {name}, which does not see it; {place}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_pages(context: typer.Context) -> None:
+    if any(_is_given(context, name) for name in ("samples", "seed", "size", "simple")):
+        raise InputError(
+            "--samples, --seed, --size and --simple are for the generated world; of a benchmark on files, --limit says "
+            "how much"
+        )
 
 
 def _world(seed: int, size: int, simple: bool) -> World:

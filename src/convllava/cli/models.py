@@ -23,7 +23,7 @@ def info(
     from convllava.inspection import SIDES, inspect, inspect_tower, tables_of, tower_table, towers
 
     wanted = None if sides is None else numbers("--sides", sides)
-    if name in towers():
+    if name in towers() and name != "tiny":  # which is also a checkpoint, of which there is more to show
         tower = inspect_tower(name, wanted or SIDES)
         show(tower, as_json, lambda: [tower_table(tower)])
         return

@@ -104,5 +104,8 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 def benchmark_named(name: str) -> Benchmark:
     """Raises InputError, with the names there are, where there is none of that name."""
     if name not in BENCHMARKS:
-        raise InputError(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}, synthetic or all")
+        raise InputError(
+            f"there is no benchmark {name!r} on files; choose one of {', '.join(BENCHMARKS)}; to run them, all, and of "
+            "the generated world, synthetic"
+        )
     return BENCHMARKS[name]

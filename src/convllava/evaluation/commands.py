@@ -16,7 +16,7 @@ from convllava.evaluation.generated.synthetic import table_of
 from convllava.evaluation.generated.world import SYNTHETIC, as_report, describe_world, world_questions
 from convllava.evaluation.questions import Question
 from convllava.evaluation.report import pairs_table, tables_of
-from convllava.evaluation.running import Options, check_options, chosen_questions, questions_of, run_questions
+from convllava.evaluation.running import Options, check_options, chosen_questions, questions_of, run, run_questions
 from convllava.evaluation.scoring.judging import ChatJudge
 from convllava.evaluation.scoring.results import Result, read_answers
 from convllava.evaluation.scoring.results import score as score_answers
@@ -44,10 +44,7 @@ def run_files(
         InputError: as `running.run`; of all, where nothing could be run.
     """
     if name != "all":
-        benchmark = benchmark_named(name)
-        questions = questions_of(benchmark, data, options)
-        assistant = load(model, pixels=pixels)
-        return run_questions(benchmark, model, assistant, questions, options, output, {"data": str(data)})
+        return run(benchmark_named(name), model, lambda: load(model, pixels=pixels), data, options, output)
     ready, refused = _ready(find_benchmarks(data), options)
     if not ready:
         raise InputError("; ".join(refused.values()))

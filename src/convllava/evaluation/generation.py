@@ -35,19 +35,17 @@ class Asking:
 
 
 class Encoder:
-    """Images through the tower, each once while questions about it follow each other; counts their visual tokens."""
+    """Images through the tower, each once while questions about it follow each other."""
 
     def __init__(self, assistant: Assistant) -> None:
         self.assistant = assistant
         self.kept: dict[Picture, EncodedImage] = {}
         self.recent: dict[Picture, EncodedImage] = {}
-        self.tokens: dict[Picture, int] = {}
 
     def __call__(self, picture: Picture) -> EncodedImage:
         found = self.recent.get(picture) or self.kept.get(picture)
         found = found or self.assistant.encode(picture.load())
         self.recent[picture] = found
-        self.tokens[picture] = len(found.tokens)
         return found
 
     def turn(self) -> None:
@@ -61,14 +59,11 @@ def answer_all(
     asking: Asking,
     journal: Journal,
     progress: Callable[[float], None] = lambda share: None,
-) -> Encoder:
+) -> None:
     """Answer what the journal has no answer to. A question that cannot be asked gets the reason in place of an answer.
 
     A batch with any question left is done again as a whole: which questions share a batch bears on the last bits of
     their numbers.
-
-    Returns:
-        The encoder, for what it counted.
     """
     encoder = Encoder(assistant)
     for start in range(0, len(questions), asking.batch_size):
@@ -77,7 +72,6 @@ def answer_all(
             journal.add(_answered(batch, asking, encoder))
             encoder.turn()
         progress((start + len(batch)) / len(questions))
-    return encoder
 
 
 def _answered(batch: Sequence[Question], asking: Asking, encoder: Encoder) -> list[Answer]:

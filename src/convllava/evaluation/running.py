@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Options:
 def run(
     benchmark: Benchmark,
     model: str,
-    assistant: Assistant,
+    load: Callable[[], Assistant],
     data: Path,
     options: Options,
     output: Path | None = None,
@@ -72,8 +72,8 @@ def run(
 
     Args:
         benchmark: Which.
-        model: What the assistant was loaded from.
-        assistant: Who answers.
+        model: What the assistant is loaded from.
+        load: Who answers; called once the questions are read, since that may take long and be refused.
         data: See `sources.load_questions`.
         options: Settings.
         output: Folder for answers.jsonl, to which a killed run adds, settings.json and result.json.
@@ -85,7 +85,7 @@ def run(
         InputError: files, options or the output folder are not as they must be.
     """
     questions = questions_of(benchmark, data, options)
-    return run_questions(benchmark, model, assistant, questions, options, output, {"data": str(data)})
+    return run_questions(benchmark, model, load(), questions, options, output, {"data": str(data)})
 
 
 def questions_of(benchmark: Benchmark, data: Path, options: Options) -> list[Question]:
@@ -191,6 +191,7 @@ def _settings(
         "benchmark": benchmark.name,
         "model": model,
         WEIGHTS: weights_digest(assistant.model),
+        "images": None if options.images is None else str(options.images),
         "split": options.split,
         "categories": list(options.categories),
         "limit": options.limit,

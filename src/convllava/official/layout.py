@@ -136,6 +136,8 @@ def look_through(folder: str | Path, base: str | Path | None = None) -> Layout:
     """
     folder = Path(folder)
     adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
+    if adapter is None and base is not None:
+        raise InputError(f"{folder} is a whole checkpoint and no LoRA; leave --base out")
     language = folder if adapter is None else _base_of(folder, adapter, base)
     config = read_json((folder if (folder / "config.json").is_file() else language) / "config.json")
     _check_known(folder, config)

@@ -22,7 +22,7 @@ from convllava.official.layout import Layout, Source, look_through
 from convllava.official.names import LAYER
 from convllava.official.prompt import template_of
 from convllava.processing import ConvLlavaProcessor
-from convllava.stored import StoredModel, shapes_of
+from convllava.stored import StoredModel, shapes_of, without_tied
 
 
 def configuration(layout: Layout) -> ConvLlavaConfig:
@@ -189,8 +189,10 @@ def native_tensors(
             done.add(name)
             if name.startswith(prefix):
                 yield name, tensor.to(dtype or tensor.dtype).contiguous()
-    if missing := sorted(set(expected) - done):
-        raise InputError(f"{layout.folder} lacks the tensor {missing[0]} (in our naming); its weights are not complete")
+    if missing := without_tied(set(expected) - done, config):
+        raise InputError(
+            f"{layout.folder} lacks the tensor {min(missing)} (in our naming); its weights are not complete"
+        )
 
 
 def _check_deltas(layout: Layout, expected: Mapping[str, torch.Size]) -> None:

@@ -7,6 +7,7 @@ import hmac
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -64,11 +65,8 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        try:
+        with service.metrics.counting():
             response = await _chat(service, request, api_key)
-        except RefusalError as refusal:
-            service.metrics.refused(refusal)
-            raise
         service.metrics.requests.labels(response.status_code).inc()
         return response
 
@@ -100,7 +98,8 @@ async def _chat(service: Service, request: Request, api_key: str | None) -> Resp
                     return JSONResponse(await unless_gone(request.receive, job.completion()))
         except TimeoutError:
             raise too_late(service.limits.seconds) from None
-        return EventStream(_lines(job), deadline, error_line(too_late(service.limits.seconds)), stack.pop_all())
+        late = partial(_broken_off, service, too_late(service.limits.seconds))
+        return EventStream(_lines(service, job), deadline, late, stack.pop_all())
 
 
 async def _read(service: Service, request: Request, api_key: str | None, stack: AsyncExitStack) -> bytes:
@@ -114,13 +113,19 @@ async def _read(service: Service, request: Request, api_key: str | None, stack: 
         raise
 
 
-async def _lines(job: Job) -> AsyncIterator[str]:
+async def _lines(service: Service, job: Job) -> AsyncIterator[str]:
     """A job's events; a stream that breaks off says why."""
     try:
         async for line in job.lines():
             yield line
     except RefusalError as refusal:
-        yield error_line(refusal)
+        yield _broken_off(service, refusal)
+
+
+def _broken_off(service: Service, refusal: RefusalError) -> str:
+    """The event that ends a stream before its time."""
+    service.metrics.broke_off(refusal)
+    return error_line(refusal)
 
 
 def _authorise(request: Request, api_key: str | None) -> None:

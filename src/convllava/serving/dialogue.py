@@ -104,17 +104,13 @@ async def reply_to(
 
 async def _answer(service: Service, talk: Talk, question: str, max_pixels: int | None, reply: Reply) -> None:
     arrived = time.perf_counter()
-    try:
-        with service.gate.entered():
+    with service.metrics.counting(), service.gate.entered():
+        try:
             async with asyncio.timeout(service.limits.seconds):
                 body = await asyncio.to_thread(request_body, service.name, talk, question, max_pixels)
                 await _follow(Job(service, await service.prepare(body), arrived), arrived, reply)
-    except TimeoutError:
-        service.metrics.refused(too_late(service.limits.seconds))
-        raise too_late(service.limits.seconds) from None
-    except RefusalError as refusal:
-        service.metrics.refused(refusal)
-        raise
+        except TimeoutError:
+            raise too_late(service.limits.seconds) from None
     service.metrics.requests.labels(200).inc()
 
 

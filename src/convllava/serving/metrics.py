@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -43,6 +44,22 @@ class Metrics:
         """Count a request that is not served."""
         self.requests.labels(refusal.status).inc()
         self.refusals.labels(refusal.code).inc()
+
+    def broke_off(self, refusal: RefusalError) -> None:
+        """Count why an answer that had begun, and was counted as served, did not come to its end."""
+        self.refusals.labels(refusal.code).inc()
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count a request that is refused or fails in the block."""
+        try:
+            yield
+        except RefusalError as refusal:
+            self.refused(refusal)
+            raise
+        except Exception:
+            self.requests.labels(500).inc()
+            raise
 
     def text(self) -> bytes:
         """All of them as `/metrics` shows them."""

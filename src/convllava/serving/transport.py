@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from typing import Any, TypeVar
 
@@ -89,13 +89,15 @@ class EventStream(Response):
     Args:
         lines: The events.
         deadline: When they must have been sent, by the event loop's clock.
-        too_late: The event that says that they were not.
+        too_late: Makes the event that says that they were not.
         stack: Is closed in the end.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncIterator[str], deadline: float, too_late: str, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, lines: AsyncIterator[str], deadline: float, too_late: Callable[[], str], stack: AsyncExitStack
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._lines, self._deadline, self._too_late, self._stack = lines, deadline, too_late, stack
@@ -113,7 +115,7 @@ class EventStream(Response):
                     await _send_piece(send, line)
         except TimeoutError:
             async with asyncio.timeout(_LAST_SECONDS):  # a client that does not read would keep us here
-                await _send_piece(send, self._too_late)
+                await _send_piece(send, self._too_late())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

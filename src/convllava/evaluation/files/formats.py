@@ -5,6 +5,7 @@ Columns go by the names that VLMEvalKit's TSV files, the lmms-lab Parquet files 
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -142,9 +143,10 @@ def _options(row: Row) -> tuple[str, ...]:
 
 
 def _truths(family: str, row: Row, options: tuple[str, ...]) -> tuple[str, ...]:
-    cells = listed(_required(row, _TRUTHS), only_of_texts=family not in _LITERALS)
+    cell = _required(row, _TRUTHS)
+    cells = [] if cell is None else listed(cell, only_of_texts=family not in _LITERALS)
     truths = tuple(truth.strip() for truth in cells)
-    if truths in ((), ("",), ("nan",)) or row.cells.get("answers", ...) is None:
+    if not set(truths) - {"", "nan"}:
         raise InputError(f"{row.where} has no answer; is the file a test split, whose answers are not published?")
     if not options:
         return truths
@@ -266,15 +268,26 @@ def _of_refcoco(question: Question, row: Row, path: Path | None) -> list[Questio
     values = row.cells.get("bbox")
     if not isinstance(values, list) or len(values) != 4:
         raise InputError(f"{row.where} lacks the column bbox with four numbers; it has {', '.join(sorted(row.cells))}")
-    x0, y0, *rest = (float(value) for value in values)
+    x0, y0, *rest = _numbers(row, "bbox", values)
     x1, y1 = (x0 + rest[0], y0 + rest[1]) if row.pictures else rest
     if x1 <= x0 or y1 <= y0:
         raise InputError(f"{row.where}: the box {values} is empty; it must be x0, y0, x1, y1 in pixels")
-    size = (row.cells["height"], row.cells["width"]) if {"height", "width"} <= set(row.cells) else None
+    sides = [row.cells.get(name) for name in ("height", "width")]
+    size = None if None in sides else tuple(_numbers(row, "height or width", sides))
     question = replace(question, truths=(f"[{x0:g}, {y0:g}, {x1:g}, {y1:g}]",))
     question = replace(question, details={"box": (x0, y0, x1, y1), "size": size})
     expressions = listed(row.cells["answer"]) if row.pictures and row.cells.get("answer") else [question.text]
     return [replace(question, text=expression.strip()) for expression in expressions]
+
+
+def _numbers(row: Row, column: str, values: Sequence[Any]) -> list[float]:
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise InputError(f"{row.where}: {column} must be numbers; got {values!r}"[:200])
+    return found
 
 
 _REFINEMENTS: dict[str, Callable[[Question, Row, Path | None], list[Question]]] = {

@@ -59,7 +59,14 @@ def find_image(folder: Path, name: str) -> Path:
     """
     last = Path(name).name
     places = [folder / name, folder / last, *(deeper / last for deeper in _folders_in(folder))]
-    return next((place for place in places if place.is_file()), places[0])
+    return next((place for place in places if _is_file(place)), places[0])
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return place.is_file()
+    except (OSError, ValueError):  # longer than a name may be, as an image in place of its name is
+        return False
 
 
 @lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,12 +71,16 @@ def read_tsv(path: Path, images: Path) -> list[Row]:
     with path.open("rb") as file:
         header, lines = _lines(file, path)
     column = header.index("image") if "image" in header else 0
-    held: dict[str, tuple[Picture, ...]] = {
-        line.index: tuple(TsvPicture(path, line.offset, column, entry, line.where) for entry in range(line.images))
+    own = [
+        tuple(TsvPicture(path, line.offset, column, entry, line.where) for entry in range(line.images))
         for line in lines
-        if line.images
-    }
-    return [Row(line.where, line.cells, {"image": _pictures(line, held, images)}) for line in lines]
+    ]
+    # Of rows with the same index the first, which is written last here.
+    held = {line.index: pictures for line, pictures in zip(reversed(lines), reversed(own), strict=True) if pictures}
+    return [
+        Row(line.where, line.cells, {"image": pictures or _elsewhere(line, held, images)})
+        for line, pictures in zip(lines, own, strict=True)
+    ]
 
 
 def _lines(file: BinaryIO, path: Path) -> tuple[list[str], list[_Line]]:
@@ -109,12 +113,12 @@ def _line(where: str, offset: int, header: list[str], cells: list[str]) -> _Line
     return _Line(where, offset, named, 0 if is_reference else len(listed(image)), image if is_reference else "")
 
 
-def _pictures(line: _Line, held: dict[str, tuple[Picture, ...]], images: Path) -> tuple[Picture, ...]:
-    """A row's own images, those of the row it refers to, or those in the files it names."""
-    if line.images or line.reference in held:
-        return held[line.reference or line.index]
+def _elsewhere(line: _Line, held: Mapping[str, tuple[Picture, ...]], images: Path) -> tuple[Picture, ...]:
+    """Images of the row that a row refers to, or those in the files it names."""
     if line.reference:
-        return (NoPicture(f"{line.where}: the image is that of index {line.reference}, and no row has it"),)
+        return held.get(line.reference) or (
+            NoPicture(f"{line.where}: the image is that of index {line.reference}, and no row has it"),
+        )
     named = listed(line.cells["image_path"]) if line.cells.get("image_path") else []
     files: tuple[Picture, ...] = tuple(PictureFile(find_image(images, name)) for name in named)
     return files or (NoPicture(f"{line.where}: no image"),)
