@@ -10,7 +10,7 @@ from conftest import fresh
 from training_runs import CHAT, DATA, log, recipe
 
 from convllava.data.conversation import GUIDES, IGNORE, collate, encode, lengths_of, pack
-from convllava.data.guidance import answer_spans
+from convllava.data.guidance import CAPTION, answer_spans
 from convllava.data.synthetic import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World
@@ -68,6 +68,21 @@ def test_casual_questions_have_the_same_answers_and_guides():
     assert all(question.lower().rstrip("?.") in other.lower() for question, other in asked)
     for index in range(8):
         assert answers_and_guides(casual[index]) == answers_and_guides(formal[index])
+
+
+def test_openings_are_as_frequent_with_a_caption_as_without():
+    _, processor = fresh()
+    page = World(size=128, simple=True).sample(0)
+    dataset = ChatDataset(World(size=128, simple=True), processor, 1, captions=0.5, casual=0.4)
+    opened: dict[bool, list[bool]] = {True: [], False: []}
+    for index in range(1500):
+        sample = dataclasses.replace(page, index=index)
+        turns = dataset.turns(sample)
+        first = next(number for number, turn in enumerate(turns) if turn.task != CAPTION)
+        asked = dataset.messages(sample, turns)[2 * first]["content"][-1]["text"]
+        opened[len(turns) > len(page.turns)].append(asked != turns[first].question)
+    for found in opened.values():
+        assert 0.15 < sum(found) / len(found) < 0.25
 
 
 def questions_of(dataset: ChatDataset) -> list[str]:

@@ -66,6 +66,9 @@ def test_overrides_reach_stages_by_name_and_by_number(tmp_path):
             MINIMAL.replace("steps: 3", "steps: 3, data: {captions: -1}"),
             "stage a: data.captions is a share from 0 to 1; got -1",
         ),
+        (MINIMAL.replace("steps: 3", "steps: 3, data: {max_skipped: 2}"), "data.max_skipped is a share from 0 to 1"),
+        (MINIMAL.replace("steps: 3", "steps: 3, data: {max_tokens: 0}"), "data.max_tokens is 1 or more; got 0"),
+        (MINIMAL.replace("name: x", "name: 2024-13-01"), "not a readable YAML file: month must be in 1..12"),
         (MINIMAL + "sed: 3\n", "unknown key 'sed'; did you mean seed"),
         (MINIMAL + "frobnicate: 3\n", "known keys: name"),
         (MINIMAL.replace("steps: 3, ", ""), "give either steps or epochs"),
@@ -99,7 +102,10 @@ def test_gradients_may_be_left_as_they_are(tmp_path):
     load_recipe(write(tmp_path), ["stages.a.max_grad_norm=.inf"])
 
 
-@pytest.mark.parametrize("override", ["steps", "stages.b.steps=1", "stages.5.steps=1", "name.x.y=1", "stages.a.lr=1"])
+@pytest.mark.parametrize(
+    "override",
+    ["steps", "stages.b.steps=1", "stages.5.steps=1", "name.x.y=1", "stages.a.lr=1", "stages.²=1", "name=2026-02-30"],
+)
 def test_bad_overrides_are_refused(tmp_path, override):
     with pytest.raises(InputError):
         load_recipe(write(tmp_path), [override])

@@ -239,6 +239,12 @@ def test_a_plan_names_folders_of_images_that_are_missing(folder):
     assert plan(recipe(folder))["missing"] == [str(folder / "images" / "coco" / "train2017")]
 
 
+@pytest.mark.parametrize("image", [5, [5], {"a": 1}, [None]])
+def test_a_plan_leaves_what_is_no_name_of_an_image_to_the_check(folder, image):
+    write(folder, [record(0), record(1) | {"image": image}])
+    assert plan(recipe(folder))["missing"] == []
+
+
 def test_skips_are_remembered_by_a_resumed_run(tmp_path):
     stage = dataclasses.replace(recipe(tmp_path).stages[0], data=Data(sources=[Source("x")], max_skipped=0.02))
     first = Skips(tmp_path / "skipped.jsonl", stage, 100)
@@ -248,6 +254,13 @@ def test_skips_are_remembered_by_a_resumed_run(tmp_path):
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
     with pytest.raises(InputError, match="3 bad samples are more than"):
         resumed.note([("a.json", "sample 3")], 5)
+
+
+def test_a_name_that_is_no_text_is_written_down_and_read_back(tmp_path):
+    stage = dataclasses.replace(recipe(tmp_path).stages[0], data=Data(sources=[Source("x")], max_skipped=1.0))
+    for _ in range(2):
+        Skips(tmp_path / "skipped.jsonl", stage, 100).note([("a.json", "sample a\ud800: no conversations")], 1)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
 
 
 def test_bad_held_out_samples_are_told_and_not_counted(folder):

@@ -169,6 +169,13 @@ def test_every_task_occurs_in_both_splits() -> None:
         assert 0.05 < counts["ground"] / counts.total() < 0.15
 
 
+@pytest.mark.parametrize(("share", "turns"), [(0.25, 12), (0.5, 6)])
+def test_the_share_of_boxes_is_kept_where_a_page_has_more_to_ask_than_turns(share: float, turns: int) -> None:
+    world = World(seed=1, size=320, kinds={"paragraph": 1}, turns=turns, grounding=share)
+    counts = Counter(turn.task for index in range(60) for turn in world.sample(index).turns)
+    assert abs(counts["ground"] / counts.total() - share) < 0.05
+
+
 def test_turns_are_limited_and_differ() -> None:
     for sample in map(World(size=256, turns=3).sample, range(40)):
         assert 1 <= len(sample.turns) <= 3

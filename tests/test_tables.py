@@ -71,6 +71,26 @@ def test_a_row_of_the_wrong_types_is_a_bad_sample(tmp_path, row):
         items_of(recipe(tmp_path, Source("a.parquet"), steps=1), 1)
 
 
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_a_text_that_is_not_utf_8_is_a_bad_sample(tmp_path, form):
+    row = {"id": "1", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]}
+    table = pyarrow.Table.from_pylist([row, row | {"id": "2"}])
+    spoilt = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        2,
+        [None, pyarrow.array([0, 1, 3], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"1\xff\xfe")],
+    )
+    table = table.set_column(0, "id", spoilt)
+    if form == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        Dataset(table).save_to_disk(tmp_path / "a")
+    records = open_one(tmp_path / ("a.parquet" if form == "parquet" else "a"))
+    assert records[0]["id"] == "1"
+    with pytest.raises(InputError, match=r"row 1 cannot be read: .*utf-8"):
+        records[1]
+
+
 def test_a_row_group_that_is_damaged_costs_its_samples_and_no_more(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(finevision(), path, row_group_size=1, compression="snappy")

@@ -42,6 +42,12 @@ def test_saved_and_loaded_alike(tmp_path):
     assert (loaded.padding_side, loaded.pad_token, loaded.eos_token) == ("left", "<|pad|>", "<|end|>")
 
 
+def test_every_word_that_is_known_is_one_token():
+    tokenizer = build_tokenizer(closed_vocabulary())
+    for word in closed_vocabulary():
+        assert len(tokenizer(f" {word}").input_ids) == len(tokenizer(f" {word.capitalize()}").input_ids) == 1, word
+
+
 def test_questions_of_the_world_need_few_tokens_and_printed_words_are_spelled():
     tokenizer = build_tokenizer(closed_vocabulary())
     world = World(size=256, kinds={"scene": 1})

@@ -18,6 +18,7 @@ from convllava.errors import InputError
 from convllava.parts import part_of, parts_of
 from convllava.training import engine
 from convllava.training.parts import freeze_all_but, parameter_groups
+from convllava.training.plan import plan
 from convllava.training.recipe import ModelSpec, load_recipe
 from convllava.training.reporting import processor_seconds
 
@@ -129,6 +130,8 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
             {"language": {"model_type": "gpt2", "n_embd": 32, "n_head": 2}, "vision": recipe(CHAT).model.vision},
             "gpt2 keeps its embeddings elsewhere than in embed_tokens",
         ),
+        ({"vision_from": "a", "language_from": "b", "pixels": {"max_pixel": 8}}, r"did you mean max_pixels\?"),
+        ({"vision_from": "a", "language_from": "b", "pixels": {"max_pixels": "8"}}, "model.pixels: .*not supported"),
         ({"language": {"model_type": "lama"}}, "transformers knows no model_type 'lama'"),
         ({"vision": {"depths": [1]}}, r"make no model: Class validation .*four or more stages"),
         ({"language": {"num_attention_heads": 7}}, r"make no model: Class validation .*attention heads \(7\)"),
@@ -141,6 +144,32 @@ def test_bad_models_are_refused_before_anything_is_written(tmp_path, change, mes
     plan = dataclasses.replace(recipe(CHAT), model=ModelSpec(**change))
     with pytest.raises(InputError, match=message):
         engine.train(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "kinds has 'novel'"),
+        ({"data": dataclasses.replace(DATA, size=10)}, "size"),
+        ({"trains": {"projector": 1e-3}}, "the model has no part 'projector'"),
+    ],
+)
+def test_a_plan_refuses_what_stops_a_dense_stage(tmp_path, change, message):
+    planned = recipe(dataclasses.replace(DENSE, **change))
+    for attempt in (lambda: plan(planned), lambda: engine.train(planned, tmp_path / "out")):
+        with pytest.raises(InputError, match=message):
+            attempt()
+    with pytest.raises(InputError, match="report_to: wandbb: "):
+        plan(recipe(CHAT, report_to=["wandbb"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_labels_are_for_patches_of_four_pixels(tmp_path):
+    wide = {**recipe(DENSE).model.vision, "patch_size": 8}
+    planned = dataclasses.replace(recipe(DENSE), model=dataclasses.replace(recipe(DENSE).model, vision=wide))
+    with pytest.raises(InputError, match="for a patch_size of 4; the tower's is 8"):
+        engine.train(planned, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

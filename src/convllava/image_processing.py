@@ -35,7 +35,7 @@ from convllava.geometry import (
 from convllava.images import Draft, is_loaded, load_image, original_size
 
 _PLACING = ("mode", "stride", "min_pixels", "max_pixels", "side")
-_SQUARE = ("square", "crop")
+SQUARE = ("square", "crop")
 """Modes whose canvas has `side` for both sides."""
 _CHANNELS = (1, 3, 4)
 _STRIP_ROWS = 256
@@ -138,7 +138,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
     @property
     def budget(self) -> int:
         """Most pixels of a canvas."""
-        return self.side**2 if self.mode in _SQUARE else self.max_pixels
+        return self.side**2 if self.mode in SQUARE else self.max_pixels
 
     def within(self, pixels: int | None) -> dict[str, int]:
         """Settings, of `placement` or of a call, with which a canvas has at most so many pixels; None is the budget.
@@ -149,7 +149,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
         if pixels is None:
             return {}
         check_most(pixels, self.stride)
-        if self.mode in _SQUARE:
+        if self.mode in SQUARE:
             return {"side": isqrt(pixels) // self.stride * self.stride}
         return {"min_pixels": min(self.min_pixels, pixels), "max_pixels": pixels}
 

@@ -165,8 +165,17 @@ def _texts(message: dict[str, Any]) -> list[str]:
     content = message["content"]
     if isinstance(content, str):
         return [content]
-    kinds = {"text": "text", "image": "type", "image_url": "image_url"}
+    if not isinstance(content, list | tuple):
+        raise InputError(f"the content of a message is a text or a list of parts; got {content!r}"[:300])
     for part in content:
-        if not isinstance(part, dict) or kinds.get(part.get("type", "")) not in part:
+        if not _is_part(part):
             raise InputError(f'a part of a message is {{"type": "text", "text": ...}} or an image; got {part!r}'[:300])
     return [part["text"] for part in content if part["type"] == "text"]
+
+
+def _is_part(part: Any) -> bool:
+    """Whether it is a text or an image, as far as the chat template and what loads images look at it."""
+    match part:
+        case {"type": "text", "text": str()} | {"type": "image"} | {"type": "image_url", "image_url": _}:
+            return True
+    return False

@@ -88,7 +88,8 @@ class ChatDataset(Dataset):
     def messages(self, sample: Sample, turns: list[Turn]) -> list[dict[str, Any]]:
         """The conversation for the chat template; its image is the first part of the first user message."""
         messages: list[dict[str, Any]] = []
-        draw = random.Random(sample.index)
+        # Not the numbers of `turns`: only samples with a caption would then begin with an opening.
+        draw = random.Random(f"openings/{sample.index}")
         for turn in turns:
             opened = turn.task != CAPTION and draw.random() < self.casual / 2
             question = f"{draw.choice(_OPENINGS)} {turn.question}" if opened else turn.question

@@ -98,7 +98,7 @@ def closed_words() -> frozenset[str]:
         *SIMPLE_ITEMS,
     ]
     names = [*COLOURS, *SHAPES, *map(plural, SHAPES), *POSITIONS, *MONTHS, *DAYS, *QUARTERS]
-    return frozenset(re.findall(r"[a-z]+[0-9]?", " ".join([*wordings, *labels, *names, _GLUE]).lower()))
+    return frozenset(re.findall(r"[a-z]+", " ".join([*wordings, *labels, *names, _GLUE]).lower()))
 
 
 def closed_vocabulary() -> tuple[str, ...]:

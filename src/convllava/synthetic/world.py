@@ -146,7 +146,8 @@ def _turns(rng: random.Random, drafts: list[Draft], canvas: Canvas, most: int, g
     ground = [draft for draft in drafts if draft.task == "ground"]
     chosen = _balanced(rng, [draft for draft in drafts if draft.task != "ground"])[:most]
     if ground and chosen:
-        wanted = len(chosen) * grounding / (1 - grounding)
+        # Beside the others where there is room, else in place of some of them.
+        wanted = min(len(chosen) * grounding / (1 - grounding), most * grounding)
         boxes = min(int(wanted) + (rng.random() < wanted % 1), len(ground), most)
         chosen = chosen[: most - boxes] + rng.sample(ground, boxes)
     rng.shuffle(chosen)

@@ -16,6 +16,7 @@ from convllava import checkpoints
 from convllava.building import STAGE5_DEPTH, Parts, build, build_fresh, build_processor
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
+from convllava.files import one_line
 from convllava.image_processing import ConvLlavaImageProcessorPil
 from convllava.inspection import configuration_of, presets
 from convllava.modeling import ConvLlavaForConditionalGeneration
@@ -68,8 +69,7 @@ def processor_of(recipe: Recipe) -> ConvLlavaProcessor:
     if spec.checkpoint is not None:
         return checkpoints.processor(checkpoints.find(spec.checkpoint))
     if spec.language_from is not None:
-        pixels = preset_of(spec).get("pixels") or spec.pixels
-        return build_processor(spec.language_from, pixels=pixels, row_separator=spec.knows_places[0])
+        return build_processor(spec.language_from, pixels=_pixels_of(spec), row_separator=spec.knows_places[0])
     with torch.device("meta"):
         return _fresh(spec, recipe.seed)[1]
 
@@ -85,7 +85,7 @@ def _assemble(spec: ModelSpec, seed: int) -> Parts:
         vision=spec.vision_from,
         language=spec.language_from,
         stage5_depth=depths[4] if len(depths) > 4 else STAGE5_DEPTH,
-        pixels=preset.get("pixels") or spec.pixels,
+        pixels=_pixels_of(spec),
         row_separator=row_separator,
         coordinate_embedding=coordinate_embedding,
         seed=seed,
@@ -163,7 +163,22 @@ def pixels_of(recipe: Recipe) -> ConvLlavaImageProcessorPil:
     spec = recipe.model
     if spec.checkpoint is not None:
         return checkpoints.processor(checkpoints.find(spec.checkpoint)).image_processor
-    return ConvLlavaImageProcessorPil(**(preset_of(spec).get("pixels") or spec.pixels))
+    return ConvLlavaImageProcessorPil(**_pixels_of(spec))
+
+
+def _pixels_of(spec: ModelSpec) -> dict[str, Any]:
+    """Settings of the image processor: the architecture's, or the recipe's own.
+
+    Raises:
+        InputError: there is no such setting, or none of its kind.
+    """
+    settings = preset_of(spec).get("pixels") or spec.pixels
+    check_known("model.pixels", settings, ConvLlavaImageProcessorPil)
+    try:
+        ConvLlavaImageProcessorPil(**settings)
+    except TypeError as error:
+        raise InputError(f"model.pixels: {one_line(error)}") from None
+    return settings
 
 
 def check_pixels(recipe: Recipe, pixels: ConvLlavaImageProcessorPil) -> None:

@@ -142,10 +142,9 @@ def _write(recipe: Recipe, tallies: list[Tally], notes: Notes, output: Path) -> 
             tallies[number].count(finding)
             sizes.add(finding)
             if finding.problem is not None:
-                file.write(json.dumps(_line(tallies[number].job, finding), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_line(tallies[number].job, finding)) + "\n")
     summary = _summary(recipe, tallies)
-    with replacing(output / "summary.json") as partial:
-        write_json(partial, summary)
+    write_json(output / "summary.json", summary)
     with replacing(output / "sizes.png") as partial:
         sizes.draw(partial, recipe.name)
     return summary

@@ -32,14 +32,24 @@ def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, proce
     for path in missing_files(recipe):
         raise InputError(f"{path} is not there, and a stage needs it; --dry-run lists all that is missing")
     check_pixels(recipe, processor.image_processor)
-    check_sharding(recipe, process_count())
+    check_recipe(recipe, process_count())
+    for stage in recipe.stages:
+        check_trains(stage, model, processor)
+        check_attention(model, stage)
+
+
+def check_recipe(recipe: Recipe, processes: int) -> None:
+    """Refuse what is seen to stop a run without the model.
+
+    Raises:
+        InputError: names the setting.
+    """
+    check_sharding(recipe, processes)
     check_reporters(recipe)
     check_four_bits(recipe)
     for stage in recipe.stages:
-        check_trains(stage, model, processor)
         if not stage.data.sources:
             make_world(stage.data, seed=0)
-        check_attention(model, stage)
 
 
 def check_reporters(recipe: Recipe) -> None:

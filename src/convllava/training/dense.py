@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.cells import DENSE_CLASSES, GLYPH_CELL
+from convllava.errors import InputError
 from convllava.vision import ConvLlavaVisionModel
 
 STAGES = 4
@@ -22,13 +24,19 @@ _BACKGROUND_WEIGHT = 0.03
 
 
 class DensePretraining(nn.Module):
-    """The four-stage tower with linear heads that training throws away."""
+    """The four-stage tower with linear heads that training throws away.
+
+    Raises:
+        InputError: the tower's patches are not those that the labels are for.
+    """
 
     def __init__(self, vision_tower: ConvLlavaVisionModel) -> None:
         super().__init__()
         self.vision_tower = vision_tower
         widths = vision_tower.config.hidden_sizes
         patch = vision_tower.config.patch_size
+        if patch != ConvLlavaVisionConfig().patch_size:
+            raise InputError(f"objective dense labels cells of 8 pixels, for a patch_size of 4; the tower's is {patch}")
         self.sides = {stage: patch * 2 ** (stage - 1) // GLYPH_CELL for stage in _READING_STAGES}
         self.head = nn.ModuleDict()
         for stage, side in self.sides.items():

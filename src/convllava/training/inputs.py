@@ -246,6 +246,8 @@ def missing_images(recipe: Recipe, samples: int = 1000) -> Iterator[Path]:
 
 
 def _images_in(record: dict[str, Any], folder: Path) -> Iterator[Path]:
-    named = record.get("image") or []
-    for path in [named] if isinstance(named, str) else named:
-        yield folder / str(path)
+    """Those that it names; what is no name is the examination's to tell."""
+    named = record.get("image")
+    for path in named if isinstance(named, list) else [named]:
+        if path and isinstance(path, str):
+            yield folder / path

@@ -32,7 +32,7 @@ def override(content: Any, change: str) -> None:
 def _parse(value: str, change: str) -> Any:
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # such as a date that is none
         raise InputError(f"--set {change}: the value is not YAML") from None
 
 
@@ -48,7 +48,7 @@ def _index(items: list[Any], key: str, change: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if key in names:
         return names.index(key)
-    if key.isdigit() and int(key) < len(items):
+    if key.isdecimal() and int(key) < len(items):
         return int(key)
     raise InputError(f"--set {change}: {key} is none of {', '.join(str(name) for name in names)}")
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypedDict, cast
 
+import torch
 from rich.table import Table
 from torch import nn
 
 from convllava.files import is_hub_id
 from convllava.geometry import Size, visual_tokens
-from convllava.image_processing import ConvLlavaImageProcessorPil
+from convllava.image_processing import SQUARE, ConvLlavaImageProcessorPil
 from convllava.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.adapting import check_adaptable, module_of
 from convllava.training.beginning import check_pixels, outline, pixels_of
+from convllava.training.checks import check_recipe
+from convllava.training.dense import DensePretraining
 from convllava.training.inputs import addresses_of, missing_files, missing_images, with_steps
 from convllava.training.memory import Memory, memory_of
 from convllava.training.parts import freeze_all_but, parts_of
 from convllava.training.processes import check_processes, samples_of
 from convllava.training.recipe import Recipe, Stage
-from convllava.training.sharding import check_sharding
 
 
 class StagePlan(TypedDict):
@@ -59,10 +61,11 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         processes: That would train it together.
 
     Raises:
-        InputError: what would stop the run, but for files that are missing.
+        InputError: what would stop the run, but for files that are missing, and a language model whose attention cannot
+            be guided, which is only known of the model itself.
     """
     check_processes(recipe, processes)
-    check_sharding(recipe, processes)
+    check_recipe(recipe, processes)
     model, pixels = outline(recipe), pixels_of(recipe)
     check_pixels(recipe, pixels)
     missing = [*_missing_parts(recipe), *map(str, missing_files(recipe)), *map(str, missing_images(recipe))]
@@ -88,8 +91,7 @@ def _stage_plan(
     pixels.change(**stage.pixels)
     if stage.adapter is not None:
         check_adaptable(stage)
-    trains = {part: rate for part, rate in stage.trains.items() if part != "head"}
-    freeze_all_but(model, trains)
+    _check_parts(stage, model)
     parameters = {part: sum(parameter.numel() for _, parameter in named) for part, named in parts_of(model).items()}
     return {
         "name": stage.name,
@@ -103,6 +105,16 @@ def _stage_plan(
         "memory_gb": _fullest_pass(recipe, stage, model, pixels, parameters, processes),
         "data": [path for source in stage.data.sources for path in addresses_of(recipe, source)] or ["generated pages"],
     }
+
+
+def _check_parts(stage: Stage, model: ConvLlavaForConditionalGeneration) -> None:
+    """Refuse parts that what a stage trains does not have. Of the dense objective that is not the whole model; heads of
+    the others are made when they train."""
+    if stage.objective == "dense":
+        with torch.device("meta"):
+            freeze_all_but(DensePretraining(model.model.vision_tower), stage.trains)
+    else:
+        freeze_all_but(model, set(stage.trains) - {"head"})
 
 
 def _trained(stage: Stage, model: ConvLlavaForConditionalGeneration, parameters: dict[str, int]) -> int:
@@ -126,10 +138,9 @@ def _fullest_pass(
     processes: int,
 ) -> Memory:
     """With one image of the largest size and the longest sequence in each sample of a pass, or the budget's full."""
-    most = pixels.side**2 if pixels.mode in ("square", "crop") else pixels.max_pixels
     longest = stage.data.max_tokens or model.config.text_config.max_position_embeddings
     samples = samples_of(stage, processes)
-    tokens, area = samples * longest, samples * most
+    tokens, area = samples * longest, samples * pixels.budget
     if stage.budget is not None:
         tokens, area = min(tokens, stage.budget.tokens or tokens), min(area, stage.budget.pixels or area)
     sharing = 1 if recipe.sharding == "none" else processes
@@ -147,7 +158,7 @@ def _missing_parts(recipe: Recipe) -> list[str]:
 
 def _image_of(recipe: Recipe, model: ConvLlavaForConditionalGeneration) -> dict[str, int]:
     pixels = pixels_of(recipe)
-    if pixels.mode not in ("square", "crop"):
+    if pixels.mode not in SQUARE:
         return {}
     canvas = Size(pixels.side, pixels.side)
     tokens = visual_tokens(canvas, model.config.vision_config.stride, model.config.row_separator)

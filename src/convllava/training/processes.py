@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from accelerate import PartialState
-
 from convllava.errors import InputError
 from convllava.training.recipe import Recipe, Stage
 
@@ -28,6 +26,8 @@ def is_first_process() -> bool:
 def wait_for_all() -> None:
     """Wait until every process is here."""
     if process_count() > 1:
+        from accelerate import PartialState  # late, since plans and checks of data need no extra
+
         PartialState().wait_for_everyone()
 
 

@@ -336,13 +336,15 @@ class Stage:
                 raise InputError(f"{where}: {key} is a finite number; got {value}")
 
     def _check_shares(self, where: str) -> None:
-        for key in ("grounding", "captions", "casual", "sheets"):
+        for key in ("grounding", "captions", "casual", "sheets", "max_skipped"):
             if not 0 <= (share := getattr(self.data, key)) <= 1:
                 raise InputError(f"{where}: data.{key} is a share from 0 to 1; got {share:g}")
 
     def _check_length(self, where: str) -> None:
         if min(1 if self.steps is None else self.steps, self.batch_size, self.accumulate) < 1:
             raise InputError(f"{where}: steps, batch_size and accumulate must be 1 or more")
+        if self.data.max_tokens is not None and self.data.max_tokens < 1:
+            raise InputError(f"{where}: data.max_tokens is 1 or more; got {self.data.max_tokens}")
         if (self.steps is None) == (self.epochs is None):
             raise InputError(f"{where}: give either steps or epochs")
         if self.epochs is not None and (self.epochs <= 0 or not self.data.sources):
@@ -393,7 +395,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no recipe at {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a date that is none is a ValueError
         raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
     for change in overrides:
         parsing.override(content, change)

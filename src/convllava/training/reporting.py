@@ -218,7 +218,7 @@ class Skips:
         with self.path.open("a", encoding="utf-8") as file:
             for name, reason, _ in new:
                 line = {"stage": self.stage.name, "step": step, "process": self.process, "file": name, "reason": reason}
-                file.write(json.dumps(line | {"held_out": held_out}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line | {"held_out": held_out}) + "\n")
         count = sum(not is_held_out for *_, is_held_out in self.known)
         if count > self.limit and not held_out:
             raise InputError(

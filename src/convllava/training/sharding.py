@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate.utils import is_deepspeed_available
 
 from convllava.errors import InputError
 from convllava.training.recipe import Recipe, Stage
@@ -68,7 +68,7 @@ def check_sharding(recipe: Recipe, processes: int) -> None:
 
 
 def _check_deepspeed(sharding: str) -> None:
-    if not is_deepspeed_available():
+    if find_spec("deepspeed") is None:
         raise InputError(f"sharding: {sharding} needs DeepSpeed; pip install deepspeed, or take fsdp")
     if not torch.accelerator.is_available():
         raise InputError(f"sharding: {sharding} needs an accelerator, which this machine has not; take none")

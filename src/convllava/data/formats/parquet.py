@@ -49,7 +49,10 @@ class ParquetRecords(Records):
         group = int(np.searchsorted(self._blocks.starts, index, side="right")) - 1
         size = int(self._blocks.sizes[group])
         table = _KEPT.get((self.name, group), size, lambda: self._read(group))
-        rows = table.slice(index - int(self._blocks.starts[group]), 1).to_pylist()
+        try:
+            rows = table.slice(index - int(self._blocks.starts[group]), 1).to_pylist()
+        except UnicodeDecodeError as error:  # Arrow does not look into texts before
+            raise InputError(f"{self.name}: row {index} cannot be read: {one_line(error)}") from None
         if not rows:
             raise InputError(f"{self.name}: row group {group} has fewer rows than the file says")
         return record_of(rows[0], index)

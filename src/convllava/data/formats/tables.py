@@ -42,7 +42,7 @@ class TableRecords(Records):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return record_of(self.table[index].to_pylist()[0], index)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{self.name}: row {index} cannot be read: {one_line(error)}") from None
 
 
