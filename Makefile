@@ -35,7 +35,7 @@ soak: $(VENV)/.dev
 	$(RUN)/python tests/soak.py --minutes $(or $(MINUTES),5)
 
 clean:
-	rm -rf $(VENV) $(HARNESS) $(VLLM) $(UI) runs
+	rm -rf $(VENV) $(HARNESS) $(VLLM) $(UI) runs/demo
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

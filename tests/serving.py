@@ -52,9 +52,11 @@ def serving(assistant: Assistant, name: str = "test", **options: Any) -> Iterato
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started or not thread.is_alive())
-    yield Running(server)
-    server.drain()
-    thread.join(30)
+    try:
+        yield Running(server)
+    finally:  # also of a test that fails, which would else wait for the thread for ever
+        server.drain()
+        thread.join(30)
     assert not thread.is_alive()
 
 

@@ -77,8 +77,7 @@ class Soak:
             name = dice.choice(names)
             content, status, _, _ = BAD[name]
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            started = time.monotonic()
-            found = self._status(body)
+            started, found = time.monotonic(), self._status(body)
             self.refusals.append(time.monotonic() - started)
             self.counts["hostile"] += 1
             if found not in (status, 429):
@@ -102,10 +101,14 @@ class Soak:
         parts = urlsplit(self.url)
         return socket.create_connection((parts.hostname, parts.port), timeout=60)
 
-    def _status(self, body: bytes) -> int:
-        with self._connect() as connection:
-            connection.sendall(_head(len(body)) + body)
-            return int(connection.recv(100).split()[1])
+    def _status(self, body: bytes) -> int | str:
+        """Or what came in its place: a connection that is closed without an answer is a fault as well."""
+        try:
+            with self._connect() as connection:
+                connection.sendall(_head(len(body)) + body)
+                return int(connection.recv(100).split()[1])
+        except (OSError, IndexError, ValueError) as error:
+            return repr(error)
 
 
 def _answer(client: openai.OpenAI, asked: dict, stream: bool) -> str | None:

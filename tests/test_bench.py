@@ -26,6 +26,7 @@ from convllava.bench.fastvit import FastVitHD
 from convllava.bench.settings import Settings
 from convllava.bench.timing import live_memory, peak_memory, side_by_side
 from convllava.cli import app
+from convllava.cli.measuring import _USED
 from convllava.costs import prefill_flops, tower_flops
 from convllava.data.conversation import collate
 from convllava.geometry import Size
@@ -44,6 +45,26 @@ def test_operations_of_towers_are_those_that_torch_counts(name, size):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixels)
     assert tower_flops(towers()[name], size) == counter.get_total_flops()
+
+
+def test_every_suite_says_which_options_it_uses():
+    assert set(_USED) == set(report.SUITES)
+
+
+def test_servers_that_were_measured_are_not_measured_again(tmp_path):
+    taken, calls = {(1, 2): serving._Taken(1.5, 0.5)}, []
+    for _ in range(2):
+        found = serving._kept(Journal(tmp_path, {}), "generate", lambda: calls.append(1) or taken)
+        assert found == taken
+    assert len(calls) == 1
+
+
+def test_packages_that_are_missing_are_told_before_anything_is_measured(monkeypatch):
+    for module in (report, serving):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for suite, extra in (("data", "data"), ("serving", "serve")):
+        with pytest.raises(InputError, match=rf"pip install 'convllava\[{extra}\]'"):
+            report.run(suite, Settings())
 
 
 def test_operations_of_six_stages_and_of_other_patches():
@@ -236,6 +257,7 @@ def suites_photograph() -> bytes:
         (("tower", "--sides", "100"), "give multiples of 64"),
         (("first-token", "--language", "9b"), "there is no language model '9b'"),
         (("serving", "--tokens", "32,0"), "--tokens 32,0: give whole numbers above 0"),
+        (("scale", "--sides", "2048"), "--sides means nothing to scale, which takes --repeats"),
         (("serving", "--vllm", "/nowhere/python"), "--vllm /nowhere/python is no program"),
     ],
 )

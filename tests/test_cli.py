@@ -16,6 +16,7 @@ from PIL import Image
 from convllava.checkpoints import write
 
 COMMAND = Path(sys.executable).parent / "convllava"
+QUICK = str(Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -44,6 +45,15 @@ def test_help_imports_nothing_heavy():
     assert finished.returncode == 0, finished.stderr
     for command in ("ask", "demo", "train", "eval"):
         assert command in finished.stdout
+
+
+def test_the_module_imports_as_little_and_any_other_program_knows_the_auto_classes(tmp_path):
+    trace = [sys.executable, "-X", "importtime", "-m", "convllava", "--version"]
+    finished = subprocess.run(trace, capture_output=True, text=True, check=True)
+    assert "transformers" not in finished.stderr
+    (tmp_path / "program.py").write_text("import convllava, sys; assert 'convllava.auto' in sys.modules")
+    for command in (["-m", "program"], ["program.py"]):
+        subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)
 
 
 def test_ask_streams_the_answer_and_json_has_the_same(model, tmp_path):
@@ -80,14 +90,17 @@ def test_bad_images_are_one_line_and_exit_code_two(model, tmp_path):
     ("arguments", "word"),
     [
         (("ask", "a.png", "what?", "--model", "tinny"), "tinny"),
-        (("train", "nowhere.yaml", "--output", "out"), "nowhere.yaml"),
-        (("train", "recipes/tiny-quick.yaml", "--output", "out", "--set", "stages.dense.stepps=3"), "steps"),
-        (("demo", "--model", "tinny", "--output", "out"), "tinny"),
+        (("train", "nowhere.yaml", "--output", "OUT"), "nowhere.yaml"),
+        (("train", QUICK, "--output", "OUT", "--set", "stages.dense.stepps=3"), "steps"),
+        (("train", QUICK, "--dry-run", "--max-steps", "3"), "--max-steps are for a run"),
+        (("demo", "--model", "tinny", "--output", "OUT"), "tinny"),
+        (("bench", "tower", "--peers", "--output", "OUT"), "--peers means nothing to tower, which takes --repeats"),
+        (("bench", "serving", "--towers", "T,S", "--output", "OUT"), "give --towers one value"),
     ],
 )
-def test_bad_arguments_are_one_line_and_exit_code_two(arguments, word):
-    refusal(run(*arguments), word)
-    assert not Path("out").exists()
+def test_bad_arguments_are_one_line_and_exit_code_two(arguments, word, tmp_path):
+    refusal(run(*(str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments)), word)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_option_is_exit_code_two():
@@ -139,10 +152,9 @@ def test_a_dry_run_of_the_papers_recipes_counts_what_trains(side):
 
 
 def test_train_without_an_output_says_so_and_has_no_options_of_a_dry_run():
-    recipe = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
-    refusal(run("train", recipe), "--output is missing")
-    refusal(run("train", recipe, "--output", "out", "--json"), "--json is for --dry-run")
-    refusal(run("train", recipe, "--output", "out", "--processes", "4"), "--processes is for --dry-run; torchrun")
+    refusal(run("train", QUICK), "--output is missing")
+    refusal(run("train", QUICK, "--output", "out", "--json"), "--json is for --dry-run")
+    refusal(run("train", QUICK, "--output", "out", "--processes", "4"), "--processes is for --dry-run; torchrun")
 
 
 def ask_until_refused(client: openai.OpenAI, asked: dict) -> None:

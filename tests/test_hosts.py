@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -10,6 +13,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from convllava.inference import Assistant
+from convllava.serving import server
 from convllava.serving.hosts import HostGuard, is_loopback, name_of
 
 
@@ -60,6 +65,18 @@ def test_a_name_is_allowed_however_it_is_written(given, asked):
 
 def test_a_name_that_is_none_allows_nothing():
     assert answer("", (":8000", ".", "[]")).status_code == 403
+
+
+@pytest.mark.parametrize(("host", "status"), [("0.0.0.0", 200), ("127.0.0.1", 403)])
+def test_a_server_that_others_reach_answers_them_by_any_name(parts, monkeypatch, host, status):
+    made = []
+    monkeypatch.setattr(server, "load", lambda *_, **__: Assistant(copy.deepcopy(parts[0]), parts[1]))
+    monkeypatch.setattr(server.DrainingServer, "run", lambda self, sockets: made.append((self, *sockets)))
+    server.serve(host=host, port=0, threads=torch.get_num_threads(), slots=1)
+    ((own, place),) = made
+    place.close()
+    asked = TestClient(own.config.app).get("/health", headers={"host": "192.168.1.5:8000"})
+    assert asked.status_code == status
 
 
 @given(st.from_regex(r"[a-z0-9.-]{1,30}", fullmatch=True), st.integers(0, 65535))

@@ -105,13 +105,13 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, prog
 
 
 def kill_when(ready, started):
-    """Start a command, and kill it with all its processes as soon as `ready`, or when it has ended."""
+    """Start a command, and kill it with all its processes as soon as `ready`; it must not have ended before."""
     process = subprocess.Popen(started, env=ALONE, start_new_session=True)
     while process.poll() is None and not ready():
         time.sleep(0.002)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_two_processes_have_the_loss_of_one_and_go_through_every_stage(tmp_path):

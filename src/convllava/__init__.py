@@ -39,5 +39,12 @@ def __dir__() -> list[str]:
 
 # transformers takes seconds to import. The command line must answer `--help` at once, so there registration waits
 # for the first command that needs a model (each imports convllava.auto).
-if Path(sys.argv[0]).stem != "convllava":
+def _is_command() -> bool:
+    """Whether this is `convllava` or `python -m convllava`, where argv still begins with -m while this file is read."""
+    if sys.argv[0] != "-m":
+        return Path(sys.argv[0]).stem == "convllava"
+    return sys.orig_argv[sys.orig_argv.index("-m") + 1] == __name__
+
+
+if not _is_command():
     importlib.import_module("convllava.auto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,19 @@ from convllava.files import replacing
 INK, MUTED, ACCENT = "#1d2433", "#8a93a6", "#2f6fde"
 
 
+def check_can_draw(extra: str) -> None:
+    """Refuse what would be drawn in the end.
+
+    Args:
+        extra: Which brings matplotlib, among other things.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError(f"drawing needs matplotlib; pip install 'convllava[{extra}]'")
+
+
 @contextmanager
 def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
     """Axes to draw on, in the package's plain style; the PNG is written when all is drawn.
@@ -20,10 +34,9 @@ def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
     Raises:
         InputError: matplotlib is missing, or the picture cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("drawing needs matplotlib; pip install 'convllava[eval]'") from None
+    check_can_draw("eval")
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

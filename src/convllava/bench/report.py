@@ -25,6 +25,7 @@ from convllava.errors import InputError
 from convllava.files import make_output, write_json
 from convllava.geometry import Size
 from convllava.journal import Journal
+from convllava.plotting import check_can_draw
 from convllava.progress import progress_bar
 
 SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
@@ -54,6 +55,7 @@ _BY_TOWER: dict[str, Callable[..., Iterator[suites.Row]]] = {
 """Suites that are measured for one tower and one side after the other."""
 _WITH_LANGUAGE = ("steps", "features")
 """Those of them that train a language model too."""
+_BY_SIDE: dict[str, Callable[..., Iterator[suites.Row]]] = {"pixels": suites.pixels, "batches": batches}
 _JOURNAL, _SETTINGS = "{}.jsonl", "{}.settings.json"
 """What a suite has measured so far, and how."""
 DRAWN = ("scale", "first-token")
@@ -79,8 +81,9 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
     if suite not in SUITES:
         raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
     settings.check()
+    _check_packages(suite, output)
     if output is not None:
-        _prepare(output, suite)
+        make_output(output)
     torch.set_num_threads(settings.threads)
     versions = {"convllava": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     described = settings.as_json() | {"versions": versions}
@@ -91,7 +94,7 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
         "suite": suite,
         "machine": f"{platform.machine()}, {capability}, {settings.threads} thread(s), float32",
         "versions": versions,
-        "repeats": settings.repeats,
+        "settings": settings.as_json(),
         "rows": rows,
     }
     if suite == "scale":
@@ -124,17 +127,16 @@ def _cases(suite: str, settings: Settings, journal: Journal) -> dict[str, Case]:
         pairs = [(name, side) for name in names for side in sides]
         return {f"{name} at {side}": _plain(measure, [name], [side], repeats, *rest) for name, side in pairs}
     if suite == "scale":
-        return {f"{size.width}x{size.height}": _plain(suites.scale, [size]) for size in SCALE}
-    if suite == "pixels":
-        return {str(side): _plain(suites.pixels, [side], repeats) for side in sides}
+        return {f"{size.width}x{size.height}": _plain(suites.scale, [size], repeats) for size in SCALE}
+    if suite in _BY_SIDE:
+        return {str(side): _plain(_BY_SIDE[suite], [side], repeats) for side in sides}
     whole: dict[str, Case] = {
-        "batches": _plain(batches, sides, repeats),
         "first-token": lambda share: suites.first_token(
             names, sides, repeats, settings.language, settings.peers, journal, share
         ),
         "data": _plain(reading, repeats),
         "decoding": _plain(decoding.decoding, settings.language, repeats),
-        "serving": _plain(serving.serving, settings),
+        "serving": _plain(serving.serving, settings, journal),
     }
     return {suite: whole[suite]}
 
@@ -159,11 +161,12 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _prepare(output: Path, suite: str) -> None:
+def _check_packages(suite: str, output: Path | None) -> None:
     """Refuse before a measurement what would fail after it."""
-    if suite in DRAWN and find_spec("matplotlib") is None:
-        raise InputError("drawing needs matplotlib; pip install 'convllava[bench]', or leave out --output")
-    make_output(output)
+    if suite in DRAWN and output is not None:
+        check_can_draw("bench")
+    if suite == "data" and find_spec("pyarrow") is None:
+        raise InputError("bench data needs pyarrow; pip install 'convllava[data]'")
 
 
 def _write(report: dict[str, Any], output: Path) -> None:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from convllava.bench.servers import Running, Server, ours, started, stock, vllm
 from convllava.bench.settings import Settings
 from convllava.building import build_fresh
 from convllava.errors import InputError
-from convllava.inference import Assistant
+from convllava.inference import Assistant, load
 from convllava.inspection import language_models, towers
+from convllava.journal import Journal
 
 CLIENTS = (1, 4, 8)
 QUESTION = "what does it say"
@@ -46,7 +49,7 @@ _Key = tuple[int, int]
 """Clients, and tokens of an answer."""
 
 
-def serving(settings: Settings) -> Iterator[dict[str, Any]]:
+def serving(settings: Settings, journal: Journal) -> Iterator[dict[str, Any]]:
     """Seconds in which so many clients, who all ask at once about an image of their own, have all been answered.
 
     The model has random weights, and its answers do not end before they are as long as they may be. One server runs at
@@ -54,21 +57,38 @@ def serving(settings: Settings) -> Iterator[dict[str, Any]]:
 
     Args:
         settings: Its first tower and side count; the median of `repeats`.
+        journal: Keeps what each way took, for a run that is killed.
 
     Raises:
-        InputError: a server cannot be started, or does not answer as it should.
+        InputError: a server cannot be started, or does not answer as it should; or the system does not tell what
+            other processes take.
     """
+    _check_machine()
     tower, side = settings.towers[0], settings.sides[0]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         servers = _servers(model, settings)
-        assistant = _write(model, tower, settings.language, side)
-        alone = _measured({(1, tokens): _generating(assistant, side, tokens) for tokens in settings.tokens}, settings)
+        _write(model, tower, settings.language, side)
+        alone = _kept(journal, "generate", partial(_generated, model, side, settings))
         yield from _rows("generate", alone, alone)
-        del assistant
         for name, server in servers.items():
-            with started(server) as running:
-                yield from _rows(name, _asked(running, side, settings), alone)
+            yield from _rows(name, _kept(journal, name, partial(_asked, server, side, settings)), alone)
+
+
+def _check_machine() -> None:
+    """Refuse before anything is measured."""
+    if not Path("/proc/self/task").is_dir():
+        raise InputError("bench serving counts the processor time of servers by /proc, which this system has not")
+    if find_spec("fastapi") is None:
+        raise InputError("bench serving starts our server; pip install 'convllava[serve]'")
+
+
+def _kept(journal: Journal, way: str, measure: Callable[[], dict[_Key, _Taken]]) -> dict[_Key, _Taken]:
+    """What a way took, measured where the journal does not have it."""
+    name = f"taken by {way}"
+    if name not in journal.entries:
+        journal.add([{"id": name, "taken": [[*key, one.wall, one.cpu] for key, one in measure().items()]}])
+    return {(clients, tokens): _Taken(wall, cpu) for clients, tokens, wall, cpu in journal.entries[name]["taken"]}
 
 
 def _servers(model: Path, settings: Settings) -> dict[str, Server]:
@@ -80,9 +100,15 @@ def _servers(model: Path, settings: Settings) -> dict[str, Server]:
     return servers
 
 
-def _asked(running: Running, side: int, settings: Settings) -> dict[_Key, _Taken]:
+def _generated(model: Path, side: int, settings: Settings) -> dict[_Key, _Taken]:
+    assistant = load(str(model))
+    return _measured({(1, tokens): _generating(assistant, side, tokens) for tokens in settings.tokens}, settings)
+
+
+def _asked(server: Server, side: int, settings: Settings) -> dict[_Key, _Taken]:
     keys = [(clients, tokens) for tokens in settings.tokens for clients in CLIENTS]
-    return _measured({key: _asking(running, side, *key) for key in keys}, settings)
+    with started(server) as running:
+        return _measured({key: _asking(running, side, *key) for key in keys}, settings)
 
 
 def _measured(works: Mapping[_Key, _Work], settings: Settings) -> dict[_Key, _Taken]:
@@ -115,7 +141,7 @@ def _rows(way: str, taken: Mapping[_Key, _Taken], alone: Mapping[_Key, _Taken]) 
         }
 
 
-def _write(folder: Path, tower: str, language: str, side: int) -> Assistant:
+def _write(folder: Path, tower: str, language: str, side: int) -> None:
     shape = towers()[tower]
     model, processor = build_fresh(
         vision={"depths": shape.depths, "hidden_sizes": shape.hidden_sizes},
@@ -126,7 +152,6 @@ def _write(folder: Path, tower: str, language: str, side: int) -> Assistant:
     assert model.generation_config is not None
     model.generation_config.eos_token_id = model.config.text_config.vocab_size  # none that could be written
     checkpoints.write(model.eval(), processor, folder)
-    return Assistant(model, processor)
 
 
 def _generating(assistant: Assistant, side: int, tokens: int) -> _Work:

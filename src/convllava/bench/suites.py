@@ -103,14 +103,14 @@ def mixed(names: Sequence[str], sides: Sequence[int], repeats: int) -> Iterator[
             }
 
 
-def scale(sizes: Sequence[Size]) -> Iterator[Row]:
+def scale(sizes: Sequence[Size], repeats: int) -> Iterator[Row]:
     """A small tower far past the paper's sizes, in bands: seconds and memory against pixels."""
     model = ConvLlavaVisionModel(SMALL).eval()
     _encoding(model, torch.randn(1, 3, 512, 512))()
     for size in sizes:
         rows = max(64, 2**20 // size.width // 64 * 64)
         work = _streaming(model, torch.randn(3, rows, size.width), size.height)
-        seconds = side_by_side({"banded": work}, 1)["banded"]
+        seconds = side_by_side({"banded": work}, repeats)["banded"]
         yield {
             "height": size.height,
             "width": size.width,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convllava.cli.options import AsJson, ImageMode, MaxPixels, Model, ShortSide, pixels, show, squares
+from convllava.cli.options import AsJson, ImageMode, MaxPixels, Model, ShortSide, is_given, pixels, show, squares
 from convllava.errors import InputError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _refuse_before(context: typer.Context, name: str) -> None:
     group: Any = context.command
     known = {option for parameter in group.commands[name].params for option in parameter.opts}
     for parameter in group.params:
-        if _is_given(context, parameter.name):
+        if is_given(context, parameter.name):
             option = parameter.opts[0]
             place = (
                 f"put it behind {name}" if option in known else f"it is for eval alone, and {name} has no such option"
@@ -206,13 +206,8 @@ def _refuse_before(context: typer.Context, name: str) -> None:
             raise InputError(f"{option} stands before {name}, which does not see it; {place}")
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 def _refuse_pages(context: typer.Context) -> None:
-    if any(_is_given(context, name) for name in ("samples", "seed", "size", "simple")):
+    if any(is_given(context, name) for name in ("samples", "seed", "size", "simple")):
         raise InputError(
             "--samples, --seed, --size and --simple are for the generated world; of a benchmark on files, --limit says "
             "how much"

@@ -7,10 +7,29 @@ from typing import Annotated
 
 import typer
 
-from convllava.cli.options import AsJson, numbers, show, squares
+from convllava.cli.options import AsJson, is_given, numbers, show, squares
+from convllava.errors import InputError
+
+_TOWERS = {"towers", "sides", "repeats"}
+_USED = {
+    "tower": _TOWERS,
+    "training": _TOWERS,
+    "mixed": _TOWERS,
+    "steps": {*_TOWERS, "language"},
+    "features": {*_TOWERS, "language"},
+    "batches": {"sides", "repeats"},
+    "scale": {"repeats"},
+    "first-token": {*_TOWERS, "language", "peers"},
+    "pixels": {"sides", "repeats"},
+    "decoding": {"language", "repeats"},
+    "serving": {*_TOWERS, "language", "peers", "vllm", "tokens"},
+    "data": {"repeats"},
+}
+"""Options that mean something to a suite, beside those that do to all."""
 
 
 def bench(
+    context: typer.Context,
     suite: Annotated[
         str,
         typer.Argument(
@@ -28,10 +47,13 @@ def bench(
     tokens: Annotated[str, typer.Option(help="serving: lengths of answers, separated by commas.")] = "32",
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each, taken in turns.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of one operation.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Folder for its files; continued after a kill.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for its files, and for what a killed run has measured.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory side by side with a baseline."""
+    _refuse_unused(context, suite)
     from convllava.bench.report import run, table_of
     from convllava.bench.settings import Settings
 
@@ -40,3 +62,15 @@ def bench(
     )
     report = run(suite, settings, output)
     show(report, as_json, lambda: [table_of(report)])
+
+
+def _refuse_unused(context: typer.Context, suite: str) -> None:
+    used = _USED.get(suite, set().union(*_USED.values()))  # an unknown suite is told by itself
+    for name in sorted(set().union(*_USED.values()) - used):
+        if is_given(context, name):
+            raise InputError(
+                f"--{name} means nothing to {suite}, which takes {', '.join(f'--{n}' for n in sorted(used))}"
+            )
+    for name in ("towers", "sides"):
+        if suite == "serving" and "," in str(context.params[name]):
+            raise InputError(f"serving measures one model; give --{name} one value")

@@ -37,12 +37,16 @@ def convert(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     to: Annotated[str, typer.Option(help="convllava, or official: the layout of the original code.")] = "convllava",
     base: Annotated[str | None, typer.Option(help="What a LoRA of the original code was trained on.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a published checkpoint as ours, ours as a published one, or either in another precision."""
     from convllava import checkpoints
 
     source = source if Path(source).is_dir() else checkpoints.find(source)
-    if note := checkpoints.convert(source, destination, dtype, to=to, base=base):
+    note = checkpoints.convert(source, destination, dtype, to=to, base=base)
+    report = {"checkpoint": str(destination), "layout": to, "dtype": dtype, "note": note}
+    show(report, as_json, lambda: [str(destination)])
+    if note and not as_json:
         print(note, file=sys.stderr)
 
 
@@ -51,20 +55,24 @@ def merge(
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     base: Annotated[str | None, typer.Option(help="What it was trained on, if that is elsewhere now.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter and its base as one plain checkpoint."""
     from convllava import checkpoints
 
     checkpoints.merge(adapter, destination, dtype, base)
+    show({"checkpoint": str(destination), "dtype": dtype}, as_json, lambda: [str(destination)])
 
 
 def export(
     model: Annotated[str, typer.Argument(help="tiny, a folder, or a hub id.")],
     path: Annotated[Path, typer.Argument(help="A file that ends in .onnx, or in .xml for OpenVINO.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write vision tower and projector for other runtimes, with any height and width, checked against the model."""
     from convllava.export import export as run
     from convllava.inference import load
 
     difference = run(load(model, device="cpu").model, path)
-    print(f"{path}: differs by at most {difference:.1e} from the model")
+    told = f"{path}: differs by at most {difference:.1e} from the model"
+    show({"path": str(path), "difference": difference}, as_json, lambda: [told])

@@ -20,6 +20,12 @@ MaxPixels = Annotated[int | None, typer.Option(min=1, help="Most pixels of an im
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of text.")]
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:
     """The options as settings of the image processor."""
     if short_side is not None and image_mode != "short_side":
@@ -50,7 +56,7 @@ def show(report: Any, as_json: bool, tables: Callable[[], Iterable[Any]]) -> Non
     from rich.console import Console
 
     for table in tables():
-        Console().print(table)
+        print(table) if isinstance(table, str) else Console().print(table)
 
 
 def print_json(content: Any) -> None:

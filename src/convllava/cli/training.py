@@ -34,6 +34,10 @@ def train(
 
     loaded = load_recipe(recipe, settings or ())
     if dry_run:
+        if resume or max_steps is not None or output is not None:
+            raise InputError(
+                "--output, --resume and --max-steps are for a run; --dry-run plans the recipe as it stands"
+            )
         _show_plan(loaded, processes, as_json)
         return
     if as_json:

@@ -103,7 +103,7 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
             layout.tokenizer_folder, config=config.text_config, extra_special_tokens=["<image>"], padding_side="left"
         )
     except (OSError, ValueError, ImportError) as error:
-        hint = "; pip install sentencepiece protobuf" if "sentencepiece" in str(error).lower() else ""
+        hint = "; pip install 'convllava[convert]'" if "sentencepiece" in str(error).lower() else ""
         raise InputError(f"the tokenizer in {layout.tokenizer_folder} does not load{hint}: {one_line(error)}") from None
     if (image := tokenizer.convert_tokens_to_ids("<image>")) != config.image_token_id:
         raise InputError(

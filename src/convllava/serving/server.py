@@ -167,7 +167,9 @@ def serve(
     if api_key is None and not is_loopback(host):
         print(f"convllava: {host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
     name = Path(model).name if Path(model).is_dir() else model  # a client has no business with our folders
-    server = make_server(assistant, name, api_key=api_key, ui=ui, announce=_announce(name, ui), **options)
+    server = make_server(
+        assistant, name, host=host, port=port, api_key=api_key, ui=ui, announce=_announce(name, ui), **options
+    )
     server.run(sockets=[place])
 
 

@@ -48,7 +48,7 @@ def four_bits(stage: Stage) -> BitsAndBytesConfig:
         InputError: bitsandbytes is not installed.
     """
     if not is_bitsandbytes_available():
-        raise InputError(f"stage {stage.name}: adapter: four_bit needs bitsandbytes; pip install bitsandbytes")
+        raise InputError(f"stage {stage.name}: adapter: four_bit needs bitsandbytes; pip install 'convllava[quantize]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,6 +22,7 @@ from convllava.data.checking import Finding
 from convllava.data.sizes import Sizes
 from convllava.errors import InputError
 from convllava.files import make_output, replacing, write_json
+from convllava.plotting import check_can_draw
 from convllava.training.examining import Job, Notes, examine_all, jobs_of
 from convllava.training.inputs import stamps_of
 from convllava.training.recipe import Recipe, dump_recipe
@@ -102,8 +102,7 @@ def check(recipe: Recipe, output: Path, workers: int = 1) -> Summary:
     Raises:
         InputError: a source that is missing or damaged as a whole, no source at all, or a folder that cannot be.
     """
-    if find_spec("matplotlib") is None:
-        raise InputError("sizes.png needs matplotlib; pip install 'convllava[data]'")
+    check_can_draw("data")
     jobs = jobs_of(recipe)
     if not jobs:
         raise InputError(f"{recipe.name} learns from generated pages alone; there is no file to check")

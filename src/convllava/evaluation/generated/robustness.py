@@ -17,6 +17,7 @@ from convllava.evaluation.scoring.statistics import mean_interval
 from convllava.files import write_json
 from convllava.inference import Assistant
 from convllava.journal import WEIGHTS, Journal, weights_digest
+from convllava.plotting import check_can_draw
 from convllava.progress import progress_bar
 from convllava.synthetic import Sample, World
 
@@ -40,6 +41,7 @@ def robustness(model: str, assistant: Assistant, world: World, samples: int, out
         `clean`, the row of the pages as they are, and `rows`: kind, severity, value, accuracy, the 95 % interval of
         the accuracy, and what it has lost against clean, with the interval of the paired difference.
     """
+    check_can_draw("eval")
     settings = {
         "kind": "robustness",
         "model": model,

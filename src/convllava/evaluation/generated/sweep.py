@@ -19,6 +19,7 @@ from convllava.files import write_json
 from convllava.geometry import Size
 from convllava.inference import Assistant
 from convllava.journal import WEIGHTS, Journal, weights_digest
+from convllava.plotting import check_can_draw
 from convllava.progress import progress_bar
 from convllava.synthetic import Sample, World
 
@@ -50,6 +51,7 @@ def sweep(
     Raises:
         InputError: no page has a printed answer, or a side is not to be had.
     """
+    check_can_draw("eval")
     settings = {
         "kind": "sweep",
         "model": model,
