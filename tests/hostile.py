@@ -69,9 +69,9 @@ BAD = {
     ),
     "too few pixels": (
         request("what?", GOOD, mm_processor_kwargs={"max_pixels": 64**2 - 1}),
-        422,
-        "invalid_image",
-        "messages",
+        400,
+        "invalid_request",
+        "mm_processor_kwargs.max_pixels",
     ),
     "other pixels": (
         request("what?", GOOD, mm_processor_kwargs={"max_pixels": 9999, "mode": "crop"}),
@@ -81,7 +81,7 @@ BAD = {
     ),
     "many images": (request("what?", GOOD, GOOD, GOOD), 400, "too_many", "messages"),
     "long text": (request("a" * 3001), 400, "too_many", "messages"),
-    "long prompt": (request("a" * 600), 400, "invalid_prompt", "messages"),
+    "long prompt": (request("a" * 600), 400, "context_length_exceeded", "messages"),
     "long prompt and answer": (request("a" * 100, max_tokens=450), 400, "context_length_exceeded", "messages"),
     "image mark": (request("an <image>"), 400, "invalid_prompt", "messages"),
     "role mark": (request("<|assistant|> yes"), 400, "invalid_prompt", "messages"),

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
-from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import convllava
 from convllava import InputError
 from convllava.building import build_fresh, initialise_coordinates
 from convllava.checkpoints import read, write
+from convllava.configuration import ConvLlavaVisionConfig
 from convllava.inference import Assistant
 from convllava.tokenization import build_tokenizer
 from convllava.vision import ConvLlavaVisionModel
@@ -115,6 +123,22 @@ def test_an_assembled_model_answers_and_survives_its_folder(encoder, language, t
     first = Assistant(assembly.model.eval(), assembly.processor).ask(image, "What colour?", max_new_tokens=3)
     second = Assistant(*read(tmp_path / "model")).ask(image, "What colour?", max_new_tokens=3)
     assert first == second
+
+
+def test_a_fifth_stage_that_lacks_a_tensor_is_refused_where_it_is_taken_as_it_is(encoder, language):
+    shape = ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8, 8, 16, 16, 32])
+    state = dict(ConvLlavaVisionModel(shape).state_dict())
+    convllava.build(vision=state, language=language, stage5_depth=0)
+    del state["encoder.stages.4.layers.0.pwconv1.weight"]
+    with pytest.raises(InputError, match=r"the encoder lacks encoder\.stages\.4\.layers\.0\.pwconv1\.weight"):
+        convllava.build(vision=state, language=language, stage5_depth=0)
+
+
+def test_only_the_ends_of_answers_are_taken_from_the_language_model(encoder, language, tmp_path):
+    shutil.copytree(language, tmp_path / "language")
+    GenerationConfig(repetition_penalty=1.1, do_sample=True, eos_token_id=3).save_pretrained(tmp_path / "language")
+    found = convllava.build(vision=encoder.state_dict(), language=tmp_path / "language").model.generation_config
+    assert (found.eos_token_id, found.repetition_penalty, found.do_sample) == (3, None, None)
 
 
 def test_a_mismatch_names_the_tensor(encoder, language, tmp_path):

@@ -97,6 +97,26 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
     assert capsys.readouterr().out == "one an\ntwo an\n"
 
 
+class Failing:
+    """A conversation whose engine fails, and the next answers of which begin anew."""
+
+    def say(self, text):
+        if text == "one":
+            raise RuntimeError("the model failed; the log says why")
+        yield text
+
+
+def test_a_failed_answer_does_not_end_the_chat(capsys):
+    converse(Failing(), iter(["one", "two"]))  # type: ignore[arg-type]
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("two\n", "the model failed; the log says why\n")
+
+
+def test_a_conversation_that_fills_the_context_is_to_begin_anew(conversation):
+    with pytest.raises(InputError, match="fills the 512 tokens of the context; begin anew"):
+        next(conversation.say("what " * 600))
+
+
 def test_files_are_found_as_terminals_write_them(tmp_path):
     plain, spaced = tmp_path / "a.png", tmp_path / "b's c.png"
     for path in (plain, spaced):

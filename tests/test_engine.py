@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from conftest import picture, talkative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModel
 
 from convllava import InputError, load
-from convllava.inference import Assistant, many
+from convllava.inference import Assistant, attention, many
 from convllava.inference.answer import Event
 from convllava.inference.engine import Engine
 from convllava.inference.prompt import build_prompt
+from convllava.inference.ragged import RaggedModel
 from convllava.inference.sampling import Sampler, Sampling
 from convllava.inference.text import TextStream
 
@@ -237,6 +240,52 @@ def test_what_does_not_fit_is_refused(assistant):
         Engine(assistant, step_tokens=8)
     with pytest.raises(InputError, match="not between 2 and the model's 512"):
         Engine(assistant, context=1000)
+
+
+def test_what_a_generation_config_adds_changes_no_answer_on_any_path(parts):
+    model = copy.deepcopy(parts[0])
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, temperature=0.7, do_sample=True)
+    plain, other = Assistant(*parts), Assistant(model, parts[1])
+    image = numbered(1)
+    expected = plain.ask(image, "what?", max_new_tokens=12)
+    assert other.ask(image, "what?", max_new_tokens=12) == expected
+    assert "".join(other.ask(image, "what?", stream=True, max_new_tokens=12)) == expected
+    assert next(other.answer_many([(image, "what?")], max_new_tokens=12)) == [expected]
+    assert other.ask(image, "what?", max_new_tokens=12, repetition_penalty=5.0) != expected
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_follow_the_longest_text_are_refused_beyond_what_was_trained(kind):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, **factors}
+    decoder = AutoModel.from_config(small(rope_parameters=rope)).eval()
+    head = torch.nn.Linear(32, 50)
+    RaggedModel(decoder, head, 2, 16)
+    with pytest.raises(InputError, match=rf"rope_type {kind} turns .* a context of at most 16 tokens, not 17"):
+        RaggedModel(decoder, head, 2, 17)
+
+
+def test_a_window_that_is_in_the_mask_alone_is_refused_beyond_it(monkeypatch):
+    config = small("mistral", sliding_window=16)
+    decoder, head = AutoModel.from_config(config).eval(), torch.nn.Linear(32, 50)
+    RaggedModel(decoder, head, 2, 32)  # tells attention of it
+    told = attention.attend
+
+    def untold(*arguments, **kwargs):
+        return told(*arguments, **{**kwargs, "sliding_window": None})
+
+    monkeypatch.setattr(attention, "attend", untold)
+    RaggedModel(decoder, head, 2, 16)
+    with pytest.raises(InputError, match="does not tell attention how far it sees"):
+        RaggedModel(decoder, head, 2, 32)
+    monkeypatch.undo()
+    attention.register()
+
+
+def small(family="llama", **settings):
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}
+    return CONFIG_MAPPING[family](**shape, **settings)
 
 
 @settings(max_examples=60)

@@ -263,7 +263,7 @@ class Half:
     def answer_many(self, questions, batch_size):
         yield [self._answer(image, question) for image, question in questions]
 
-    def chat_many(self, conversations, max_new_tokens):
+    def chat_each(self, conversations, max_new_tokens):
         return [self._answer(image, messages[0]["content"]) for messages, (image,) in conversations]
 
 

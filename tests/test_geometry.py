@@ -259,3 +259,11 @@ def test_bad_input_is_refused_in_one_line(call: object, message: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         call()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", ["1536", 1536.5, float("nan"), True])
+def test_settings_that_are_no_whole_numbers_are_refused(value: object) -> None:
+    for mode, name in (("square", "side"), ("short_side", "side"), ("native", "max_pixels"), ("native", "stride")):
+        settings = {"stride": 64, "min_pixels": 4096, "max_pixels": 2**20, "side": 768} | {name: value}
+        with pytest.raises(InputError, match=f"{name} must be a whole number; got"):
+            place(Size(100, 200), mode=mode, **settings)

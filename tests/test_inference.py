@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -48,6 +49,21 @@ def test_every_form_of_an_image_gives_the_same_answer(assistant, tmp_path):
 def test_streamed_equals_whole(assistant):
     pieces = list(assistant.ask(picture(64, 64), "what is red?", stream=True, **SETTINGS))
     assert "".join(pieces) == assistant.ask(picture(64, 64), "what is red?", **SETTINGS)
+
+
+def test_a_stream_that_is_left_ends_its_answer(assistant):
+    pieces = assistant.ask(picture(64, 64), "what is red?", stream=True, max_new_tokens=400)
+    next(pieces)
+    pieces.close()
+    assert not [thread for thread in threading.enumerate() if "work" in thread.name]
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": [{"text": "x"}]}, "x"]
+)
+def test_malformed_messages_are_refused_before_images_are_placed(assistant, message):
+    with pytest.raises(InputError, match="message"):
+        assistant.chat([message], [picture(64, 64)])
 
 
 def test_many_answers_equal_single_ones(assistant):

@@ -217,3 +217,8 @@ def test_bands_of_another_form_are_refused():
         tower().stream([torch.zeros(3, 64, 64)])
     (image,) = images([(64, 64)])
     close(torch.cat(list(tower().stream([image[:, :0], image, image[:, :0]]))).flatten(0, 1), trained(tower(), [image]))
+
+
+def test_an_activation_of_torch_goes_in_place():
+    tower = ConvLlavaVisionModel(ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8] * 5, hidden_act="relu")).eval()
+    assert inference.is_plain(tower)

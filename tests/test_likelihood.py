@@ -87,6 +87,14 @@ def test_an_encoded_image_scores_as_the_image(assistant):
     assert scores[0].total == pytest.approx(scores[1].total, abs=1e-4)
 
 
+def test_a_long_prompt_and_a_long_answer_of_different_requests_fit(assistant):
+    long = [{"role": "user", "content": "what " * 240}]
+    requests = [([], long, "red"), ([], QUESTION, "red " * 150)]
+    batched = log_likelihoods(assistant, requests)
+    single = [log_likelihoods(assistant, [request])[0] for request in requests]
+    assert [score.total for score in batched] == pytest.approx([score.total for score in single], rel=1e-4)
+
+
 def test_nothing_to_score_gives_nothing(assistant):
     assert log_likelihoods(assistant, []) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import fresh, picture
@@ -238,6 +240,14 @@ def test_placeholders_without_an_image_are_refused(parts):
     inputs = encoded(processor, ["one"])
     with pytest.raises(InputError, match="image placeholder tokens but the images give 0"):
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+def test_embeddings_beside_an_image_whose_mark_has_none_are_refused(parts):
+    model = copy.deepcopy(parts[0])
+    model.config.image_token_id = len(model.get_input_embeddings().weight)
+    embeddings = torch.zeros(1, 4, model.config.text_config.hidden_size)
+    with pytest.raises(InputError, match="give input_ids beside the image"):
+        model(inputs_embeds=embeddings, pixel_values=torch.zeros(1, 3, 64, 64))
 
 
 def test_attention_can_be_chosen_on_loading(parts, tmp_path):

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import convllava.auto  # noqa: F401  the Auto classes must know the model
 from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
@@ -82,6 +82,7 @@ def build_fresh(
     return model, processor
 
 
+_STAGE5 = ".stages.4."
 _UNMAKEABLE = (
     AttributeError,  # torch has no such dtype
     ValueError,
@@ -181,12 +182,20 @@ def build(
     tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.items()} | _language_tensors(causal)
     loaded = _copy_into(model, tensors)
     new = [name for name in model.state_dict() if name not in tensors]
-    lacking = [name for name in new if name.startswith("model.vision_tower.") and ".stages.4." not in name]
+    lacking = [
+        name for name in new if name.startswith("model.vision_tower.") and not (stage5_depth and _STAGE5 in name)
+    ]
     if lacking:
         raise InputError(f"vision: the encoder lacks {lacking[0].removeprefix('model.vision_tower.')}")
-    model.generation_config = causal.generation_config
+    model.generation_config = _generation_of(causal.generation_config)
     settings = {"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}
     return Assembly(model, _processor(tokenizer, settings, row_separator), loaded, new, extra)
+
+
+def _generation_of(told: GenerationConfig) -> GenerationConfig:
+    """How the language model begins, ends and pads; penalties and temperatures are of the conversations that it was
+    trained for, and the new model is for others."""
+    return GenerationConfig(**{key: getattr(told, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
 
 def build_processor(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 from convllava.errors import InputError
@@ -296,6 +297,7 @@ def place(
         case "short_side":
             return short_side(size, side=side, stride=stride, max_pixels=max_pixels)
         case "square" | "crop":
+            _check_positive(side=side)
             grid(Size(side, side), stride)
             return square(size, side=side) if mode == "square" else crop(size, side=side)
         case _:
@@ -378,6 +380,8 @@ def check_most(max_pixels: int, stride: int = DEFAULT_STRIDE) -> None:
 
 def _check_positive(**settings: int) -> None:
     for name, value in settings.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise InputError(f"{name} must be a whole number; got {value!r}")
         if value <= 0:
             raise InputError(f"{name} is {value}; it must be positive")
 

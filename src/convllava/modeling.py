@@ -174,6 +174,9 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
         else:
+            embeddings: Any = self.get_input_embeddings()
+            if self.config.image_token_id >= len(embeddings.weight):
+                raise InputError("the image mark has no embedding to be found by; give input_ids beside the image")
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         if int(mask.sum()) != image_features.shape[0]:

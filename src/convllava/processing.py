@@ -148,6 +148,17 @@ class ConvLlavaProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
 
+def check_messages(conversation: Any) -> None:
+    """Refuse messages that are none, whatever their texts say.
+
+    Raises:
+        InputError: no message at all, or one without a known role or content, or with a part that is neither text nor
+            image.
+    """
+    for message in _messages(conversation):
+        _texts(message)
+
+
 def _messages(conversation: Any) -> list[dict[str, Any]]:
     """The messages of one conversation or of a batch of them."""
     nested = [item if isinstance(item, list | tuple) else [item] for item in conversation]

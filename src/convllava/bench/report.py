@@ -90,7 +90,7 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
     journal = Journal(output, described, _JOURNAL.format(suite), _SETTINGS.format(suite))
     rows = _measured(suite, journal, _cases(suite, settings, journal))
     capability = torch.backends.cpu.get_cpu_capability()
-    report = {
+    report: dict[str, Any] = {
         "suite": suite,
         "machine": f"{platform.machine()}, {capability}, {settings.threads} thread(s), float32",
         "versions": versions,

@@ -99,17 +99,14 @@ def ask(question: Question, templates: dict[str, str], encode: Callable[[Picture
 
 
 def _replies(ready: Sequence[tuple[Question, Asked]], asking: Asking, assistant: Assistant) -> list[Answer]:
-    """Together, or one by one where a prompt among them cannot be had, such as one that is too long."""
+    """Letters by likelihood one by one, what is written together."""
     alone = [item for item in ready if _is_by_likelihood(item[0], asking)]
     together = [item for item in ready if not _is_by_likelihood(item[0], asking)]
-    singles = [_single(item, asking, assistant) for item in alone]
-    if not together:
-        return singles
-    try:
-        texts = assistant.chat_many([asked for _, asked in together], max_new_tokens=asking.max_new_tokens)
-    except InputError:
-        return singles + [_single(item, asking, assistant) for item in together]
-    return singles + [_answer(question, text) for (question, _), text in zip(together, texts, strict=True)]
+    found = [_answer(question, _letter(assistant, question, asked)) for question, asked in alone]
+    if together:
+        replies = assistant.chat_each([asked for _, asked in together], max_new_tokens=asking.max_new_tokens)
+        found += [_answer(question, reply) for (question, _), reply in zip(together, replies, strict=True)]
+    return found
 
 
 def _is_by_likelihood(question: Question, asking: Asking) -> bool:
@@ -124,16 +121,14 @@ def likeliest_letter(
     return letters[max(range(len(letters)), key=lambda number: scores[number].total)]
 
 
-def _answer(question: Question, text: str) -> Answer:
-    return {"id": question.id, "answer": text.strip()}
-
-
-def _single(item: tuple[Question, Asked], asking: Asking, assistant: Assistant) -> Answer:
-    question, (messages, images) = item
+def _letter(assistant: Assistant, question: Question, asked: Asked) -> str | InputError:
     try:
-        if _is_by_likelihood(question, asking):
-            return _answer(question, likeliest_letter(assistant, messages, images, question.letters))
-        (text,) = assistant.chat_many([(messages, images)], max_new_tokens=asking.max_new_tokens)
+        return likeliest_letter(assistant, *asked, question.letters)
     except InputError as error:
-        return {"id": question.id, "error": str(error)}
-    return _answer(question, text)
+        return error
+
+
+def _answer(question: Question, reply: str | InputError) -> Answer:
+    if isinstance(reply, InputError):
+        return {"id": question.id, "error": str(reply)}
+    return {"id": question.id, "answer": reply.strip()}

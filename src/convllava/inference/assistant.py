@@ -6,19 +6,19 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, TextIteratorStreamer
+from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
 from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.geometry import Box, Size, parse_boxes
 from convllava.images import ImageSource, load_image
 from convllava.modeling import ConvLlavaForConditionalGeneration, ConvLlavaImageFeatures
-from convllava.processing import ConvLlavaProcessor
+from convllava.processing import ConvLlavaProcessor, check_messages
 
 
 class Message(TypedDict):
@@ -84,6 +84,11 @@ def load(
     return Assistant(model.eval(), processor)
 
 
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""`generate` takes what it is not told from the model's generation_config.json, which the engine does not look at: a
+model that has a penalty there would answer the same question in two ways."""
+
+
 def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
@@ -134,7 +139,7 @@ class Assistant:
             InputError: as for `ask`, and where image parts and images differ in number.
         """
         inputs = self.prompts([(messages, [self.encode(image) for image in images])], max_new_tokens)
-        settings = {"do_sample": False, **generation, "max_new_tokens": max_new_tokens}
+        settings = {**_GREEDY, **generation, "max_new_tokens": max_new_tokens}
         if stream:
             return self._stream(inputs, settings)
         return self._generate(inputs, settings)[0]
@@ -146,7 +151,7 @@ class Assistant:
         encoded = self.encode(picture)
         inputs = self.prompts([([Message(role="user", content=question)], [encoded])], max_new_tokens)
         pieces, first = [], None
-        for piece in self._stream(inputs, {"do_sample": False, "max_new_tokens": max_new_tokens}):
+        for piece in self._stream(inputs, {**_GREEDY, "max_new_tokens": max_new_tokens}):
             first = first or time.perf_counter() - started
             pieces.append(piece)
         answer, seconds = "".join(pieces), time.perf_counter() - started
@@ -192,7 +197,22 @@ class Assistant:
         """`chat` for several conversations, (messages, images) each, which are answered in one batch."""
         encoded = [(messages, [self.encode(image) for image in images]) for messages, images in conversations]
         inputs = self.prompts(encoded, max_new_tokens)
-        return self._generate(inputs, {"do_sample": False, **generation, "max_new_tokens": max_new_tokens})
+        return self._generate(inputs, {**_GREEDY, **generation, "max_new_tokens": max_new_tokens})
+
+    def chat_each(
+        self,
+        conversations: Sequence[tuple[Sequence[Message], Sequence[ImageSource | EncodedImage]]],
+        *,
+        max_new_tokens: int = 256,
+    ) -> list[str | InputError]:
+        """`chat_many`, or one by one where a conversation among them cannot be had, such as one that is too long: the
+        answer to each, or why there is none."""
+        try:
+            return list(self.chat_many(conversations, max_new_tokens=max_new_tokens))
+        except InputError as error:
+            if len(conversations) == 1:
+                return [error]
+        return [self.chat_each([one], max_new_tokens=max_new_tokens)[0] for one in conversations]
 
     @torch.inference_mode()
     def encode(self, image: ImageSource | EncodedImage) -> EncodedImage:
@@ -212,12 +232,18 @@ class Assistant:
         return [EncodedImage(*parts) for parts in zip(placeholders, tokens, sizes, strict=True)]
 
     def prompts(
-        self, conversations: Sequence[tuple[Sequence[Message], Sequence[EncodedImage]]], max_new_tokens: int
+        self,
+        conversations: Sequence[tuple[Sequence[Message], Sequence[EncodedImage]]],
+        longest: int | Sequence[int] | None,
     ) -> dict[str, Any]:
         """Conversations with encoded images -> left-padded inputs for `generate`.
 
+        Args:
+            conversations: Messages and images of each.
+            longest: Tokens of an answer, or of each one's; None leaves the context to the caller.
+
         Raises:
-            InputError: image parts and images differ in number, or a prompt leaves no room for the answer.
+            InputError: image parts and images differ in number, or a prompt leaves no room for its answer.
         """
         texts, tokens = [], []
         for messages, images in conversations:
@@ -228,7 +254,10 @@ class Assistant:
             tokens += [image.tokens for image in images]
         inputs = dict(self.processor.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt"))
         inputs = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        self._check_context(inputs["input_ids"].shape[1], max_new_tokens)
+        if longest is not None:
+            answers = [longest] * len(texts) if isinstance(longest, int) else longest
+            for prompt, answer in zip(inputs["attention_mask"].sum(1).tolist(), answers, strict=True):
+                self._check_context(prompt, answer)
         if tokens:
             inputs["mm_encoder_outputs"] = {"image": ConvLlavaImageFeatures(pooler_output=tokens)}
         return inputs
@@ -248,8 +277,12 @@ class Assistant:
         return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def _stream(self, inputs: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+        """Pieces of the answer, which ends with its iterator."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
+        unwanted = Event()
+        stops = StoppingCriteriaList([lambda ids, scores: torch.full(ids.shape[:1], unwanted.is_set())])
+        settings = {**settings, "stopping_criteria": [*settings.get("stopping_criteria", ()), *stops]}
 
         def work() -> None:
             try:
@@ -261,14 +294,22 @@ class Assistant:
 
         thread = Thread(target=work, daemon=True)
         thread.start()
-        yield from (piece for piece in streamer if piece)
-        thread.join()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            unwanted.set()
+            thread.join()
         if failure:
             raise failure[0]
 
 
 def _place_images(messages: Sequence[Message], count: int) -> list[dict[str, Any]]:
-    """Every content as parts; where no image part is written, the images come first in the first user message."""
+    """Every content as parts; where no image part is written, the images come first in the first user message.
+
+    Raises:
+        InputError: a message is malformed.
+    """
+    check_messages(messages)
     placed: list[dict[str, Any]] = []
     for message in messages:
         content = message["content"]

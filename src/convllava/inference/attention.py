@@ -87,6 +87,7 @@ class Pass:
         cache: Where keys and values are held.
         spans: In the order of the pass's tokens.
         slots, positions: (tokens,) of each token.
+        windows: What each layer has said of how many tokens a token sees.
     """
 
     cache: KeyValues
@@ -94,6 +95,7 @@ class Pass:
     slots: Tensor
     positions: Tensor
     runs: list[Run] = field(init=False)
+    windows: dict[int, int | None] = field(default_factory=dict)
     _masks: dict[tuple[Run, int | None, int], Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -186,7 +188,9 @@ def attend(
         if kwargs.get(name) is not None:
             raise InputError(f"attention with {name} cannot decode several texts at once")
     # Any layer of transformers has its number; nn.Module does not know of it.
-    keys, values = ragged.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    ragged.windows[layer] = sliding_window
+    keys, values = ragged.cache.layer(layer, key, value)
     keys[ragged.slots, :, ragged.positions] = key[0].transpose(0, 1)
     values[ragged.slots, :, ragged.positions] = value[0].transpose(0, 1)
     parts, offset = [], 0

@@ -169,17 +169,8 @@ def _encode(assistant: Assistant, path: Path, encoded: dict[Path, EncodedImage])
 def _replies(
     assistant: Assistant, ready: Sequence[Line], encoded: Mapping[Path, EncodedImage], max_new_tokens: int
 ) -> Iterator[Entry]:
-    """Together, or one by one where a prompt among them cannot be had, such as one that is too long."""
     if not ready:
         return
     asked = [([Message(role="user", content=line.question)], [encoded[line.image]]) for line in ready]
-    try:
-        texts = assistant.chat_many(asked, max_new_tokens=max_new_tokens)
-    except InputError as error:
-        if len(ready) == 1:
-            yield {"id": ready[0].id, "error": str(error)}
-            return
-        for line in ready:
-            yield from _replies(assistant, [line], encoded, max_new_tokens)
-        return
-    yield from ({"id": line.id, "answer": text} for line, text in zip(ready, texts, strict=True))
+    for line, reply in zip(ready, assistant.chat_each(asked, max_new_tokens=max_new_tokens), strict=True):
+        yield {"id": line.id} | ({"error": str(reply)} if isinstance(reply, InputError) else {"answer": reply})

@@ -47,9 +47,8 @@ def log_likelihoods(assistant: Assistant, requests: Sequence[Request]) -> list[L
     if not requests:
         return []
     answers = [_answer_ids(assistant, answer) for _, _, answer in requests]
-    width = max(map(len, answers))
     conversations = [(messages, [assistant.encode(image) for image in images]) for images, messages, _ in requests]
-    inputs = assistant.prompts(conversations, width)
+    inputs = assistant.prompts(conversations, [len(answer) for answer in answers])
     # Prompts are padded on the left, so that all answers begin in the same column.
     targets = pad_sequence(answers, batch_first=True, padding_value=_NOTHING).to(assistant.model.device)
     logits = _logits(assistant, inputs, targets)

@@ -41,10 +41,10 @@ def build_prompt(
         digests: What tells the images apart, one each.
 
     Raises:
-        InputError: image parts and images differ in number, a text has a special token, or the prompt is longer than
-            the model's context.
+        InputError: image parts and images differ in number, or a text has a special token. How long a prompt may be is
+            the engine's to say.
     """
-    inputs = assistant.prompts([(messages, images)], max_new_tokens=1)
+    inputs = assistant.prompts([(messages, images)], None)
     ids = inputs["input_ids"][0]
     visual = ids == assistant.model.config.image_token_id
     embeddings = assistant.model.get_input_embeddings()(ids.masked_fill(visual, 0))

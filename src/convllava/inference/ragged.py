@@ -8,6 +8,7 @@ transformers' attention interface, so that any causal language model which uses 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class RaggedModel:
         self.cache = KeyValues(slots, length)
         self.device = next(decoder.parameters()).device
         register()
+        self._check_positions()
         self._check()
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -78,6 +80,18 @@ class RaggedModel:
         finally:
             self.decoder.config._attn_implementation = before
 
+    def _check_positions(self) -> None:
+        """Refuse rotary embeddings whose angles change with the longest sequence of a pass, in which others are."""
+        config = self.decoder.config
+        for rope in _ropes(config):
+            kind, trained = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+            most = trained or config.max_position_embeddings
+            if kind in ("dynamic", "longrope") and self.cache.length > most:
+                raise InputError(
+                    f"{_kind(self.decoder)} with rope_type {kind} turns positions by the longest of several texts; "
+                    f"give a context of at most {most} tokens, not {self.cache.length}"
+                )
+
     @torch.inference_mode()
     def _check(self) -> None:
         """Compare a few tokens in two spans with the model's own forward pass."""
@@ -86,6 +100,7 @@ class RaggedModel:
         embeddings = self.embed(ids)
         expected = self.head(self.decoder(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0, -1:])
         try:
+            self._check_windows(embeddings)
             self.forward([Span(0, 0, count // 2)], embeddings[: count // 2])
             found = self.forward([Span(0, count // 2, count - count // 2)], embeddings[count // 2 :])
             same = torch.allclose(found, expected.float(), rtol=0.05, atol=0.05 * float(expected.float().std()) + 1e-5)
@@ -98,6 +113,27 @@ class RaggedModel:
                 f"{_kind(self.decoder)} gives other numbers when it decodes several texts at once; it keeps more than "
                 "keys and values, or does not use transformers' attention interface"
             )
+
+    def _check_windows(self, embeddings: Tensor) -> None:
+        """Refuse models that keep a window in their mask alone, in whose place ours stands."""
+        config, count = self.decoder.config, len(embeddings)
+        places = torch.arange(count, device=self.device)
+        ragged = Pass(self.cache, [Span(0, 0, count)], torch.zeros_like(places), places)
+        self._decode(embeddings[None], places[None], ragged)
+        types = getattr(config, "layer_types", None) or []
+        windowed = {number for number, kind in enumerate(types) if kind in ("sliding_attention", "chunked_attention")}
+        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        if not types and window:
+            windowed = set(ragged.windows)
+        told = {number for number, size in ragged.windows.items() if size is not None}
+        if windowed - told and self.cache.length > (window or 0):
+            raise InputError(f"{_kind(self.decoder)} does not tell attention how far it sees, and a context is longer")
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """Settings of rotary embeddings: one for all layers, or one for each kind of layer."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]
 
 
 def _kind(decoder: PreTrainedModel) -> str:

@@ -59,7 +59,7 @@ def converse(conversation: Conversation, lines: Iterator[str]) -> None:
             return
         try:
             _take(conversation, line.strip())
-        except InputError as error:
+        except (InputError, RuntimeError) as error:  # the second from the engine, whose next answers begin anew
             _note(str(error))
         except KeyboardInterrupt:
             print(flush=True)

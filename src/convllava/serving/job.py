@@ -33,7 +33,7 @@ class Job:
         self._answers = [
             service.engine.submit(
                 prepared.prompt,
-                self.request.sampling(index, prepared.max_new_tokens, service.temperature),
+                self.request.sampling(index, prepared.max_new_tokens, service.temperature, service.top_p),
                 partial(self._deliver, index),
             )
             for index in range(self.request.n)

@@ -249,7 +249,7 @@ class Page:
             self._budget.placement(picture.size, pixels).box_from_normalised(box) for box in parse_boxes(answers[-1])
         ]
         if boxes:
-            return _with_boxes(load_image(picture.path), boxes)
+            return _with_boxes(load_image(picture.path, max_image_pixels=self._service.limits.image_pixels), boxes)
         return picture.path if any(any(parse_boxes(answer)) for answer in answers[-2:-1]) else gr.skip()
 
 

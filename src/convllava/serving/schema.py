@@ -142,12 +142,12 @@ class ChatRequest(_Strict):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, choice: int, max_new_tokens: int, temperature: float) -> Sampling:
-        """How one of the answers is written; `temperature` is that of a request which names none."""
+    def sampling(self, choice: int, max_new_tokens: int, temperature: float, top_p: float) -> Sampling:
+        """How one of the answers is written; `temperature` and `top_p` are those of a request which names none."""
         return Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=top_p if self.top_p is None else self.top_p,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
             stop=self.stops(),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,

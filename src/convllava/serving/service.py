@@ -78,8 +78,19 @@ class Service:
     @property
     def temperature(self) -> float:
         """Of requests that name none: the model's own, greedy where it says nothing."""
-        generation = self.assistant.model.generation_config
-        return float(generation.temperature or 1.0) if generation is not None and generation.do_sample else 0.0
+        return self._sampled("temperature") if self._samples else 0.0
+
+    @property
+    def top_p(self) -> float:
+        """Of requests that name none, likewise."""
+        return self._sampled("top_p") if self._samples else 1.0
+
+    @property
+    def _samples(self) -> bool:
+        return bool(getattr(self.assistant.model.generation_config, "do_sample", False))
+
+    def _sampled(self, name: str) -> float:
+        return float(getattr(self.assistant.model.generation_config, name, None) or 1.0)
 
     @property
     def image_processor(self) -> ConvLlavaImageProcessorPil:
@@ -131,6 +142,11 @@ class Service:
         for parameter, what, value, most in bounds:
             if value > most:
                 raise RefusalError(400, f"{value} {what}; at most {most} are served", "too_many", parameter)
+        try:
+            self.image_processor.within(request.max_pixels)
+        except InputError as error:
+            parameter = "mm_processor_kwargs.max_pixels"
+            raise RefusalError(400, f"{parameter}: {error}", "invalid_request", parameter) from None
         return request
 
     async def _image(self, url: str, place: int, max_pixels: int | None) -> tuple[str, EncodedImage]:

@@ -45,10 +45,13 @@ def is_plain(tower: ConvLlavaVisionModel) -> bool:
     return all(map(_is_plain, tower.modules()))
 
 
+_PLAIN = ("convllava.vision", "transformers.activations", "torch.nn.modules.activation")
+
+
 def _is_plain(module: nn.Module) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     own = type(module) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ModuleList)
-    return not hooked and (own or type(module).__module__.startswith(("convllava.vision", "transformers.activations")))
+    return not hooked and (own or type(module).__module__.startswith(_PLAIN))
 
 
 def encode(tower: ConvLlavaVisionModel, images: list[Tensor], stages: int | None = None) -> tuple[Tensor, Grids]:
