@@ -190,7 +190,7 @@ def test_bad_answers_are_one_line(tmp_path, lines, message):
 
 def test_an_unknown_benchmark_names_those_there_are(tmp_path):
     arguments = ["eval", "score", "--benchmark", "mmbunch", "--data", "x", "--answers", "y"]
-    with pytest.raises(InputError, match=r"no benchmark 'mmbunch'; choose one of mme, mmbench, .*infovqa"):
+    with pytest.raises(InputError, match=r"no benchmark 'mmbunch' on files; choose one of mme, mmbench, .*infovqa"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 

@@ -131,7 +131,10 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
             "gpt2 keeps its embeddings elsewhere than in embed_tokens",
         ),
         ({"vision_from": "a", "language_from": "b", "pixels": {"max_pixel": 8}}, r"did you mean max_pixels\?"),
-        ({"vision_from": "a", "language_from": "b", "pixels": {"max_pixels": "8"}}, "model.pixels: .*not supported"),
+        (
+            {"vision_from": "a", "language_from": "b", "pixels": {"max_pixels": "8"}},
+            "model.pixels: max_pixels must be a whole number",
+        ),
         ({"language": {"model_type": "lama"}}, "transformers knows no model_type 'lama'"),
         ({"vision": {"depths": [1]}}, r"make no model: Class validation .*four or more stages"),
         ({"language": {"num_attention_heads": 7}}, r"make no model: Class validation .*attention heads \(7\)"),

@@ -170,13 +170,13 @@ def _pixels_of(spec: ModelSpec) -> dict[str, Any]:
     """Settings of the image processor: the architecture's, or the recipe's own.
 
     Raises:
-        InputError: there is no such setting, or none of its kind.
+        InputError: there is no such setting, or it cannot be as it is.
     """
     settings = preset_of(spec).get("pixels") or spec.pixels
     check_known("model.pixels", settings, ConvLlavaImageProcessorPil)
     try:
         ConvLlavaImageProcessorPil(**settings)
-    except TypeError as error:
+    except (InputError, TypeError) as error:
         raise InputError(f"model.pixels: {one_line(error)}") from None
     return settings
 
