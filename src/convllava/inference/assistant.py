@@ -281,8 +281,12 @@ class Assistant:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
         unwanted = Event()
-        stops = StoppingCriteriaList([lambda ids, scores: torch.full(ids.shape[:1], unwanted.is_set())])
-        settings = {**settings, "stopping_criteria": [*settings.get("stopping_criteria", ()), *stops]}
+
+        def is_left(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.full(ids.shape[:1], unwanted.is_set(), device=ids.device)
+
+        criteria = StoppingCriteriaList([*settings.get("stopping_criteria", ()), is_left])
+        settings = {**settings, "stopping_criteria": criteria}
 
         def work() -> None:
             try:
