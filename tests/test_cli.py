@@ -51,6 +51,7 @@ def test_the_module_imports_as_little_and_any_other_program_knows_the_auto_class
     trace = [sys.executable, "-X", "importtime", "-m", "convllava", "--version"]
     finished = subprocess.run(trace, capture_output=True, text=True, check=True)
     assert "transformers" not in finished.stderr
+    subprocess.run([sys.executable, "-mconvllava", "--version"], check=True)
     (tmp_path / "program.py").write_text("import convllava, sys; assert 'convllava.auto' in sys.modules")
     for command in (["-m", "program"], ["program.py"]):
         subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)

@@ -43,7 +43,8 @@ def _is_command() -> bool:
     """Whether this is `convllava` or `python -m convllava`, where argv still begins with -m while this file is read."""
     if sys.argv[0] != "-m":
         return Path(sys.argv[0]).stem == "convllava"
-    return sys.orig_argv[sys.orig_argv.index("-m") + 1] == __name__
+    words = iter(sys.orig_argv)
+    return "-m" in words and next(words, "") == __name__  # what stands behind -m
 
 
 if not _is_command():

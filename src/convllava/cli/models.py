@@ -20,10 +20,11 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Show what a model is made of and what it costs, without allocating it."""
+    from convllava.checkpoints import SHIPPED
     from convllava.inspection import SIDES, inspect, inspect_tower, tables_of, tower_table, towers
 
     wanted = None if sides is None else numbers("--sides", sides)
-    if name in towers() and name != "tiny":  # which is also a checkpoint, of which there is more to show
+    if name in towers() and not (SHIPPED / name).exists():  # of a checkpoint there is more to show
         tower = inspect_tower(name, wanted or SIDES)
         show(tower, as_json, lambda: [tower_table(tower)])
         return

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convllava.configuration import ConvLlavaVisionConfig
 from convllava.data.cells import DENSE_CLASSES, GLYPH_CELL
 from convllava.errors import InputError
 from convllava.vision import ConvLlavaVisionModel
 
 STAGES = 4
 _READING_STAGES = (2, 3, 4)
+_PATCH = 4
+"""Pixels of a patch with which the stages have the strides that the labels are made for."""
 _BACKGROUND_WEIGHT = 0.03
 """Most cells are empty; at full weight they drown the rest."""
 
@@ -35,8 +36,10 @@ class DensePretraining(nn.Module):
         self.vision_tower = vision_tower
         widths = vision_tower.config.hidden_sizes
         patch = vision_tower.config.patch_size
-        if patch != ConvLlavaVisionConfig().patch_size:
-            raise InputError(f"objective dense labels cells of 8 pixels, for a patch_size of 4; the tower's is {patch}")
+        if patch != _PATCH:
+            raise InputError(
+                f"objective dense labels cells of 8 pixels, for a patch_size of {_PATCH}; the tower's is {patch}"
+            )
         self.sides = {stage: patch * 2 ** (stage - 1) // GLYPH_CELL for stage in _READING_STAGES}
         self.head = nn.ModuleDict()
         for stage, side in self.sides.items():
