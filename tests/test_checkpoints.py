@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import pytest
 import torch
 from conftest import fresh, picture
@@ -50,6 +53,19 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
             (folder / "file").write_text(text)
         assert (target / "file").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_of_tensors_are_as_readable_as_the_others(tmp_path):
+    model, processor = fresh()
+    before = os.umask(0o027)
+    try:
+        write(model, processor, tmp_path / "model", beside={"training/heads.safetensors": {"a": torch.zeros(1)}})
+        convert(tmp_path / "model", tmp_path / "converted")
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert sum(path.suffix == ".safetensors" for path in modes) == 3
+    assert set(modes.values()) == {0o640}
 
 
 def test_what_a_kill_left_of_an_older_folder_stops_no_write(tmp_path):

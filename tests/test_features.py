@@ -16,7 +16,8 @@ from training_runs import ONE, TWO, logged, train
 
 from convllava.errors import InputError
 from convllava.training import engine
-from convllava.training.features import FeatureStore, frozen_stages, name_of
+from convllava.training.features import FeatureStore, name_of
+from convllava.training.frozen import frozen_stages
 from convllava.training.recipe import Adapter, Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage
 from convllava.training.sharding import check_sharding
 from convllava.vision import ConvLlavaStageFeatures, ConvLlavaVisionModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -294,6 +295,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield unfinished
+        _let_others_read(unfinished)
         shutil.rmtree(older, ignore_errors=True)  # left by a kill
         if path.exists():
             path.rename(older)
@@ -304,3 +306,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise InputError(f"{path} cannot be written: {one_line(error)}") from None
         raise
     shutil.rmtree(older, ignore_errors=True)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give files of tensors the mode of any new file: safetensors 0.8 writes them for their owner alone
+    (https://github.com/safetensors/safetensors/issues/782), and a server that is another user could not load them."""
+    usual = folder / ".mode"
+    usual.touch()
+    mode = usual.stat().st_mode
+    usual.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(stat.S_IMODE(mode))

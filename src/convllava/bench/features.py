@@ -13,7 +13,8 @@ from convllava.bench.timing import Work, side_by_side
 from convllava.data.conversation import pack
 from convllava.synthetic import World
 from convllava.synthetic.world import SMALLEST
-from convllava.training.features import FeatureStore, FrozenStages, LookUp, frozen_stages
+from convllava.training.features import FeatureStore, LookUp
+from convllava.training.frozen import FrozenStages, frozen_stages
 from convllava.training.inputs import Collator
 from convllava.training.parts import freeze_all_but
 from convllava.training.recipe import Stage

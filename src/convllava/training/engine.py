@@ -34,7 +34,8 @@ from convllava.training.attention import guide_attention
 from convllava.training.beginning import start
 from convllava.training.calibration import calibrate
 from convllava.training.checks import check_stages
-from convllava.training.features import LookUp, frozen_of
+from convllava.training.features import LookUp
+from convllava.training.frozen import frozen_of
 from convllava.training.held_out import SampleAnswers, callbacks_of, has_stopped
 from convllava.training.inputs import (
     distinct_samples,

@@ -24,7 +24,7 @@ from convllava.errors import InputError
 from convllava.files import one_line
 from convllava.training.attention import Guidance, guided_layers
 from convllava.training.averaging import Average, load_weights
-from convllava.training.features import FrozenStages
+from convllava.training.frozen import FrozenStages
 from convllava.training.held_out import BEST, HeldOutLoss, weight_of
 from convllava.training.losses import ANSWER_LOSS, answer_loss, answer_weights, asked_labels, asked_loss
 from convllava.training.memory import explaining
