@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fresh
+from rich.console import Console
+from rich.table import Table
 from serving import serving as serving_here
 from serving import until
 from torch.utils.flop_counter import FlopCounterMode
@@ -227,12 +230,21 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
         found = report.run(suite, Settings(sides=(128,), tokens=(2, 3), repeats=1), tmp_path)
         assert found["rows"]
         assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == found["rows"]
-        assert report.table_of(found).row_count == len(found["rows"][0])
+        tables = report.tables_of(found)
+        assert {table.row_count for table in tables} == {len(found["rows"][0])}
+        assert sum(len(table.columns) - 1 for table in tables) == len(found["rows"])
+        assert "…" not in printed(tables)
     assert (tmp_path / "scale.png").stat().st_size > 1000
     assert (tmp_path / "first-token.png").stat().st_size > 1000
     assert json.loads((tmp_path / "tower.json").read_text())["rows"][0]["difference"] < 1e-4
     assert all(row["same_tokens"] for row in json.loads((tmp_path / "decoding.json").read_text())["rows"])
     assert json.loads((tmp_path / "pixels.json").read_text())["rows"][0]["equal"] is True
+
+
+def printed(tables: list[Table]) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(*tables)
+    return console.file.getvalue()
 
 
 @contextmanager

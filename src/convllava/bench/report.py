@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +58,8 @@ _WITH_LANGUAGE = ("steps", "features")
 _BY_SIDE: dict[str, Callable[..., Iterator[suites.Row]]] = {"pixels": suites.pixels, "batches": batches}
 _JOURNAL, _SETTINGS = "{}.jsonl", "{}.settings.json"
 """What a suite has measured so far, and how."""
+_COLUMNS = 4
+"""Rows side by side in a terminal of 80 characters."""
 DRAWN = ("scale", "first-token")
 """Suites of which there is a picture."""
 
@@ -145,11 +147,16 @@ def _plain(measure: Callable[..., Iterator[suites.Row]], *arguments: Any) -> Cas
     return lambda share: measure(*arguments)
 
 
-def table_of(report: dict[str, Any]) -> Table:
-    """The rows for the terminal, a column each."""
-    rows = report["rows"]
+def tables_of(report: dict[str, Any]) -> list[Table]:
+    """The rows for the terminal, a column each, and as many tables as it takes for columns to be read."""
     ending = f"; time grows with pixels^{report['exponent']}" if "exponent" in report else ""
-    table = Table(title=f"{report['suite']}: {report['machine']}{ending}", title_justify="left", show_header=False)
+    title = f"{report['suite']}: {report['machine']}{ending}"
+    starts = range(0, len(report["rows"]), _COLUMNS)
+    return [_table(report["rows"][start : start + _COLUMNS], None if start else title) for start in starts]
+
+
+def _table(rows: Sequence[suites.Row], title: str | None) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
     for index in range(len(rows) + 1):
         table.add_column(justify="right" if index else "left")
     for key in rows[0]:
@@ -158,7 +165,9 @@ def table_of(report: dict[str, Any]) -> Table:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if value == round(value, 4) else f"{value:.1e}"
 
 
 def _check_packages(suite: str, output: Path | None) -> None:

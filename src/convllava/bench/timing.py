@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -78,6 +79,7 @@ def live_memory(work: Work) -> float:
     Every call of torch's allocator is counted, and what was there before is not. Resident memory (`peak_memory`) is
     more by what the system keeps for the next time, and by what libraries take past torch.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of each start and stop amid the bar
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:

@@ -54,14 +54,14 @@ def bench(
 ) -> None:
     """Measure speed and memory side by side with a baseline."""
     _refuse_unused(context, suite)
-    from convllava.bench.report import run, table_of
+    from convllava.bench.report import run, tables_of
     from convllava.bench.settings import Settings
 
     settings = Settings(
         towers.split(","), squares(sides), language, peers, vllm, numbers("--tokens", tokens), repeats, threads
     )
     report = run(suite, settings, output)
-    show(report, as_json, lambda: [table_of(report)])
+    show(report, as_json, lambda: tables_of(report))
 
 
 def _refuse_unused(context: typer.Context, suite: str) -> None:
