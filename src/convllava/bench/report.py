@@ -167,7 +167,7 @@ def _table(rows: Sequence[suites.Row], title: str | None) -> Table:
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if value == round(value, 4) else f"{value:.1e}"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,}"
 
 
 def _check_packages(suite: str, output: Path | None) -> None:
