@@ -12,7 +12,7 @@ import torch
 from official_files import CHECKPOINT
 from PIL import Image
 
-from convllava.building import Parts, build_fresh
+from convllava.model.builder import Parts, build_fresh
 from convllava.synthetic import Sample, World
 from convllava.synthetic.splits import SPLITS
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from training_runs import SMALLEST
 
 from convllava.data.formats import Records, open_records
-from convllava.training.inputs import make_dataset
+from convllava.training.datasets import make_dataset
 from convllava.training.recipe import Data, Recipe, Source, Stage
 
 SHAPES = {"a.png": (70, 130), "b.png": (64, 64), "c.png": (150, 90)}

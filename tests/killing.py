@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from convllava.training import engine
-from convllava.training.examining import Notes
+from convllava.training import train as engine
+from convllava.training.check_data_report import Notes
 
 
 class KilledError(Exception):

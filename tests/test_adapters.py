@@ -11,10 +11,10 @@ from killing import killed_after
 from training_runs import CHAT, changed, logged, recipe, weights
 
 from convllava import checkpoints
-from convllava.adapters import apply, base_of
+from convllava.checkpoints.adapters import apply, base_of
 from convllava.errors import InputError
-from convllava.parts import part_of
-from convllava.training import engine
+from convllava.model.part_names import part_of
+from convllava.training import train as engine
 from convllava.training.recipe import Adapter, ModelSpec, Stage
 
 BOTH = Adapter(rank=4, parts=["language_model", "stage4"])

@@ -8,14 +8,19 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from convllava.building import build_fresh
-from convllava.data.conversation import GUIDES, collate
-from convllava.data.synthetic import ChatDataset
+from convllava.data.collate import GUIDES, collate
+from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
+from convllava.model.builder import build_fresh
 from convllava.synthetic import World, closed_vocabulary
-from convllava.training import attention
-from convllava.training.attention import Guidance, check_attention, guide_attention, guided_layers
-from convllava.training.losses import answer_weights
+from convllava.training.objectives import attention_supervision
+from convllava.training.objectives.attention_supervision import (
+    Guidance,
+    check_attention,
+    guide_attention,
+    guided_layers,
+)
+from convllava.training.objectives.losses import answer_weights
 from convllava.training.recipe import Stage
 
 
@@ -113,9 +118,9 @@ def test_under_autocast_attention_runs_in_full_precision(monkeypatch):
     guide_attention(model)
     batch, guides, _ = guided_batch(processor)
     expected = model(**batch).logits
-    seen, attend = [], attention.sdpa_attention_forward
+    seen, attend = [], attention_supervision.sdpa_attention_forward
     monkeypatch.setattr(
-        attention,
+        attention_supervision,
         "sdpa_attention_forward",
         lambda module, query, *a, **k: seen.append(query.dtype) or attend(module, query, *a, **k),
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from convllava import InputError, load
 from convllava.checkpoints import write
-from convllava.cli.answering import ask
+from convllava.cli.ask import ask
 from convllava.inference import Assistant
 from convllava.inference.batch import _line, answer_file, read_lines
 

@@ -22,20 +22,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
+from benchmarks import batches, decoding, fastvit, peers, report, servers, serving, steps, suites
+from benchmarks import reading as data
+from benchmarks.__main__ import _USED, app
+from benchmarks.fastvit import FastVitHD
+from benchmarks.settings import Settings
+from benchmarks.timing import live_memory, peak_memory, side_by_side
 from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError, load
-from convllava.bench import batches, decoding, fastvit, peers, report, servers, serving, steps, suites
-from convllava.bench import reading as data
-from convllava.bench.fastvit import FastVitHD
-from convllava.bench.settings import Settings
-from convllava.bench.timing import live_memory, peak_memory, side_by_side
-from convllava.cli import app
-from convllava.cli.measuring import _USED
-from convllava.costs import prefill_flops, tower_flops
-from convllava.data.conversation import collate
+from convllava.checkpoints.inspection import language_models, towers
+from convllava.data.collate import collate
 from convllava.geometry import Size
-from convllava.inspection import language_models, towers
-from convllava.journal import Journal
-from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.io import Journal
+from convllava.model.costs import prefill_flops, tower_flops
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.synthetic import World
 
 
@@ -269,12 +268,14 @@ def suites_photograph() -> bytes:
         (("tower", "--sides", "100"), "give multiples of 64"),
         (("first-token", "--language", "9b"), "there is no language model '9b'"),
         (("serving", "--tokens", "32,0"), "--tokens 32,0: give whole numbers above 0"),
+        (("tower", "--peers"), "--peers means nothing to tower, which takes --repeats"),
+        (("serving", "--towers", "T,S"), "give --towers one value"),
         (("scale", "--sides", "2048"), "--sides means nothing to scale, which takes --repeats"),
         (("serving", "--vllm", "/nowhere/python"), "--vllm /nowhere/python is no program"),
     ],
 )
 def test_unknown_names_are_one_line(arguments, message):
-    result = CliRunner().invoke(app, ["bench", *arguments])
+    result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
 

@@ -17,12 +17,12 @@ from transformers import (
 
 import convllava
 from convllava import InputError
-from convllava.building import build_fresh, initialise_coordinates
 from convllava.checkpoints import read, write
-from convllava.configuration import ConvLlavaVisionConfig
 from convllava.inference import Assistant
-from convllava.tokenization import build_tokenizer
-from convllava.vision import ConvLlavaVisionModel
+from convllava.model.builder import build_fresh, initialise_coordinates
+from convllava.model.config import ConvLlavaVisionConfig
+from convllava.model.tokenizer import build_tokenizer
+from convllava.model.vision_tower import ConvLlavaVisionModel
 
 DEPTHS, WIDTHS = [1, 2, 1, 1], [8, 12, 16, 24]
 

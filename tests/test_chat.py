@@ -12,10 +12,10 @@ from conftest import picture
 
 from convllava import InputError
 from convllava.checkpoints import write
+from convllava.cli.chat import converse, paths_in
 from convllava.inference import Assistant
-from convllava.inference.conversation import Conversation
+from convllava.inference.chat_session import Conversation
 from convllava.inference.engine import Engine
-from convllava.inference.terminal import converse, paths_in
 
 
 @pytest.fixture(scope="module")

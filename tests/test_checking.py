@@ -21,22 +21,22 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaCo
 
 from convllava import cli
 from convllava.checkpoints import SHIPPED
-from convllava.data import checking as looking
-from convllava.data.checking import Examination, without_pixels
-from convllava.data.conversation import IGNORE, encode
+from convllava.data import validation as looking
+from convllava.data.collate import IGNORE, encode
+from convllava.data.contact_sheet import _SUPERVISED, draw_sheet, picture_of, shown
+from convllava.data.dataset import FileDataset
 from convllava.data.mixture import Mixture
-from convllava.data.samples import PROBLEMS, with_images
-from convllava.data.sheet import _SUPERVISED, draw_sheet, picture_of, shown
-from convllava.data.sources import FileDataset
+from convllava.data.records import PROBLEMS, with_images
+from convllava.data.validation import Examination, without_pixels
 from convllava.errors import InputError
 from convllava.geometry import Size
-from convllava.image_processing import mean_colour, render
-from convllava.processing import ConvLlavaProcessor
-from convllava.tokenization import build_tokenizer
-from convllava.training import checking
-from convllava.training.beginning import processor_of, start
-from convllava.training.checking import check, verdict
-from convllava.training.inputs import parts_of
+from convllava.model.image_processing import mean_colour, render
+from convllava.model.processing import ConvLlavaProcessor
+from convllava.model.tokenizer import build_tokenizer
+from convllava.training import check_data
+from convllava.training.check_data import check, verdict
+from convllava.training.datasets import parts_of
+from convllava.training.initialise import processor_of, start
 from convllava.training.preview import preview
 from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage, dump_recipe
 
@@ -163,8 +163,8 @@ def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
     with killed_noting(5):
         check(recipe(folder), folder / "parts", 0)
     assert not (folder / "parts" / "report.jsonl").exists()
-    append, looked = checking.Notes.append, []
-    monkeypatch.setattr(checking.Notes, "append", lambda *all: looked.extend(all[2]) or append(*all))
+    append, looked = check_data.Notes.append, []
+    monkeypatch.setattr(check_data.Notes, "append", lambda *all: looked.extend(all[2]) or append(*all))
     assert check(recipe(folder), folder / "parts", 0) == whole
     assert [finding.index for finding in looked] == list(range(5, len(RECORDS)))
     assert report(folder / "parts") == report(folder / "whole")

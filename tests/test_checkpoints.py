@@ -10,9 +10,9 @@ import torch
 from conftest import fresh, picture
 
 from convllava import InputError
-from convllava.building import build_fresh
 from convllava.checkpoints import convert, read, whole_folder, write
 from convllava.inference import Assistant
+from convllava.model.builder import build_fresh
 
 
 def test_converted_weights_are_half_the_size_and_rounded_alike(tmp_path):

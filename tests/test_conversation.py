@@ -9,12 +9,12 @@ import torch
 from conftest import fresh
 from training_runs import CHAT, DATA, log, recipe
 
-from convllava.data.conversation import GUIDES, IGNORE, collate, encode, lengths_of, pack
-from convllava.data.guidance import CAPTION, answer_spans
-from convllava.data.synthetic import ChatDataset
+from convllava.data.attention_targets import CAPTION, answer_spans
+from convllava.data.collate import GUIDES, IGNORE, collate, encode, lengths_of, pack
+from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World
-from convllava.training import engine
+from convllava.training import train as engine
 
 
 def test_labels_are_exactly_the_answers_and_their_ends():

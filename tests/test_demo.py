@@ -15,8 +15,8 @@ from PIL import Image
 import convllava
 from convllava import InputError
 from convllava.checkpoints import SHIPPED, write
-from convllava.demo import PAGES, run_demo
-from convllava.evaluation.generated.synthetic import evaluate
+from convllava.evaluation.demo import PAGES, run_demo
+from convllava.evaluation.synthetic_report import evaluate
 from convllava.synthetic import World
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +42,8 @@ def test_demo_writes_report_and_picture(tmp_path):
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("convllava.demo.load", lambda model: None)
-    monkeypatch.setattr("convllava.demo.measure", None)
+    monkeypatch.setattr("convllava.evaluation.demo.load", lambda model: None)
+    monkeypatch.setattr("convllava.evaluation.demo.measure", None)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file cannot be a folder"):
         run_demo("tiny", tmp_path / "file", samples=3)

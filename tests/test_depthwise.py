@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from convllava.bench import peers
-from convllava.configuration import ConvLlavaVisionConfig
-from convllava.vision import ConvLlavaVisionModel, depthwise
-from convllava.vision.depthwise import DepthwiseConv2d
+from benchmarks import peers
+from convllava.model import depthwise
+from convllava.model.config import ConvLlavaVisionConfig
+from convllava.model.depthwise import DepthwiseConv2d
+from convllava.model.vision_tower import ConvLlavaVisionModel
 
 
 def gradients(layer: nn.Conv2d, maps: Tensor) -> list[Tensor]:

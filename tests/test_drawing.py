@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from convllava.drawing import draw_boxes
+from convllava.display import draw_boxes
 
 
 def test_boxes_are_drawn_where_they_are_and_the_picture_stays():

@@ -10,7 +10,7 @@ from conftest import picture
 
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
-from convllava.inference.encoder import FeatureCache, ImageEncoder, digest_of
+from convllava.inference.image_queue import FeatureCache, ImageEncoder, digest_of
 
 
 class Paused:

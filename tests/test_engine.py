@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModel
 
 from convllava import InputError, load
-from convllava.inference import Assistant, attention, many
+from convllava.inference import Assistant, many, ragged_attention
 from convllava.inference.answer import Event
 from convllava.inference.engine import Engine
-from convllava.inference.prompt import build_prompt
-from convllava.inference.ragged import RaggedModel
+from convllava.inference.prompts import build_prompt
+from convllava.inference.ragged_model import RaggedModel
 from convllava.inference.sampling import Sampler, Sampling
-from convllava.inference.text import TextStream
+from convllava.inference.text_stream import TextStream
 
 QUESTIONS = ("what is red?", "describe the image", "what?", "what is the total at the top left of the image?")
 
@@ -269,17 +269,17 @@ def test_a_window_that_is_in_the_mask_alone_is_refused_beyond_it(monkeypatch):
     config = small("mistral", sliding_window=16)
     decoder, head = AutoModel.from_config(config).eval(), torch.nn.Linear(32, 50)
     RaggedModel(decoder, head, 2, 32)  # tells attention of it
-    told = attention.attend
+    told = ragged_attention.attend
 
     def untold(*arguments, **kwargs):
         return told(*arguments, **{**kwargs, "sliding_window": None})
 
-    monkeypatch.setattr(attention, "attend", untold)
+    monkeypatch.setattr(ragged_attention, "attend", untold)
     RaggedModel(decoder, head, 2, 16)
     with pytest.raises(InputError, match="does not tell attention how far it sees"):
         RaggedModel(decoder, head, 2, 32)
     monkeypatch.undo()
-    attention.register()
+    ragged_attention.register()
 
 
 def small(family="llama", **settings):

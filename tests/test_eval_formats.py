@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from convllava import InputError
 from convllava.evaluation.benchmarks import BENCHMARKS
-from convllava.evaluation.files.rows import listed
-from convllava.evaluation.files.sources import find_benchmarks, load_questions
 from convllava.evaluation.questions import NoPicture
+from convllava.evaluation.readers.rows import listed
+from convllava.evaluation.readers.sources import find_benchmarks, load_questions
 
 
 def load(name, path, **settings):

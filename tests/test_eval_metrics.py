@@ -7,9 +7,9 @@ from benchmark_files import patient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convllava.evaluation import answer_parsing, metrics
 from convllava.evaluation.questions import NoPicture, Question
-from convllava.evaluation.scoring import metrics, parsing
-from convllava.evaluation.scoring.normalising import normalise
+from convllava.evaluation.vqa_normalisation import normalise
 
 texts = st.text(max_size=30)
 OPTIONS = ("a dog", "a cat", "two cats", "none of them")
@@ -163,7 +163,7 @@ def test_ocrbench_looks_for_the_truth_in_the_answer(answer, truths, is_formula, 
     ],
 )
 def test_a_choice_is_read_or_left_unread_but_never_guessed(answer, letter):
-    assert parsing.choice(answer, OPTIONS, "ABCD") == letter
+    assert answer_parsing.choice(answer, OPTIONS, "ABCD") == letter
 
 
 @patient
@@ -171,12 +171,12 @@ def test_a_choice_is_read_or_left_unread_but_never_guessed(answer, letter):
 def test_parsers_take_any_text(answer, options):
     question = choice_question(tuple(options))
     letters = question.letters
-    assert parsing.choice(answer, options, letters) in {None, *letters}
-    assert parsing.mmmu_choice(answer, question) in {None, *letters}
-    assert parsing.yes_or_no_at_start(answer) in {None, "yes", "no"}
-    assert parsing.yes_or_no_in_sentence(answer) in {None, "yes", "no"}
-    parsing.written_options(answer)
-    parsing.mmmu_open_match(parsing.mmmu_open(answer), options)
+    assert answer_parsing.choice(answer, options, letters) in {None, *letters}
+    assert answer_parsing.mmmu_choice(answer, question) in {None, *letters}
+    assert answer_parsing.yes_or_no_at_start(answer) in {None, "yes", "no"}
+    assert answer_parsing.yes_or_no_in_sentence(answer) in {None, "yes", "no"}
+    answer_parsing.written_options(answer)
+    answer_parsing.mmmu_open_match(answer_parsing.mmmu_open(answer), options)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_parsers_take_any_text(answer, options):
     ],
 )
 def test_yes_and_no_are_read_by_the_rules_of_mme_and_pope(answer, start, sentence):
-    assert parsing.yes_or_no_at_start(answer) == start
-    assert parsing.yes_or_no_in_sentence(answer) == sentence
+    assert answer_parsing.yes_or_no_at_start(answer) == start
+    assert answer_parsing.yes_or_no_in_sentence(answer) == sentence
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_yes_and_no_are_read_by_the_rules_of_mme_and_pope(answer, start, sentenc
     ],
 )
 def test_mmmu_takes_the_last_option_that_is_named(answer, letter):
-    assert parsing.mmmu_choice(answer, choice_question()) == letter
+    assert answer_parsing.mmmu_choice(answer, choice_question()) == letter
 
 
 @pytest.mark.parametrize(
@@ -227,10 +227,10 @@ def test_mmmu_takes_the_last_option_that_is_named(answer, letter):
     ],
 )
 def test_mmmu_open_answers_are_numbers_to_two_places_or_contained_texts(answer, truth, right):
-    assert parsing.mmmu_open_match(parsing.mmmu_open(answer), [truth]) is right
+    assert answer_parsing.mmmu_open_match(answer_parsing.mmmu_open(answer), [truth]) is right
 
 
 def test_options_written_in_a_question_are_found_in_order():
     text = "Which way?\n\nA. Left\nB. Right.\n(C) On\nPlease answer directly."
-    assert parsing.written_options(text) == ("Left", "Right.", "On")
-    assert parsing.written_options("How many cars?") == ()
+    assert answer_parsing.written_options(text) == ("Left", "Right.", "On")
+    assert answer_parsing.written_options("How many cars?") == ()

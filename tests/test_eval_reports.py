@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from convllava import InputError
 from convllava.cli import app
 from convllava.evaluation.compare import compare
-from convllava.evaluation.generated.disturbances import DISTURBANCES, SEVERITIES, reworded
-from convllava.evaluation.generated.robustness import robustness
-from convllava.evaluation.generated.sweep import sweep
+from convllava.evaluation.perturbations import DISTURBANCES, SEVERITIES, reworded
 from convllava.evaluation.plots import plot_results
+from convllava.evaluation.robustness import robustness
+from convllava.evaluation.sweep import sweep
 from convllava.inference import Assistant
 from convllava.synthetic import World
 from convllava.synthetic.questions import TEMPLATES
@@ -174,7 +174,7 @@ class Reader:
 
 
 def test_a_sweep_bins_printed_answers_by_their_height_as_the_tower_sees_it(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("convllava.evaluation.generated.sweep.FEWEST", 1)
+    monkeypatch.setattr("convllava.evaluation.sweep.FEWEST", 1)
     world = World("heldout", seed=3, size=256, kinds={"sign": 1})
     reader = Reader(parts, world, 6)
     report = sweep("tiny", reader, world, 6, [128, 256], tmp_path)  # type: ignore[arg-type]

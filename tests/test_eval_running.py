@@ -17,21 +17,20 @@ from typer.testing import CliRunner
 from convllava import InputError
 from convllava.checkpoints import write
 from convllava.cli import app
-from convllava.data.conversation import encode
+from convllava.data.collate import encode
+from convllava.evaluation.answering import Asking, answer_all, likeliest_letter
 from convllava.evaluation.benchmarks import BENCHMARKS
-from convllava.evaluation.files.sources import load_questions
-from convllava.evaluation.generated.synthetic import evaluate
-from convllava.evaluation.generated.world import SYNTHETIC, as_report, text_height, world_questions
-from convllava.evaluation.generation import Asking, answer_all, likeliest_letter
+from convllava.evaluation.llm_judge import ChatJudge, score_in
 from convllava.evaluation.prompts import check_template, conversation, prompt, templates_of
-from convllava.evaluation.running import Options, run
-from convllava.evaluation.scoring.judging import ChatJudge, score_in
-from convllava.evaluation.scoring.results import score
-from convllava.files import write_json
+from convllava.evaluation.readers.sources import load_questions
+from convllava.evaluation.results import score
+from convllava.evaluation.runner import Options, run
+from convllava.evaluation.synthetic import SYNTHETIC, as_report, text_height, world_questions
+from convllava.evaluation.synthetic_report import evaluate
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
 from convllava.inference.likelihood import log_likelihoods
-from convllava.journal import Journal
+from convllava.io import Journal, write_json
 from convllava.synthetic import Turn, World
 
 PLAIN = {"open": "{question}", "choice": "{question} {options}"}

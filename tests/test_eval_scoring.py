@@ -24,14 +24,14 @@ from typer.testing import CliRunner
 
 from convllava import InputError
 from convllava.cli import app
-from convllava.cli.evaluating import Name
+from convllava.cli.eval import Name
+from convllava.evaluation import aggregate
+from convllava.evaluation.aggregate import Judged, groups_of
 from convllava.evaluation.benchmarks import BENCHMARKS
+from convllava.evaluation.intervals import interval, mean_interval
 from convllava.evaluation.questions import NoPicture, Question
-from convllava.evaluation.scoring import summaries
-from convllava.evaluation.scoring.results import score
-from convllava.evaluation.scoring.rules import Aids
-from convllava.evaluation.scoring.statistics import interval, mean_interval
-from convllava.evaluation.scoring.summaries import Judged, groups_of
+from convllava.evaluation.results import score
+from convllava.evaluation.rules import Aids
 from convllava.geometry import Size, square
 
 
@@ -63,7 +63,7 @@ def test_mme_sums_accuracy_and_accuracy_plus_over_subtasks(tmp_path):
     assert found["categories"]["existence"]["accuracy"] == 0.75
     assert found["categories"]["existence"]["accuracy_plus"] == 0.5
     assert found["unparsed"] == ["OCR/1.png#2"]
-    assert set(found["absent"]) == {*summaries.MME_PERCEPTION, *summaries.MME_COGNITION} - {"existence", "OCR"}
+    assert set(found["absent"]) == {*aggregate.MME_PERCEPTION, *aggregate.MME_COGNITION} - {"existence", "OCR"}
 
 
 def test_pope_counts_yes_as_positive(tmp_path):
@@ -220,7 +220,7 @@ def test_popes_measures_are_shares_and_f1_lies_between_precision_and_recall(pars
         Judged(str(place), (), "", truth, float(truth == found), found)
         for place, (truth, found) in enumerate(zip(truths, parsed, strict=True))
     ]
-    found = summaries.yes_or_no(groups_of(judged))
+    found = aggregate.yes_or_no(groups_of(judged))
     assert all(0 <= value <= 1 for value in found.values())
     low, high = sorted((found["precision"], found["recall"]))
     assert low - 1e-9 <= found["f1"] <= high + 1e-9 or found["f1"] == 0
@@ -230,7 +230,7 @@ def test_popes_measures_are_shares_and_f1_lies_between_precision_and_recall(pars
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_circular_accuracy_never_exceeds_that_of_the_unrotated(hits):
     judged = [Judged(f"{place}", (), str(place % 3), "A", float(hit), "A") for place, hit in enumerate(hits)]
-    found = summaries.circular(groups_of(judged))
+    found = aggregate.circular(groups_of(judged))
     assert found["circular"] <= found["vanilla"]
 
 

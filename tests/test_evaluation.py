@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convllava.evaluation.generated.synthetic import evaluate
-from convllava.evaluation.scoring import metrics
+from convllava.evaluation import metrics
+from convllava.evaluation.synthetic_report import evaluate
 from convllava.geometry import parse_box, parse_boxes
 from convllava.synthetic import World, box_text
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from training_runs import ONE, TWO, logged, train
 
 from convllava.errors import InputError
-from convllava.training import engine
-from convllava.training.features import FeatureStore, name_of
-from convllava.training.frozen import frozen_stages
+from convllava.model.vision_tower import ConvLlavaStageFeatures, ConvLlavaVisionModel
+from convllava.training import train as engine
+from convllava.training.frozen_features import FeatureStore, name_of
+from convllava.training.frozen_stages import frozen_stages
 from convllava.training.recipe import Adapter, Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage
 from convllava.training.sharding import check_sharding
-from convllava.vision import ConvLlavaStageFeatures, ConvLlavaVisionModel
 
 PROJECTOR = {"stage5": 1e-3, "projector": 1e-3}
 INSTRUCT = {"projector": 1e-3, "language_model": 1e-3}
@@ -143,7 +143,7 @@ def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path,
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("convllava.training.features.save_file", full)
+    monkeypatch.setattr("convllava.training.frozen_features.save_file", full)
     store.write("cd" + name, features)
     assert "No space left" in capsys.readouterr().err
     assert store.read("cd" + name) is None
@@ -153,14 +153,14 @@ def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path,
 def test_runs_that_keep_the_same_features_at_the_same_time_do_not_meet(tmp_path, monkeypatch):
     one, two = FeatureStore(tmp_path, 1e9), FeatureStore(tmp_path, 1e9)
     ids = iter((1, 2))
-    monkeypatch.setattr("convllava.training.features.os.getpid", lambda: next(ids))
+    monkeypatch.setattr("convllava.training.frozen_features.os.getpid", lambda: next(ids))
 
     def while_the_other_does(tensors, path):
-        monkeypatch.setattr("convllava.training.features.save_file", save_file)
+        monkeypatch.setattr("convllava.training.frozen_features.save_file", save_file)
         save_file(tensors, path)
         two.write("abcd", torch.ones(3))
 
-    monkeypatch.setattr("convllava.training.features.save_file", while_the_other_does)
+    monkeypatch.setattr("convllava.training.frozen_features.save_file", while_the_other_does)
     one.write("abcd", torch.ones(3))
     assert one.room == two.room > 0
     assert one.read("abcd").equal(torch.ones(3))

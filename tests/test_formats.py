@@ -31,7 +31,7 @@ from datasets import Dataset, DatasetDict
 from convllava.data import storage
 from convllava.data.formats import open_records
 from convllava.errors import InputError
-from convllava.training.inputs import make_dataset
+from convllava.training.datasets import make_dataset
 from convllava.training.plan import plan
 from convllava.training.recipe import Source
 

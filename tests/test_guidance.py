@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from convllava.building import build_fresh
-from convllava.data.cells import label_maps
-from convllava.data.guidance import (
+from convllava.data.attention_targets import (
     NOWHERE,
     Page,
     answer_cells,
@@ -24,9 +22,11 @@ from convllava.data.guidance import (
     spelled_cells,
     token_cells,
 )
-from convllava.data.synthetic import ChatDataset
+from convllava.data.dense_labels import label_maps
+from convllava.data.synthetic_chat import ChatDataset
 from convllava.geometry import Size, crop, square, unchanged
-from convllava.processing import ConvLlavaProcessor
+from convllava.model.builder import build_fresh
+from convllava.model.processing import ConvLlavaProcessor
 from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
 
 

@@ -15,16 +15,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import CHAT, DATA, DENSE, changed, log, logged, recipe, weights
 
 from convllava.checkpoints import read
-from convllava.data.conversation import IGNORE, collate, pack
-from convllava.data.synthetic import ChatDataset
+from convllava.data.collate import IGNORE, collate, pack
+from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.inference import Assistant
 from convllava.synthetic import World
-from convllava.training import engine, held_out
+from convllava.training import held_out
+from convllava.training import train as engine
 from convllava.training.averaging import Average
+from convllava.training.datasets import make_held_out
 from convllava.training.held_out import weight_of
-from convllava.training.inputs import make_held_out
-from convllava.training.parts import freeze_all_but, layer_of, parameter_groups
+from convllava.training.optim import freeze_all_but, layer_of, parameter_groups
 from convllava.training.recipe import Adapter, Data, Evaluation, Source
 
 MEASURED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))

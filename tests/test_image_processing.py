@@ -18,7 +18,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from convllava.errors import InputError
 from convllava.geometry import Size, crop, square, visual_tokens
-from convllava.image_processing import ConvLlavaImageProcessorPil, mean_colour, render
+from convllava.model.image_processing import ConvLlavaImageProcessorPil, mean_colour, render
 
 OFFICIAL = Path(__file__).parent / "data" / "official" / "images" / "square.png"
 OFFICIAL_PIXELS_SHA256 = "cc4adbdd40b7a83be9f154582ff2b84f88c196c8695bfc4abd8de06e8f91e66d"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from convllava.errors import InputError
-from convllava.images import load_image
+from convllava.model.images import load_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError
-from convllava.vision import inference, streaming
+from convllava.model import inplace, streaming
 
 SIZES = [(64, 64), (128, 320), (320, 64), (384, 256), (64, 64), (64, 64)]
 
@@ -41,9 +41,9 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts so small that every image is cut into many."""
-    monkeypatch.setitem(inference._STRIP_BYTES, "cpu", 20_000)
-    monkeypatch.setitem(inference._HIDDEN_BYTES, "cpu", 1000)
-    monkeypatch.setattr(inference, "_FEWEST", 50)
+    monkeypatch.setitem(inplace._STRIP_BYTES, "cpu", 20_000)
+    monkeypatch.setitem(inplace._HIDDEN_BYTES, "cpu", 1000)
+    monkeypatch.setattr(inplace, "_FEWEST", 50)
     monkeypatch.setattr(streaming, "_WORTHWHILE", 1)
     monkeypatch.setitem(streaming._SLICE_BYTES, "cpu", 1000)
 
@@ -221,4 +221,4 @@ def test_bands_of_another_form_are_refused():
 
 def test_an_activation_of_torch_goes_in_place():
     tower = ConvLlavaVisionModel(ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8] * 5, hidden_act="relu")).eval()
-    assert inference.is_plain(tower)
+    assert inplace.is_plain(tower)

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from convllava import InputError
+from convllava.checkpoints.inspection import inspect, inspect_tower, presets, training_memory
 from convllava.cli import app
 from convllava.inference import load
-from convllava.inspection import inspect, inspect_tower, presets, training_memory
 
 
 def test_the_published_architecture_has_the_papers_numbers():

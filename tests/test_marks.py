@@ -14,18 +14,18 @@ from test_synthetic_questions import understood
 from torch import Tensor
 from training_runs import GUIDED, MARKED, TWO, logged, recipe, train, weights
 
-from convllava.data.conversation import collate
-from convllava.data.marks import MARK_CELL, MARK_CLASSES, marks, step_of
-from convllava.data.synthetic import ChatDataset
+from convllava.data.collate import collate
+from convllava.data.position_labels import MARK_CELL, MARK_CLASSES, marks, step_of
+from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.geometry import Size, unchanged
-from convllava.parts import parts_of
+from convllava.model.part_names import parts_of
 from convllava.synthetic import CHARACTERS, Glyph, Numbered, Sample, Thing, World
 from convllava.synthetic.canvas import Canvas
 from convllava.synthetic.questions import ORDINALS
-from convllava.training import engine
-from convllava.training.attention import Guidance, guide_attention, guided_layers
-from convllava.training.marks import HEADS_FILE, attach_heads, detach_heads
+from convllava.training import train as engine
+from convllava.training.objectives.attention_supervision import Guidance, guide_attention, guided_layers
+from convllava.training.objectives.auxiliary_heads import HEADS_FILE, attach_heads, detach_heads
 from convllava.training.recipe import Data
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from training_runs import CHAT, recipe
 
-from convllava.configuration import ConvLlavaConfig
 from convllava.errors import InputError
-from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.training import engine
+from convllava.model.config import ConvLlavaConfig
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.packed import SMALL
+from convllava.training import train as engine
 from convllava.training.memory import language_activations, memory_of, tower_activations
 from convllava.training.recipe import Adapter
-from convllava.vision.pixels import SMALL
 
 WIDTH = {"hidden_sizes": [16, 32, 64, 128, 256], "depths": [2, 2, 3, 2, 2]}
 TEXT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 300,

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from killing import killed_after
 from training_runs import logged
 
+from convllava.data.dataset import FileDataset
 from convllava.data.formats import Blocks, Records, parquet
 from convllava.data.mixture import Mixture, Part
-from convllava.data.sources import FileDataset
 from convllava.errors import InputError
-from convllava.training import engine
+from convllava.training import train as engine
 from convllava.training.recipe import Source
 
 

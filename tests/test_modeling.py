@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextIterato
 
 from convllava import ConvLlavaConfig, ConvLlavaForConditionalGeneration, InputError
 from convllava.geometry import Size
-from convllava.modeling import coordinate_features
+from convllava.model.modeling import coordinate_features
 
 SHAPES = {"none": [], "one": [(64, 192)], "two": [(128, 64), (70, 90)]}
 

@@ -6,15 +6,15 @@ import torch
 from PIL import Image
 from training_runs import ALIGN, CHAT, DENSE, recipe
 
-from convllava.data.cells import GLYPH_CELL, DenseDataset, boxes, label_maps, spelling, word_tokens, words
-from convllava.data.conversation import IGNORE
-from convllava.data.synthetic import ChatDataset
+from convllava.data.collate import IGNORE
+from convllava.data.dense_labels import GLYPH_CELL, DenseDataset, boxes, label_maps, spelling, word_tokens, words
+from convllava.data.synthetic_chat import ChatDataset
 from convllava.geometry import Size, native, unchanged
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
-from convllava.training import engine
-from convllava.training.alignment import Alignment, vocabulary_of
+from convllava.training import train as engine
 from convllava.training.calibration import calibrate
-from convllava.training.losses import answer_loss, answer_weights, asked_labels, asked_loss
+from convllava.training.objectives.alignment import Alignment, vocabulary_of
+from convllava.training.objectives.losses import answer_loss, answer_weights, asked_labels, asked_loss
 
 
 def test_label_maps_lie_where_things_lie():

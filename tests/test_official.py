@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from convllava import InputError
 from convllava.checkpoints import convert, read
-from convllava.data.conversation import IGNORE, encode
-from convllava.data.samples import conversation_of
-from convllava.official.prompt import FORMATS
+from convllava.data.collate import IGNORE, encode
+from convllava.data.records import conversation_of
+from convllava.model.prompt_templates import FORMATS
 
 CASES = json.loads((DATA / "golden.json").read_text())
 SQUARE = CASES["cases"]["square"]

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from convllava import InputError
 from convllava.checkpoints import convert, read
-from convllava.files import in_pieces, write_json
+from convllava.checkpoints.tensors import in_pieces
+from convllava.io import write_json
 
 
 def test_every_layout_gives_the_same_model(published, tmp_path):

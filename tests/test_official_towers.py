@@ -23,7 +23,7 @@ from torch import Tensor
 
 from convllava import InputError
 from convllava.checkpoints import convert, read
-from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from serving import png, until
 from convllava import InputError
 from convllava.geometry import Size
 from convllava.inference import Assistant
-from convllava.inference.encoder import ImageEncoder
 from convllava.inference.engine import Engine
+from convllava.inference.image_queue import ImageEncoder
 from convllava.serving import dialogue, guard, server
 from convllava.serving.budget import Budget
 from convllava.serving.dialogue import Picture, Reply, Talk, reply_to

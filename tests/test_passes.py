@@ -20,13 +20,14 @@ from killing import killed_after, killed_noting
 from training_runs import ONE, SMALLEST, TWO, logged, train
 
 from convllava.data import storage
+from convllava.data.batching import UNUSABLE, Limits, PassDataset, Passes
 from convllava.data.formats import Records
 from convllava.data.mixture import Mixture, Part
-from convllava.data.passes import UNUSABLE, Limits, PassDataset, Passes
 from convllava.errors import InputError
-from convllava.training import engine, measuring
-from convllava.training.beginning import processor_of
-from convllava.training.inputs import make_collator, make_dataset
+from convllava.training import measuring
+from convllava.training import train as engine
+from convllava.training.datasets import make_collator, make_dataset
+from convllava.training.initialise import processor_of
 from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.plan import plan
 from convllava.training.recipe import Budget, Data, Evaluation, Recipe, Source, Stage

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 
 import convllava
-from convllava.evaluation.generated.synthetic import evaluate
+from convllava.evaluation.synthetic_report import evaluate
 from convllava.synthetic import World
-from convllava.training.engine import train
 from convllava.training.recipe import load_recipe
+from convllava.training.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
 STEPS = {"dense": 200, "projector": 80, "pretrain": 150}

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from convllava import InputError
-from convllava.inference import attention
-from convllava.inference.attention import Span
-from convllava.inference.ragged import RaggedModel, store_by_columns
+from convllava.inference import ragged_attention
+from convllava.inference.ragged_attention import Span
+from convllava.inference.ragged_model import RaggedModel, store_by_columns
 
 SHAPE = {
     "vocab_size": 64,
@@ -78,8 +78,8 @@ def test_texts_that_share_a_call_give_what_each_gives_alone(name, monkeypatch):
     expected = torch.stack([own_logits(model, text) for text in written])
     for slot, text in enumerate(written):
         many.forward([Span(slot, 0, len(text) - 1)], many.embed(text[:-1]))
-    calls, attend = [], attention._attend_run
-    monkeypatch.setattr(attention, "_attend_run", lambda *given: calls.append(given[3]) or attend(*given))
+    calls, attend = [], ragged_attention._attend_run
+    monkeypatch.setattr(ragged_attention, "_attend_run", lambda *given: calls.append(given[3]) or attend(*given))
     spans = [Span(slot, len(text) - 1, 1) for slot, text in enumerate(written)]
     found = many.forward(spans, many.embed(torch.stack([text[-1] for text in written])))
     assert calls == [tuple(spans)] * 2
@@ -100,7 +100,7 @@ def test_texts_that_share_a_call_give_what_each_gives_alone(name, monkeypatch):
     ids=["unequal", "a gap", "backwards", "a prompt between", "much longer", "a prompt", "nothing"],
 )
 def test_neighbours_share_a_call_where_that_costs_less(spans, calls):
-    runs = list(attention._runs(spans))
+    runs = list(ragged_attention._runs(spans))
     assert [span for run in runs for span in run] == spans
     assert len(runs) == calls
 

@@ -32,8 +32,8 @@ from training_runs import (
 )
 
 from convllava.errors import InputError
-from convllava.training import engine
-from convllava.training.marks import HEADS_FILE
+from convllava.training import train as engine
+from convllava.training.objectives.auxiliary_heads import HEADS_FILE
 from convllava.training.recipe import Adapter, Evaluation, load_recipe
 
 

@@ -11,16 +11,16 @@ import torch
 from conftest import fresh, picture
 from training_runs import ONE, SMALLEST, TWO, logged, train
 
-from convllava.data.conversation import IGNORE, SKIPPED
+from convllava.data.collate import IGNORE, SKIPPED
+from convllava.data.dataset import FileDataset, steps_of
 from convllava.data.formats import Records, open_records
 from convllava.data.mixture import Mixture, Part
-from convllava.data.samples import conversation_of
-from convllava.data.sources import FileDataset, steps_of
+from convllava.data.records import conversation_of
 from convllava.errors import InputError
-from convllava.training import engine
+from convllava.training import train as engine
+from convllava.training.logging import Skips
 from convllava.training.plan import plan
 from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage
-from convllava.training.reporting import Skips
 
 
 def record(number: int, image: object = "a.png", human: str = "<image>\nwhat is it?", gpt: str = "red") -> dict:

@@ -8,11 +8,11 @@ import re
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from convllava.data.cells import words
+from convllava.data.dense_labels import words
 from convllava.synthetic import CHARACTERS, Box, Sample, World
 from convllava.synthetic import world as world_module
+from convllava.synthetic.augment import rotate
 from convllava.synthetic.canvas import Canvas
-from convllava.synthetic.degrade import rotate
 from convllava.synthetic.splits import SPLITS
 
 

@@ -26,9 +26,9 @@ from convllava.synthetic import (
     union,
 )
 from convllava.synthetic.canvas import PageFullError
-from convllava.synthetic.context import Context
 from convllava.synthetic.questions import TEMPLATES, Draft, plural
 from convllava.synthetic.splits import SPLITS
+from convllava.synthetic.style import Context
 from convllava.synthetic.world import KINDS
 
 CLOSED = frozenset(closed_vocabulary())

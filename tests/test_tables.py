@@ -24,11 +24,11 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convllava.data.conversation import SKIPPED
+from convllava.data.collate import SKIPPED
 from convllava.data.formats.base import record_of
-from convllava.data.samples import SampleError, conversation_of
+from convllava.data.records import SampleError, conversation_of
 from convllava.errors import InputError
-from convllava.training.inputs import make_dataset
+from convllava.training.datasets import make_dataset
 from convllava.training.recipe import Source
 
 

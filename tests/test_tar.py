@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from convllava.data.formats import indices, tar
+from convllava.data.formats import tar, tar_index
 from convllava.errors import InputError
 from convllava.training.recipe import Source
 
@@ -37,8 +37,8 @@ def test_members_of_a_sample_may_lie_apart(tmp_path):
 
 
 def test_the_headers_of_a_large_tar_are_read_once(tmp_path, monkeypatch):
-    monkeypatch.setenv(indices.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(indices, "_WORTH", 3)
+    monkeypatch.setenv(tar_index.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(tar_index, "_WORTH", 3)
     write_tar(tmp_path / "a.tar", members())
     whole = open_one(tmp_path / "a.tar")
     read = []
@@ -51,15 +51,15 @@ def test_the_headers_of_a_large_tar_are_read_once(tmp_path, monkeypatch):
         kept.write_bytes(damaged)
         assert len(open_one(tmp_path / "a.tar")) == 1
     monkeypatch.undo()
-    monkeypatch.setenv(indices.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(tar_index.CACHE, str(tmp_path / "cache"))
     write_tar(tmp_path / "a.tar", {"1.txt": b"another"})
     assert len(open_one(tmp_path / "a.tar")) == 1
 
 
 def test_an_index_that_cannot_be_kept_is_read_again(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setenv(indices.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(indices, "_WORTH", 1)
+    monkeypatch.setenv(tar_index.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(tar_index, "_WORTH", 1)
     write_tar(tmp_path / "a.tar", members())
     assert len(open_one(tmp_path / "a.tar")) == len(open_one(tmp_path / "a.tar")) == 5
 
@@ -68,9 +68,9 @@ def test_a_user_without_a_home_reads_tar_files_all_the_same(tmp_path, monkeypatc
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv(indices.CACHE, raising=False)
+    monkeypatch.delenv(tar_index.CACHE, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(indices, "_WORTH", 1)
+    monkeypatch.setattr(tar_index, "_WORTH", 1)
     write_tar(tmp_path / "a.tar", members())
     assert len(open_one(tmp_path / "a.tar")) == 5
 

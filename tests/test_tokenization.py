@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from convllava.model.tokenizer import build_tokenizer
 from convllava.synthetic import World, closed_vocabulary
-from convllava.tokenization import build_tokenizer
 
 TOKENIZER = build_tokenizer(("what", "is", "the", "total", "red"))
 

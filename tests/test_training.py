@@ -15,12 +15,12 @@ from training_runs import CHAT, DATA, DENSE, GUIDED, changed, log, logged, recip
 
 import convllava
 from convllava.errors import InputError
-from convllava.parts import part_of, parts_of
-from convllava.training import engine
-from convllava.training.parts import freeze_all_but, parameter_groups
+from convllava.model.part_names import part_of, parts_of
+from convllava.training import train as engine
+from convllava.training.logging import processor_seconds
+from convllava.training.optim import freeze_all_but, parameter_groups
 from convllava.training.plan import plan
 from convllava.training.recipe import ModelSpec, load_recipe
-from convllava.training.reporting import processor_seconds
 
 
 def test_only_the_named_parts_change_and_every_stage_loads(tmp_path):

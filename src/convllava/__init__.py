@@ -13,15 +13,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ConvLlavaConfig": "configuration",
-    "ConvLlavaVisionConfig": "configuration",
-    "ConvLlavaVisionModel": "vision",
-    "ConvLlavaModel": "modeling",
-    "ConvLlavaForConditionalGeneration": "modeling",
-    "ConvLlavaImageProcessorPil": "image_processing",
-    "ConvLlavaProcessor": "processing",
+    "ConvLlavaConfig": "model.config",
+    "ConvLlavaVisionConfig": "model.config",
+    "ConvLlavaVisionModel": "model.vision_tower",
+    "ConvLlavaModel": "model.modeling",
+    "ConvLlavaForConditionalGeneration": "model.modeling",
+    "ConvLlavaImageProcessorPil": "model.image_processing",
+    "ConvLlavaProcessor": "model.processing",
     "InputError": "errors",
-    "build": "building",
+    "build": "model.builder",
     "load": "inference",
 }
 __all__ = sorted(_HOMES)
@@ -38,7 +38,7 @@ def __dir__() -> list[str]:
 
 
 # transformers takes seconds to import. The command line must answer `--help` at once, so there registration waits
-# for the first command that needs a model (each imports convllava.auto).
+# for the first command that needs a model (each imports convllava.model.auto).
 def _is_command() -> bool:
     """Whether this is `convllava` or `python -m convllava`, where argv still begins with -m while this file is read."""
     if sys.argv[0] != "-m":
@@ -48,4 +48,4 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    importlib.import_module("convllava.auto")
+    importlib.import_module("convllava.model.auto")

@@ -1,8 +1,31 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors that the user can fix. Each message is one line: what is wrong, where, and how to fix it.
+
+    InputError (a ValueError)
+    ├── ConfigError       a recipe, a setting or an argument
+    ├── DataError         a record, a data file, a benchmark file
+    ├── CheckpointError   a model or adapter on disk
+    └── ImageError        a picture
+
+A message writes the name of an argument in backquotes, as in "`max_pixels` must be positive". The command line prints
+the option of that name in its place.
+"""
 
 
 class InputError(ValueError):
-    """Bad input from outside: one line that says what, where and how to mend it.
+    """Something that the user gave cannot be used; the message says what, where and how to fix it."""
 
-    The command line prints the message alone and exits with code 2; Python callers catch it as a `ValueError`.
-    """
+
+class ConfigError(InputError):
+    """A recipe, a setting or an argument cannot be used."""
+
+
+class DataError(InputError):
+    """A record, a data file or a benchmark file cannot be used."""
+
+
+class CheckpointError(InputError):
+    """A model or an adapter on disk cannot be used."""
+
+
+class ImageError(InputError):
+    """A picture cannot be used."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from convllava.errors import InputError
-from convllava.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
 
 OPSET = 18
 TOLERANCE = 1e-4

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from convllava import InputError, load
 from convllava.inference.likelihood import log_likelihoods
-from convllava.plugins import lmms_eval
+from convllava.integrations import lmms_eval
 from convllava.synthetic import COLOURS, World
 
 PAGES = 7

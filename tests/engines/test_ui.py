@@ -29,9 +29,9 @@ from selenium.webdriver.common.keys import Keys
 from serving import png, serving, until
 
 from convllava import load
-from convllava.drawing import draw_boxes
+from convllava.display import draw_boxes
 from convllava.geometry import Size, parse_box
-from convllava.images import load_image
+from convllava.model.images import load_image
 from convllava.serving import guard
 from convllava.serving.budget import Budget
 from convllava.serving.limits import Limits

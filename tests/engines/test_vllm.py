@@ -26,7 +26,7 @@ from openai import OpenAI
 
 from convllava import load
 from convllava.checkpoints import convert, find
-from convllava.files import read_json
+from convllava.io import read_json
 from convllava.synthetic import World
 
 PAGES = 50

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
 from convllava import __version__
-from convllava.cli import evaluating
-from convllava.cli.answering import ask, chat, demo
-from convllava.cli.measuring import bench
+from convllava.cli.ask import ask, chat, demo
+from convllava.cli.eval import app as eval_app
 from convllava.cli.models import convert, export, info, merge
-from convllava.cli.serving import serve
-from convllava.cli.training import check, preview, train
+from convllava.cli.serve import serve
+from convllava.cli.train import check, preview, train
 from convllava.errors import InputError
 
 app = typer.Typer(
@@ -33,30 +34,35 @@ app.command()(train)
 app.add_typer(data, name="data")
 data.command()(check)
 data.command()(preview)
-app.add_typer(evaluating.app, name="eval")
+app.add_typer(eval_app, name="eval")
 app.command()(serve)
 app.command()(info)
 app.command()(convert)
 app.command()(merge)
 app.command()(export)
-app.command()(bench)
 
 
-def main() -> None:
-    """Run a command; bad input is one line on stderr and exit code 2."""
+def main(command: typer.Typer = app) -> None:
+    """Run a command line; bad input is one line on stderr and exit code 2."""
     # Bars for loading a file are noise around an answer; our own commands show their own progress.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        command()
     except InputError as error:
-        fail(error)
+        print(f"convllava: {with_options(str(error), command, sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def fail(error: InputError) -> NoReturn:
-    print(f"convllava: {error}", file=sys.stderr)
-    sys.exit(2)
+def with_options(message: str, command: typer.Typer, arguments: Sequence[str]) -> str:
+    """Replace the arguments that a message names in backquotes by the options of the command that was called."""
+    called: Any = typer.main.get_command(command)
+    names: dict[str, str] = {}
+    for word in ["", *arguments]:
+        called = getattr(called, "commands", {}).get(word, called)
+        names |= {option.name: option.opts[0] for option in called.params if option.name and option.opts}
+    return re.sub("`([a-z_]+)`", lambda found: names.get(found[1], found[0]), message)
 
 
 def _version(wanted: bool) -> None:

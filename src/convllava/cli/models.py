@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """Show what a model is made of and what it costs, without allocating it."""
     from convllava.checkpoints import SHIPPED
-    from convllava.inspection import SIDES, inspect, inspect_tower, tables_of, tower_table, towers
+    from convllava.checkpoints.inspection import SIDES, inspect, inspect_tower, tables_of, tower_table, towers
 
     wanted = None if sides is None else numbers("--sides", sides)
     if name in towers() and not (SHIPPED / name).exists():  # of a checkpoint there is more to show

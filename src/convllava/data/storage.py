@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from convllava.errors import InputError
-from convllava.files import one_line
+from convllava.io import one_line
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from convllava.errors import InputError
-from convllava.evaluation.files.formats import MME_COGNITION, MME_PERCEPTION
-from convllava.evaluation.scoring import rules, summaries
-from convllava.evaluation.scoring.summaries import Groups, Judged
+from convllava.evaluation import aggregate, rules
+from convllava.evaluation.aggregate import Groups, Judged
+from convllava.evaluation.columns import MME_COGNITION, MME_PERCEPTION
 
 QUESTION = "{question}"
 SHORT = "{question}\nAnswer the question using a single word or phrase."
@@ -41,10 +41,10 @@ class Benchmark:
     rule: rules.Rule
     open_prompt: str = SHORT
     choice_prompt: str = CHOICE
-    summarise: Callable[[Groups], dict[str, float]] = summaries.mean
+    summarise: Callable[[Groups], dict[str, float]] = aggregate.mean
     primary: str = "accuracy"
     parts: tuple[str, ...] = ()
-    units: Callable[[Groups], list[Judged]] = summaries.each
+    units: Callable[[Groups], list[Judged]] = aggregate.each
     max_new_tokens: int = 32
     family: str = ""
     needs_judge: bool = False
@@ -56,7 +56,7 @@ _ALL = (
         "mme",
         "arXiv 2306.13394",
         rules.by_start,
-        summarise=summaries.mme,
+        summarise=aggregate.mme,
         primary="total",
         parts=(*MME_PERCEPTION, *MME_COGNITION),
         max_new_tokens=16,
@@ -65,9 +65,9 @@ _ALL = (
         "mmbench",
         "arXiv 2307.06281",
         rules.by_choice,
-        summarise=summaries.circular,
+        summarise=aggregate.circular,
         primary="circular",
-        units=summaries.worst,
+        units=aggregate.worst,
         max_new_tokens=32,
     ),
     Benchmark("seedbench", "arXiv 2307.16125", rules.by_choice, max_new_tokens=32),
@@ -75,25 +75,41 @@ _ALL = (
     Benchmark("mmmu", "arXiv 2311.16502", rules.by_mmmu, max_new_tokens=128),
     Benchmark("mmvet", "arXiv 2308.02490", rules.by_judge, QUESTION, QUESTION, max_new_tokens=512, needs_judge=True),
     Benchmark("textvqa", "arXiv 1904.08920", rules.by_vqa),
-    Benchmark("docvqa", "arXiv 2007.00398", rules.by_anls, primary="anls", summarise=summaries.anls, max_new_tokens=64),
+    Benchmark("docvqa", "arXiv 2007.00398", rules.by_anls, primary="anls", summarise=aggregate.anls, max_new_tokens=64),
     Benchmark(
-        "pope", "arXiv 2305.10355", rules.by_sentence, summarise=summaries.yes_or_no, primary="f1", max_new_tokens=16
+        "pope",
+        "arXiv 2305.10355",
+        rules.by_sentence,
+        summarise=aggregate.yes_or_no,
+        primary="f1",
+        max_new_tokens=16,
     ),
     Benchmark("refcoco", "arXiv 1608.00272", rules.by_box, BOX, family="refcoco", max_new_tokens=64),
     Benchmark(
-        "refcoco+", "arXiv 1608.00272", rules.by_box, BOX, family="refcoco", max_new_tokens=64, aliases=("refcocoplus",)
+        "refcoco+",
+        "arXiv 1608.00272",
+        rules.by_box,
+        BOX,
+        family="refcoco",
+        max_new_tokens=64,
+        aliases=("refcocoplus",),
     ),
     Benchmark("refcocog", "arXiv 1511.02283", rules.by_box, BOX, family="refcoco", max_new_tokens=64),
     Benchmark("chartqa", "arXiv 2203.10244", rules.by_chart),
     Benchmark(
-        "ocrbench", "arXiv 2305.07895", rules.by_containment, QUESTION, summarise=summaries.points, max_new_tokens=128
+        "ocrbench",
+        "arXiv 2305.07895",
+        rules.by_containment,
+        QUESTION,
+        summarise=aggregate.points,
+        max_new_tokens=128,
     ),
     Benchmark(
         "infovqa",
         "arXiv 2104.12756",
         rules.by_anls,
         primary="anls",
-        summarise=summaries.anls,
+        summarise=aggregate.anls,
         max_new_tokens=64,
         aliases=("infographic",),
     ),

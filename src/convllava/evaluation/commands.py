@@ -11,16 +11,16 @@ from rich.table import Table
 from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.evaluation.benchmarks import benchmark_named
-from convllava.evaluation.files.sources import find_benchmarks
-from convllava.evaluation.generated.synthetic import table_of
-from convllava.evaluation.generated.world import SYNTHETIC, as_report, describe_world, world_questions
+from convllava.evaluation.llm_judge import ChatJudge
 from convllava.evaluation.questions import Question
+from convllava.evaluation.readers.sources import find_benchmarks
 from convllava.evaluation.report import pairs_table, tables_of
-from convllava.evaluation.running import Options, check_options, chosen_questions, questions_of, run, run_questions
-from convllava.evaluation.scoring.judging import ChatJudge
-from convllava.evaluation.scoring.results import Result, read_answers
-from convllava.evaluation.scoring.results import score as score_answers
-from convllava.evaluation.scoring.rules import Aids, Judge
+from convllava.evaluation.results import Result, read_answers
+from convllava.evaluation.results import score as score_answers
+from convllava.evaluation.rules import Aids, Judge
+from convllava.evaluation.runner import Options, check_options, chosen_questions, questions_of, run, run_questions
+from convllava.evaluation.synthetic import SYNTHETIC, as_report, describe_world, world_questions
+from convllava.evaluation.synthetic_report import table_of
 from convllava.inference import load
 from convllava.synthetic import World
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from convllava.errors import InputError
-from convllava.evaluation.scoring.results import rounded
-from convllava.evaluation.scoring.statistics import mean_interval
-from convllava.files import read_json
-from convllava.journal import RESULT
+from convllava.evaluation.intervals import mean_interval
+from convllava.evaluation.results import rounded
+from convllava.io import RESULT, read_json
 
 
 class Difference(TypedDict):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from convllava.drawing import draw_boxes
+from convllava.display import draw_boxes
 from convllava.geometry import Box
 
 _MARGIN, _TEXT, _LINE = 24, 22, 32

@@ -12,7 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from convllava.errors import InputError
-from convllava.evaluation.generation import Asking, ask
+from convllava.evaluation.answering import Asking, ask
 from convllava.evaluation.questions import Question
 from convllava.inference.assistant import Assistant
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from convllava.display import ACCENT, INK, MUTED, axes_on
 from convllava.errors import InputError
 from convllava.evaluation.compare import read_result
-from convllava.plotting import ACCENT, INK, MUTED, axes_on
 
 _DPI = 110
 """Keeps a picture below 100 kB."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from convllava.errors import InputError
-from convllava.images import load_image
+from convllava.model.images import load_image
 
 
 class Picture(Protocol):

@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from convllava.inference.prompt import Prompt
+from convllava.inference.prompts import Prompt
 from convllava.inference.sampling import Sampler, Sampling, TokenLogprob
-from convllava.inference.text import TextStream
+from convllava.inference.text_stream import TextStream
 
 Finish = Literal["stop", "length", "error"]
 

@@ -16,9 +16,9 @@ from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreame
 from convllava import checkpoints
 from convllava.errors import InputError
 from convllava.geometry import Box, Size, parse_boxes
-from convllava.images import ImageSource, load_image
-from convllava.modeling import ConvLlavaForConditionalGeneration, ConvLlavaImageFeatures
-from convllava.processing import ConvLlavaProcessor, check_messages
+from convllava.model.images import ImageSource, load_image
+from convllava.model.modeling import ConvLlavaForConditionalGeneration, ConvLlavaImageFeatures
+from convllava.model.processing import ConvLlavaProcessor, check_messages
 
 
 class Message(TypedDict):

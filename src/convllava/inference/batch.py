@@ -12,11 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypedDict
 
+from convllava.checkpoints.tensors import weights_digest
+from convllava.display import progress_bar
 from convllava.errors import InputError
-from convllava.files import parse_json
 from convllava.inference.assistant import Assistant, EncodedImage, Message, load
-from convllava.journal import WEIGHTS, Entry, Journal, weights_digest
-from convllava.progress import progress_bar
+from convllava.io import WEIGHTS, Entry, Journal, parse_json
 
 
 class Summary(TypedDict):

@@ -21,12 +21,12 @@ from torch import Tensor
 from convllava.errors import InputError
 from convllava.inference.answer import Answer, Event
 from convllava.inference.assistant import Assistant
-from convllava.inference.attention import Span
-from convllava.inference.prompt import Prompt
-from convllava.inference.ragged import RaggedModel, store_by_columns
+from convllava.inference.prompts import Prompt
+from convllava.inference.ragged_attention import Span
+from convllava.inference.ragged_model import RaggedModel, store_by_columns
 from convllava.inference.sampling import Sampling
 from convllava.inference.scheduler import Scheduler, Slot
-from convllava.inference.text import TextStream
+from convllava.inference.text_stream import TextStream
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from convllava.errors import InputError
-from convllava.images import ImageSource
 from convllava.inference.assistant import Assistant, EncodedImage, Message
+from convllava.model.images import ImageSource
 
 
 class LogLikelihood(NamedTuple):

@@ -12,7 +12,7 @@ from convllava.errors import InputError
 from convllava.inference.answer import Event
 from convllava.inference.assistant import Assistant, EncodedImage, Message
 from convllava.inference.engine import Engine
-from convllava.inference.prompt import build_prompt
+from convllava.inference.prompts import build_prompt
 from convllava.inference.sampling import Sampling
 
 SLOTS, STEP_TOKENS = 16, 512

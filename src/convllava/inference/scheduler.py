@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from convllava.inference.answer import Answer
-from convllava.inference.prompt import Key
+from convllava.inference.prompts import Key
 
 Copy = Callable[[int, int, int], None]
 

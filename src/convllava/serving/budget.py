@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 
-from convllava.costs import tower_flops
 from convllava.geometry import Placement, Size, visual_tokens
 from convllava.inference.assistant import Assistant
+from convllava.model.costs import tower_flops
 
 
 @dataclass(frozen=True)

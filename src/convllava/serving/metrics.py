@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from convllava.inference.encoder import ImageEncoder
 from convllava.inference.engine import Engine
+from convllava.inference.image_queue import ImageEncoder
 from convllava.serving.gate import Gate
 from convllava.serving.refusal import RefusalError
 

@@ -20,9 +20,9 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from PIL import Image
 
-from convllava.drawing import draw_boxes
+from convllava.display import draw_boxes
 from convllava.geometry import Box, Size, parse_boxes
-from convllava.images import load_image
+from convllava.model.images import load_image
 from convllava.serving.budget import Budget
 from convllava.serving.dialogue import Picture, Reply, Talk, reply_to
 from convllava.serving.guard import KEPT_SECONDS, PAGE, PageGuard

@@ -18,8 +18,8 @@ import uvicorn
 
 from convllava.errors import InputError
 from convllava.inference import Assistant, load
-from convllava.inference.encoder import ON_CPU, ImageEncoder
 from convllava.inference.engine import Engine
+from convllava.inference.image_queue import ON_CPU, ImageEncoder
 from convllava.serving.app import create_app
 from convllava.serving.connection import PunctualProtocol
 from convllava.serving.gate import Gate

@@ -16,12 +16,12 @@ from transformers import BatchFeature
 
 from convllava.errors import InputError
 from convllava.geometry import Size
-from convllava.image_processing import ConvLlavaImageProcessorPil
-from convllava.images import check_header, load_image
 from convllava.inference.assistant import Assistant, EncodedImage
-from convllava.inference.encoder import ImageEncoder, digest_of
 from convllava.inference.engine import Engine
-from convllava.inference.prompt import Prompt, build_prompt
+from convllava.inference.image_queue import ImageEncoder, digest_of
+from convllava.inference.prompts import Prompt, build_prompt
+from convllava.model.image_processing import ConvLlavaImageProcessorPil
+from convllava.model.images import check_header, load_image
 from convllava.serving.fetching import Fetcher
 from convllava.serving.gate import Gate
 from convllava.serving.limits import Limits

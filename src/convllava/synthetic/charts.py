@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from convllava.synthetic.canvas import Canvas, Region
-from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.palette import PAINTS, Colour, blend, contrasting, is_visible, jitter, luminance
 from convllava.synthetic.questions import CHART_TITLES, Draft, ask, count
+from convllava.synthetic.style import Context, Drawing
 from convllava.synthetic.words import DAYS, MONTHS, QUARTERS
 
 _COLOURS = ("red", "orange", "green", "blue", "purple", "pink", "brown", "grey")

@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass
 
 from convllava.synthetic.canvas import Canvas, PageFullError, Region
-from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.palette import Colour, blend, contrasting
 from convllava.synthetic.questions import FORM_TITLES, ORDINALS, SIZES, STATUSES, TABLE_TITLES, Draft, ask, count
 from convllava.synthetic.sample import Box
+from convllava.synthetic.style import Context, Drawing
 from convllava.synthetic.words import cents, code, date, money
 
 _RANGES = {"Qty": (1, 99), "Stock": (0, 500), "Year": (1950, 2029), "Score": (0, 100), "Age": (1, 99)}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from convllava.synthetic.canvas import Canvas, Region
-from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.palette import DESKS, INKS, PAPERS, Colour, jitter
 from convllava.synthetic.questions import ORDINALS, TOTALS, Draft, ask
+from convllava.synthetic.style import Context, Drawing
 from convllava.synthetic.words import cents, date, money
 
 _HEIGHTS = {"plain": 1.0, "shop": 1.5, "bold": 1.1, "large": 1.5, "rule": 0.5}

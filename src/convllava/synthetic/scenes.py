@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from convllava.synthetic.canvas import Canvas, PageFullError, Region
-from convllava.synthetic.context import Context, Drawing
 from convllava.synthetic.palette import GROUNDS, LIGHT_GROUNDS, Colour, blend, is_visible, paint
 from convllava.synthetic.questions import Draft, ask, count, plural
 from convllava.synthetic.sample import COLOURS, POSITIONS, Box, Thing, position_of
+from convllava.synthetic.style import Context, Drawing
 
 _CLEAREST = 0.05
 

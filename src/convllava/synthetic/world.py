@@ -7,18 +7,18 @@ import random
 from collections.abc import Callable, Mapping
 
 from convllava.errors import InputError
+from convllava.synthetic.augment import degrade
 from convllava.synthetic.canvas import Canvas, PageFullError
 from convllava.synthetic.charts import draw_bar_chart, draw_line_chart
-from convllava.synthetic.context import Context, Drawing
-from convllava.synthetic.degrade import degrade
 from convllava.synthetic.forms import draw_form, draw_table
-from convllava.synthetic.pages import draw_paragraph, draw_sign
+from convllava.synthetic.glyph_sheets import draw_sheet
 from convllava.synthetic.questions import Draft
 from convllava.synthetic.receipts import draw_receipt, draw_ticket
 from convllava.synthetic.sample import Sample, Turn
 from convllava.synthetic.scenes import draw_scene
-from convllava.synthetic.sheets import draw_sheet
 from convllava.synthetic.splits import SPLITS
+from convllava.synthetic.style import Context, Drawing
+from convllava.synthetic.text_pages import draw_paragraph, draw_sign
 
 KINDS: dict[str, Callable[[Context], Drawing]] = {
     "scene": draw_scene,

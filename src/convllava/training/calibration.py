@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from convllava.modeling import ConvLlavaForConditionalGeneration, coordinate_features
+from convllava.model.modeling import ConvLlavaForConditionalGeneration, coordinate_features
 
 TOKEN_RMS = 1.0
 """Root mean square of a visual token, that of what a layer of the language model adds to it."""

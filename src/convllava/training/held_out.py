@@ -15,13 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from convllava.data.conversation import IGNORE, supervise_first
+from convllava.data.collate import IGNORE, supervise_first
 from convllava.errors import InputError
 from convllava.evaluation.drawing import Answered, draw_answers
 from convllava.inference import Assistant
 from convllava.inference.assistant import Message
 from convllava.training.averaging import save_weights
-from convllava.training.inputs import Question
+from convllava.training.datasets import Question
 from convllava.training.recipe import Evaluation, Stage
 
 BEST = "best.safetensors"

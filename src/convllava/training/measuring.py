@@ -19,16 +19,16 @@ import numpy as np
 from filelock import FileLock  # a dependency of torch
 from torch.utils.data import Dataset
 
-from convllava.data.checking import Examination
+from convllava.data.batching import UNUSABLE, Limits, PassDataset, Passes
+from convllava.data.dataset import FileDataset
 from convllava.data.mixture import Integers
-from convllava.data.passes import UNUSABLE, Limits, PassDataset, Passes
-from convllava.data.sources import FileDataset
+from convllava.data.validation import Examination
 from convllava.errors import InputError
-from convllava.files import make_output, replacing
-from convllava.processing import ConvLlavaProcessor
-from convllava.training.examining import Notes, examination_of, examine_all, stages_with_files
-from convllava.training.inputs import mixture_of, stamps_of, with_steps
-from convllava.training.processes import is_first_process
+from convllava.io import make_output, replacing
+from convllava.model.processing import ConvLlavaProcessor
+from convllava.training.check_data_report import Notes, examination_of, examine_all, stages_with_files
+from convllava.training.datasets import mixture_of, stamps_of, with_steps
+from convllava.training.distributed import is_first_process
 from convllava.training.recipe import Recipe, Source, Stage
 
 _LOOK_AGAIN = 1.0

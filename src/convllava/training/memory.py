@@ -14,10 +14,10 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from convllava.configuration import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.errors import InputError
-from convllava.parts import parts_of
-from convllava.training.processes import process_count
+from convllava.model.config import ConvLlavaConfig, ConvLlavaVisionConfig
+from convllava.model.part_names import parts_of
+from convllava.training.distributed import process_count
 from convllava.training.recipe import Recipe, Stage
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc", re.IGNORECASE)

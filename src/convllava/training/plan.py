@@ -12,19 +12,19 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from convllava.files import is_hub_id
 from convllava.geometry import Size, visual_tokens
-from convllava.image_processing import SQUARE, ConvLlavaImageProcessorPil
-from convllava.modeling import ConvLlavaForConditionalGeneration
-from convllava.training.adapting import check_adaptable, module_of
-from convllava.training.beginning import check_pixels, outline, pixels_of
-from convllava.training.checks import check_recipe
-from convllava.training.dense import DensePretraining
-from convllava.training.inputs import addresses_of, missing_files, missing_images, with_steps
+from convllava.io import is_hub_id
+from convllava.model.image_processing import SQUARE, ConvLlavaImageProcessorPil
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.training.datasets import addresses_of, missing_files, missing_images, with_steps
+from convllava.training.distributed import check_processes, samples_of
+from convllava.training.initialise import check_pixels, outline, pixels_of
+from convllava.training.lora import check_adaptable, module_of
 from convllava.training.memory import Memory, memory_of
-from convllava.training.parts import freeze_all_but, parts_of
-from convllava.training.processes import check_processes, samples_of
+from convllava.training.objectives.dense import DensePretraining
+from convllava.training.optim import freeze_all_but, parts_of
 from convllava.training.recipe import Recipe, Stage
+from convllava.training.validate import check_recipe
 
 
 class StagePlan(TypedDict):

@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from convllava.data.sheet import Shown, draw_sheet, shown
+from convllava.data.contact_sheet import Shown, draw_sheet, shown
 from convllava.errors import InputError
-from convllava.files import replacing
-from convllava.training.beginning import check_pixels, processor_of
-from convllava.training.inputs import make_dataset
+from convllava.io import replacing
+from convllava.training.datasets import make_dataset
+from convllava.training.initialise import check_pixels, processor_of
 from convllava.training.recipe import Recipe
 
 

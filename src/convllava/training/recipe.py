@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from convllava.errors import InputError
-from convllava.training import parsing
+from convllava.training import recipe_yaml
 from convllava.training.recipe_data import Data, Source
 
 Objective = Literal["dense", "align", "chat"]
@@ -398,8 +398,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     except (OSError, ValueError, yaml.YAMLError) as error:  # a date that is none is a ValueError
         raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
     for change in overrides:
-        parsing.override(content, change)
-    return typing.cast(Recipe, parsing.build(Recipe, content, str(path)))
+        recipe_yaml.override(content, change)
+    return typing.cast(Recipe, recipe_yaml.build(Recipe, content, str(path)))
 
 
 def dump_recipe(recipe: Recipe) -> str:

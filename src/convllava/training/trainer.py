@@ -17,22 +17,22 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from convllava.configuration import ConvLlavaConfig
-from convllava.data.cells import ACCURACIES
-from convllava.data.conversation import GUIDES, MARKS, SKIPPED, lengths_of
+from convllava.data.collate import GUIDES, MARKS, SKIPPED, lengths_of
+from convllava.data.dense_labels import ACCURACIES
 from convllava.errors import InputError
-from convllava.files import one_line
-from convllava.training.attention import Guidance, guided_layers
+from convllava.io import one_line
+from convllava.model.config import ConvLlavaConfig
 from convllava.training.averaging import Average, load_weights
-from convllava.training.frozen import FrozenStages
+from convllava.training.distributed import is_first_process, passes_of, process_count, samples_of
+from convllava.training.frozen_stages import FrozenStages
 from convllava.training.held_out import BEST, HeldOutLoss, weight_of
-from convllava.training.losses import ANSWER_LOSS, answer_loss, answer_weights, asked_labels, asked_loss
+from convllava.training.logging import Skips
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
-from convllava.training.parts import parameter_groups
-from convllava.training.processes import is_first_process, passes_of, process_count, samples_of
+from convllava.training.objectives.attention_supervision import Guidance, guided_layers
+from convllava.training.objectives.losses import ANSWER_LOSS, answer_loss, answer_weights, asked_labels, asked_loss
+from convllava.training.optim import parameter_groups
 from convllava.training.recipe import Recipe, Stage
-from convllava.training.reporting import Skips
 from convllava.training.sharding import sharding_arguments
 
 COUNTS = ("samples", "images", "tokens", "positions", "padded", "waited")

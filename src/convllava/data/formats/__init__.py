@@ -10,8 +10,8 @@ from rich.progress import track
 
 from convllava.data import Format, storage
 from convllava.data.formats.base import Blocks, Embedded, Records, Shards
+from convllava.data.formats.json_files import TextRecords
 from convllava.data.formats.tar import TarRecords
-from convllava.data.formats.text import TextRecords
 from convllava.errors import InputError
 
 __all__ = ["Blocks", "Embedded", "Records", "open_records"]
@@ -85,7 +85,7 @@ def _open(address: str, kind: Format, subset: str | None, split: str) -> Records
 
             return ParquetRecords(address)
         if kind == "datasets":
-            from convllava.data.formats.tables import TableRecords
+            from convllava.data.formats.hf_datasets import TableRecords
 
             return TableRecords(address, is_saved(address), subset, split)
     except ImportError as error:

@@ -19,7 +19,7 @@ import pyarrow.parquet
 from convllava.data import storage
 from convllava.data.formats.base import WINDOW_BYTES, Blocks, Records, columns_of, record_of
 from convllava.errors import InputError
-from convllava.files import one_line
+from convllava.io import one_line
 
 
 class ParquetRecords(Records):

@@ -14,11 +14,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convllava.data import storage
-from convllava.data.conversation import CAPTION_REQUESTS
-from convllava.data.formats import indices
+from convllava.data.collate import CAPTION_REQUESTS
+from convllava.data.formats import tar_index
 from convllava.data.formats.base import Embedded, Packed, Records
 from convllava.errors import InputError
-from convllava.files import one_line
+from convllava.io import one_line
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 TEXTS = ("json", "txt")
@@ -35,10 +35,10 @@ class TarRecords(Records):
 
     def __init__(self, address: str) -> None:
         self.name = address
-        index = indices.kept(address)
+        index = tar_index.kept(address)
         if index is None:
             index = _index(address)
-            indices.keep(address, index)
+            tar_index.keep(address, index)
         self.samples = index
 
     def __len__(self) -> int:

@@ -1,0 +1,96 @@
+"""What a token costs: a pass over many texts beside transformers' `generate`, a bare loop, and reading the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from benchmarks.timing import Work, side_by_side
+from convllava.checkpoints.inspection import language_models
+from convllava.inference.ragged_attention import Span
+from convllava.inference.ragged_model import RaggedModel, store_by_columns
+
+PROMPT, TOKENS = 16, 16
+BATCHES = (1, 2, 4, 8)
+_ROW = 512
+
+
+def decoding(language: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step that writes one token of each text, and how many times that of reading all weights once.
+
+    Every way writes the same tokens after the same prompt; `generate` reads the prompt too, of a few tokens.
+    """
+    config = LlamaConfig(**language_models()[language])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = torch.randint(0, config.vocab_size, (max(BATCHES), PROMPT))
+    works: dict[tuple[str, int], Work] = {("generate", 1): _generate(model, prompts[:1])}
+    works["loop", 1] = _loop(model, prompts[:1])
+    works |= {("rows", texts): _steps(model, prompts[:texts]) for texts in BATCHES}
+    columns = AutoModelForCausalLM.from_config(config).eval()
+    columns.load_state_dict(model.state_dict())
+    store_by_columns(columns)
+    works |= {("columns", texts): _steps(columns, prompts[:texts]) for texts in BATCHES}
+    written = [work()[0] for work in works.values()]
+    seconds = side_by_side({("floor", 1): _reading(model)} | works, repeats)
+    floor = seconds.pop(("floor", 1))
+    for (way, texts), taken in seconds.items():
+        yield {
+            "way": way,
+            "texts": texts,
+            "ms_per_step": round(1e3 * taken / TOKENS, 1),
+            "ms_per_token": round(1e3 * taken / TOKENS / texts, 1),
+            "step_over_floor": round(taken / TOKENS / floor, 2),
+            "same_tokens": all(tokens == written[0] for tokens in written),
+        }
+
+
+def _reading(model: nn.Module) -> Work:
+    """The least that a step can do: read every weight of a product once (a tied head is the embedding). A product with
+    a vector reads as fast as anything does."""
+    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
+    matrix, vector = torch.zeros(weights // _ROW, _ROW), torch.randn(_ROW)
+    return lambda: matrix @ vector
+
+
+def _generate(model: Any, prompts: Tensor) -> Work:
+    @torch.inference_mode()
+    def work() -> list[list[int]]:
+        settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+        return model.generate(prompts, **settings)[:, PROMPT:].tolist()
+
+    return work
+
+
+def _loop(model: Any, prompts: Tensor) -> Work:
+    @torch.inference_mode()
+    def work() -> list[list[int]]:
+        cache, picked = DynamicCache(config=model.config), []
+        tokens = prompts
+        for _ in range(TOKENS):
+            logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            tokens = logits.argmax(-1, keepdim=True)
+            picked.append(tokens)
+        return torch.cat(picked, dim=1).tolist()
+
+    return work
+
+
+def _steps(model: Any, prompts: Tensor) -> Work:
+    ragged = RaggedModel(model.base_model, model.get_output_embeddings(), len(prompts), PROMPT + TOKENS)
+
+    def spans(start: int, count: int) -> list[Span]:
+        return [Span(slot, start, count) for slot in range(len(prompts))]
+
+    @torch.inference_mode()
+    def work() -> list[list[int]]:
+        picked = [ragged.forward(spans(0, PROMPT), ragged.embed(prompts.flatten())).argmax(-1)]
+        for step in range(TOKENS - 1):
+            picked.append(ragged.forward(spans(PROMPT + step, 1), ragged.embed(picked[-1])).argmax(-1))
+        return torch.stack(picked, dim=1).tolist()
+
+    return work

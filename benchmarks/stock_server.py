@@ -1,0 +1,25 @@
+"""`transformers serve` with our model made known to it.
+
+It looks models up by name in transformers alone, and leaves data: URIs to the image processor, where ours takes none:
+here they are read as for its own models.
+
+    python -m benchmarks.stock_server serve MODEL --port 8000
+"""
+
+from __future__ import annotations
+
+import transformers
+from transformers.cli.transformers import main
+from transformers.image_processing_backends import PilBackend
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from convllava.model.image_processing import ConvLlavaImageProcessorPil
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
+
+if __name__ == "__main__":
+    name = ConvLlavaForConditionalGeneration.__name__
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["convllava"] = name
+    setattr(transformers, name, ConvLlavaForConditionalGeneration)
+    # That server hands over addresses of images, which ours does not fetch.
+    ConvLlavaImageProcessorPil.fetch_images = PilBackend.fetch_images  # type: ignore[method-assign]
+    main()

@@ -1,0 +1,161 @@
+"""A contact sheet of samples as the model sees them: the pixels of each image under the grid of its visual tokens, and
+the text, of which the coloured part is what training supervises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from convllava.data.collate import IGNORE, SKIPPED
+from convllava.model.image_processing import ConvLlavaImageProcessorPil
+from convllava.model.processing import ConvLlavaProcessor
+
+_WIDTH, _MARGIN, _LINE, _TEXT = 460, 16, 20, 15
+_TALLEST = 460
+"""Pixels of a drawn image's sides, at most."""
+_MOST_LINES = 18
+_PROMPT, _SUPERVISED, _GRID = (90, 96, 110), (20, 80, 200), (255, 0, 120, 70)
+Run = tuple[str, bool]
+"""A stretch of text, and whether it is supervised."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample of the sheet: its title, its images as the model sees them, and its text."""
+
+    title: str
+    images: list[Image.Image]
+    text: list[Run]
+
+
+def shown(item: dict[str, Any], processor: ConvLlavaProcessor, stride: int, number: int) -> Shown:
+    """An item of any dataset, for the sheet.
+
+    Args:
+        item: pixel_values, (images, 3, height, width) with image_sizes, or (3, height, width); input_ids and labels,
+            where it has text.
+        processor: Which encoded it.
+        stride: Of the grid that is drawn.
+        number: Of the sample.
+    """
+    images = [_gridded(picture_of(pixels, processor.image_processor), stride) for pixels in _pixels_in(item)]
+    if "input_ids" not in item:
+        return Shown(f"sample {number}: labels of cells", images, [])
+    ids, supervised = item["input_ids"], item["labels"] != IGNORE
+    visual = int((ids == processor.image_token_id).sum())
+    title = f"sample {number}: {len(ids)} tokens, {visual} visual, {int(supervised.sum())} supervised"
+    title += f" ({len(item[SKIPPED])} bad before it)" if SKIPPED in item else ""
+    return Shown(title, images, list(_runs(ids, supervised, processor)))
+
+
+def _pixels_in(item: dict[str, Tensor]) -> Iterator[Tensor]:
+    if "image_sizes" in item:
+        for pixels, (height, width) in zip(item["pixel_values"], item["image_sizes"].tolist(), strict=True):
+            yield pixels[:, :height, :width]
+    elif "pixel_values" in item:
+        yield item["pixel_values"]
+
+
+def picture_of(pixels: Tensor, processor: ConvLlavaImageProcessorPil) -> Image.Image:
+    """(3, height, width) as the tower takes it -> the 8-bit image it was."""
+    values = pixels.numpy().transpose(1, 2, 0)
+    if processor.do_normalize:
+        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if processor.do_rescale:
+        values = values / processor.rescale_factor
+    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
+
+
+def _gridded(image: Image.Image, stride: int) -> Image.Image:
+    """The image, no larger than the sheet has room for, under its grid."""
+    scale = min(1.0, (_WIDTH - 2 * _MARGIN) / image.width, _TALLEST / image.height)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    drawn = image.resize((width, height), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(drawn, "RGBA")
+    for x in range(stride, image.width, stride):
+        draw.line((x * scale, 0, x * scale, height), fill=_GRID)
+    for y in range(stride, image.height, stride):
+        draw.line((0, y * scale, width, y * scale), fill=_GRID)
+    return drawn
+
+
+def _runs(ids: Tensor, supervised: Tensor, processor: ConvLlavaProcessor) -> Iterator[Run]:
+    """The text in stretches that are wholly supervised or not; visual tokens are counted instead of written."""
+    kind = 2 * (ids == processor.image_token_id).long() + supervised.long()
+    for stretch in torch.tensor_split(torch.arange(len(ids)), (kind.diff() != 0).nonzero()[:, 0] + 1):
+        if int(kind[stretch[0]]) >= 2:
+            yield f"[{len(stretch)} visual tokens]", False
+        else:
+            yield processor.tokenizer.decode(ids[stretch]), bool(supervised[stretch[0]])
+
+
+def draw_sheet(samples: Sequence[Shown]) -> Image.Image:
+    """The samples in columns, each under the shortest one so far."""
+    panels = [_panel(sample) for sample in samples]
+    tops = [_MARGIN] * max(1, min(len(panels), round(len(panels) ** 0.5 + 0.5)))
+    places = []
+    for panel in panels:
+        column = tops.index(min(tops))
+        places.append((_MARGIN + column * (_WIDTH + _MARGIN), tops[column]))
+        tops[column] += panel.height + _MARGIN
+    sheet = Image.new("RGB", (_MARGIN + len(tops) * (_WIDTH + _MARGIN), max(tops)), (225, 228, 234))
+    for panel, place in zip(panels, places, strict=True):
+        sheet.paste(panel, place)
+    return sheet
+
+
+def _panel(sample: Shown) -> Image.Image:
+    font = ImageFont.load_default(_TEXT)
+    lines = list(_wrapped(sample.text, font))
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[:_MOST_LINES], [("...", False)]]
+    height = 2 * _MARGIN + (1 + len(lines)) * _LINE + sum(image.height + _MARGIN for image in sample.images)
+    panel = Image.new("RGB", (_WIDTH, height), "white")
+    draw = ImageDraw.Draw(panel)
+    draw.text((_MARGIN, _MARGIN), sample.title, fill="black", font=font)
+    top = _MARGIN + _LINE + _MARGIN // 2
+    for image in sample.images:
+        panel.paste(image, (_MARGIN, top))
+        top += image.height + _MARGIN
+    for number, line in enumerate(lines):
+        _write(draw, line, top + number * _LINE, font)
+    return panel
+
+
+def _write(draw: ImageDraw.ImageDraw, line: list[Run], top: int, font: Any) -> None:
+    left = float(_MARGIN)
+    for text, supervised in line:
+        draw.text((left, top), text, fill=_SUPERVISED if supervised else _PROMPT, font=font)
+        left += font.getlength(text)
+
+
+def _wrapped(runs: Sequence[Run], font: Any) -> Iterator[list[Run]]:
+    """Lines no wider than a panel; a word that is wider is broken."""
+    line: list[Run] = []
+    width = 0.0
+    for text, supervised in runs:
+        for piece in _pieces(text):
+            length = font.getlength(piece)
+            if line and (piece == "\n" or width + length > _WIDTH - 2 * _MARGIN):
+                yield line
+                line, width = [], 0.0
+            if piece != "\n":
+                line.append((piece, supervised))
+                width += length
+    if line:
+        yield line
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Words with the blank after them, line breaks, and what is longer than any word in parts."""
+    for number, row in enumerate(text.split("\n")):
+        if number:
+            yield "\n"
+        for word in row.split(" "):
+            yield from (f"{word} "[start : start + 40] for start in range(0, len(word) + 1, 40))

@@ -1,0 +1,81 @@
+"""What people look at: progress bars in the terminal, boxes on pictures, plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convllava.errors import InputError
+from convllava.geometry import Box
+from convllava.io import replacing
+
+INK, MUTED, ACCENT = "#1d2433", "#8a93a6", "#2f6fde"
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[float], None]]:
+    """Show a bar; what it gives takes the share that is done, 0 to 1."""
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+_COLOUR = (220, 40, 40)
+
+
+def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
+    """A copy with boxes, given in its pixels, in lines that show at its size."""
+    drawn = image.copy()
+    draw = ImageDraw.Draw(drawn)
+    width = max(3, round(min(image.size) / 150))
+    for box in boxes:
+        draw.rectangle(box, outline=_COLOUR, width=width)
+    return drawn
+
+
+def check_can_draw(extra: str) -> None:
+    """Refuse what would be drawn in the end.
+
+    Args:
+        extra: Which brings matplotlib, among other things.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError(f"drawing needs matplotlib; pip install 'convllava[{extra}]'")
+
+
+@contextmanager
+def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
+    """Axes to draw on, in the package's plain style; the PNG is written when all is drawn.
+
+    Raises:
+        InputError: matplotlib is missing, or the picture cannot be written.
+    """
+    check_can_draw("eval")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=dpi)
+    try:
+        yield axes
+        axes.grid(alpha=0.25, which="both")
+        axes.set_title(title, loc="left", fontsize=8, color=MUTED)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        figure.tight_layout()
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png")
+    finally:
+        plt.close(figure)

@@ -1,0 +1,1 @@
+"""The model: pixels, vision tower, projector, language model."""

@@ -1,0 +1,39 @@
+"""What a forward pass costs, in floating-point operations: a multiplication and an addition count as two.
+
+Norms, activations and the like are left out, as `torch.utils.flop_counter` does. These agree with it exactly where it
+counts attention at all, as on the meta device; it does not count fused attention on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convllava.geometry import Size
+from convllava.model.config import ConvLlavaVisionConfig
+
+
+def tower_flops(config: ConvLlavaVisionConfig, canvas: Size) -> int:
+    """Of the vision tower on one image of this size in pixels.
+
+    A block of C channels has 16 C^2 operations a pixel in its MLP and 98 C in its depthwise convolution (ConvNeXt,
+    arXiv 2201.03545).
+    """
+    pixels = canvas.height * canvas.width // config.patch_size**2
+    before, total = config.num_channels, 0
+    for stage, (depth, width) in enumerate(zip(config.depths, config.hidden_sizes, strict=True)):
+        pixels = pixels // 4 if stage else pixels
+        window = 4 if stage else config.patch_size**2
+        total += 2 * pixels * window * before * width + depth * pixels * (16 * width**2 + 98 * width)
+        before = width
+    return total
+
+
+def prefill_flops(text: Any, tokens: int) -> int:
+    """Of a Llama-like language model, without its head, on a prompt of so many tokens. Attention counts in full, as
+    kernels without a causal shortcut compute it."""
+    width = text.hidden_size
+    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    keys = 2 * head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    queries = head * text.num_attention_heads
+    layer = 2 * tokens * width * (2 * queries + keys + 3 * text.intermediate_size) + 4 * tokens**2 * queries
+    return text.num_hidden_layers * layer + head * tokens  # the angles of rotary embeddings, once for all layers

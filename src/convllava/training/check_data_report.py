@@ -1,0 +1,111 @@
+"""Every sample of a recipe's files looked at once: which source under which settings, and notes that outlive a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convllava.data.validation import Examination, Finding, examine
+from convllava.model.processing import ConvLlavaProcessor
+from convllava.training.datasets import parts_of
+from convllava.training.initialise import check_pixels, processor_of
+from convllava.training.recipe import Recipe, Source, Stage
+
+
+@dataclass(frozen=True)
+class Job:
+    """A source to look at, and the uses of it with the same settings: stages, or their evaluations."""
+
+    source: Source
+    uses: list[str]
+    examination: Examination
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """The distinct pairs of a source and of what bears on its samples.
+
+    Raises:
+        InputError: a source that is missing or damaged as a whole.
+    """
+    found: dict[str, Job] = {}
+    for index, processor in stages_with_files(recipe):
+        stage = recipe.stages[index]
+        uses = [stage.name] * len(stage.data.sources)
+        uses += [f"{stage.name} (evaluation)"] * (len(stage.all_sources) - len(uses))
+        for source, use in zip(stage.all_sources, uses, strict=True):
+            alone = dataclasses.replace(source, repeat=1.0, weight=None)
+            key = repr((alone, processor.image_processor.to_dict(), stage.data.max_tokens, stage.data.overlong))
+            if key not in found:
+                found[key] = Job(alone, [], examination_of(recipe, stage, alone, processor))
+            found[key].uses.append(use)
+    return list(found.values())
+
+
+def stages_with_files(recipe: Recipe) -> Iterator[tuple[int, ConvLlavaProcessor]]:
+    """The number of each stage that has files, and the processor as it is then; the next one changes it."""
+    if not any(stage.all_sources for stage in recipe.stages):
+        return
+    processor = processor_of(recipe)
+    check_pixels(recipe, processor.image_processor)
+    for index, stage in enumerate(recipe.stages):
+        processor.image_processor.change(**stage.pixels)
+        if stage.all_sources:
+            yield index, processor
+
+
+def examination_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor) -> Examination:
+    """A source's samples as the stage would see them."""
+    (part,) = parts_of(recipe, [source])
+    return Examination(part, processor, stage.data.max_tokens, stage.data.overlong == "truncate")
+
+
+class Notes:
+    """The findings so far, one line each, in a file that outlives a kill.
+
+    Args:
+        path: Of the file; what it holds of another digest is thrown away.
+        digest: Of what is being checked.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.path = path
+        found = path.read_bytes() if path.exists() else b""
+        if found.partition(b"\n")[0] == digest.encode():
+            # A kill can tear the last line.
+            path.write_bytes(found[: found.rindex(b"\n") + 1])
+        else:
+            path.write_text(f"{digest}\n", encoding="utf-8")
+
+    def __iter__(self) -> Iterator[tuple[int, Finding]]:
+        """The number of the job, and what was found."""
+        with self.path.open(encoding="utf-8") as file:
+            next(file)
+            for line in file:
+                job, *values = json.loads(line)
+                yield job, Finding(*values)
+
+    def append(self, job: int, findings: list[Finding]) -> None:
+        lines = (json.dumps([job, *dataclasses.astuple(finding)]) + "\n" for finding in findings)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+def examine_all(examinations: Sequence[Examination], notes: Notes, workers: int, doing: str = "checking") -> None:
+    """Look at what the notes do not tell of, behind a progress bar."""
+    done = Counter(job for job, _ in notes)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        whole = sum(map(len, examinations))
+        task = bar.add_task(doing, total=whole, completed=done.total())
+        for number, examination in enumerate(examinations):
+            bar.update(task, description=f"{doing} {examination.name}")
+            for findings in examine(examination, workers, done[number]):
+                notes.append(number, findings)
+                bar.advance(task, len(findings))

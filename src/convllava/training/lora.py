@@ -1,0 +1,99 @@
+"""Parts that train through adapters, and those that train whole beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+from convllava.checkpoints.adapters import import_peft
+from convllava.errors import InputError
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.training.recipe import Stage
+
+_ADAPTABLE = re.compile(r"language_model|stage\d+")
+
+
+def attach(model: ConvLlavaForConditionalGeneration, stage: Stage) -> Any:
+    """The model as PEFT's, ready for the stage: small matrices beside every linear layer of the adapted parts, and a
+    copy of each part that trains whole.
+
+    Raises:
+        InputError: a part that takes no adapter, or PEFT is not installed.
+    """
+    assert stage.adapter is not None
+    adapter, peft = stage.adapter, import_peft()
+    check_adaptable(stage)
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha or 2 * adapter.rank,
+        lora_dropout=adapter.dropout,
+        use_dora=adapter.dora,
+        target_modules=pattern_of(model, adapter.parts),
+        modules_to_save=[module_of(part) for part in stage.trains if part not in adapter.parts] or None,
+    )
+    return peft.get_peft_model(model, config)
+
+
+def four_bits(stage: Stage) -> BitsAndBytesConfig:
+    """The language model's linear layers as normal floats of four bits with quantised constants (QLoRA, arXiv
+    2305.14314, section 3); the tower, the projector and the head stay whole.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if not is_bitsandbytes_available():
+        raise InputError(f"stage {stage.name}: adapter: four_bit needs bitsandbytes; pip install 'convllava[quantize]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if stage.precision == "bfloat16" else torch.float32,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+
+
+def check_adaptable(stage: Stage) -> None:
+    """Refuse parts that take no adapter, and adapted parts that do not train.
+
+    Raises:
+        InputError: names the part, or what is not installed.
+    """
+    assert stage.adapter is not None
+    if stage.adapter.four_bit:
+        four_bits(stage)
+    for part in stage.adapter.parts:
+        if not _ADAPTABLE.fullmatch(part):
+            raise InputError(
+                f"stage {stage.name}: adapter: {part} takes none; language_model and stages of the tower do"
+            )
+        if part not in stage.trains:
+            raise InputError(f"stage {stage.name}: adapter: give {part} a learning rate in trains")
+    if "language_model" in stage.trains and "language_model" not in stage.adapter.parts:
+        raise InputError(f"stage {stage.name}: adapter: parts must have language_model, or trains must not")
+
+
+def module_of(part: str) -> str:
+    """The module that is a part."""
+    names = {
+        "stem": "model.vision_tower.embeddings",
+        "projector": "model.multi_modal_projector",
+        "language_model": "model.language_model",
+    }
+    return names.get(part) or f"model.vision_tower.encoder.stages.{int(part.removeprefix('stage')) - 1}"
+
+
+def pattern_of(model: nn.Module, parts: Iterable[str]) -> str:
+    """A pattern for the names of all linear layers of the parts, in place of a list of hundreds."""
+    patterns = []
+    for part in parts:
+        prefix = module_of(part)
+        layers = model.get_submodule(prefix).named_modules()
+        leaves = sorted({name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear)})
+        patterns.append(rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})")
+    return "|".join(f"({pattern})" for pattern in patterns)
