@@ -24,7 +24,7 @@ from convllava import __version__
 from convllava.display import check_can_draw, progress_bar
 from convllava.errors import InputError
 from convllava.geometry import Size
-from convllava.io import Journal, make_output, write_json
+from convllava.io import ResumableJsonl, make_output, write_json
 
 SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
 SUITES = (
@@ -87,7 +87,7 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
     torch.set_num_threads(settings.threads)
     versions = {"convllava": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     described = settings.as_json() | {"versions": versions}
-    journal = Journal(output, described, _JOURNAL.format(suite), _SETTINGS.format(suite))
+    journal = ResumableJsonl(output, described, _JOURNAL.format(suite), _SETTINGS.format(suite))
     rows = _measured(suite, journal, _cases(suite, settings, journal))
     capability = torch.backends.cpu.get_cpu_capability()
     report: dict[str, Any] = {
@@ -104,7 +104,7 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
     return report
 
 
-def _measured(suite: str, journal: Journal, cases: Mapping[str, Case]) -> list[suites.Row]:
+def _measured(suite: str, journal: ResumableJsonl, cases: Mapping[str, Case]) -> list[suites.Row]:
     """The rows of all cases in their order; those of a run that was killed are not measured again."""
     with progress_bar(f"measuring {suite}") as progress:
         for number, (name, measure) in enumerate(cases.items()):
@@ -119,7 +119,7 @@ def _within(progress: Progress, number: int, cases: int, share: float) -> None:
     progress((number + share) / cases)
 
 
-def _cases(suite: str, settings: Settings, journal: Journal) -> dict[str, Case]:
+def _cases(suite: str, settings: Settings, journal: ResumableJsonl) -> dict[str, Case]:
     """What a suite measures, in the parts that a killed run keeps, by their names."""
     names, sides, repeats = settings.towers, settings.sides, settings.repeats
     if suite in _BY_TOWER:

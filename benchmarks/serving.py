@@ -26,7 +26,7 @@ from convllava import checkpoints
 from convllava.checkpoints.inspection import language_models, towers
 from convllava.errors import InputError
 from convllava.inference import Assistant, load
-from convllava.io import Journal
+from convllava.io import ResumableJsonl
 from convllava.model.builder import build_fresh
 
 CLIENTS = (1, 4, 8)
@@ -49,7 +49,7 @@ _Key = tuple[int, int]
 """Clients, and tokens of an answer."""
 
 
-def serving(settings: Settings, journal: Journal) -> Iterator[dict[str, Any]]:
+def serving(settings: Settings, journal: ResumableJsonl) -> Iterator[dict[str, Any]]:
     """Seconds in which so many clients, who all ask at once about an image of their own, have all been answered.
 
     The model has random weights, and its answers do not end before they are as long as they may be. One server runs at
@@ -83,7 +83,7 @@ def _check_machine() -> None:
         raise InputError("bench serving starts our server; pip install 'convllava[serve]'")
 
 
-def _kept(journal: Journal, way: str, measure: Callable[[], dict[_Key, _Taken]]) -> dict[_Key, _Taken]:
+def _kept(journal: ResumableJsonl, way: str, measure: Callable[[], dict[_Key, _Taken]]) -> dict[_Key, _Taken]:
     """What a way took, measured where the journal does not have it."""
     name = f"taken by {way}"
     if name not in journal.entries:

@@ -18,7 +18,7 @@ from benchmarks.peers import Encoder, clip, fast_vit_hd, llava_15, llava_next, q
 from benchmarks.timing import Progress, Work, kept, live_memory, matrix_product, peak_memory, side_by_side
 from convllava.checkpoints.inspection import TEXT_TOKENS, language_models, towers
 from convllava.geometry import Size, visual_tokens
-from convllava.io import Journal
+from convllava.io import ResumableJsonl
 from convllava.model.costs import prefill_flops, tower_flops
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.vision_tower import ConvLlavaVisionModel
@@ -134,14 +134,14 @@ def first_token(
     repeats: int,
     language: str,
     peers: bool,
-    journal: Journal | None = None,
+    journal: ResumableJsonl | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Row]:
     """CPU seconds to the first token: encoder and prefill of a language model with what comes out of it.
 
     All encoders take turns, so a run is kept by its single times (`journal`), and not by its rows.
     """
-    journal = journal or Journal(None, {})
+    journal = journal or ResumableJsonl(None, {})
     encoders = [encoder for name in names for encoder in _ours(name, sides)]
     if peers:
         encoders += [llava_15(), llava_next(), clip("ViT-L/14", 672, crops=1), *(qwen(side) for side in sides[:1])]

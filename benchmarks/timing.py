@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from convllava.errors import InputError
-from convllava.io import Journal
+from convllava.io import ResumableJsonl
 
 Work = Callable[[], Any]
 Progress = Callable[[float], None]
@@ -26,7 +26,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def side_by_side(
-    works: Mapping[Name, Work], repeats: int, journal: Journal | None = None, progress: Progress | None = None
+    works: Mapping[Name, Work], repeats: int, journal: ResumableJsonl | None = None, progress: Progress | None = None
 ) -> dict[Name, float]:
     """Median CPU seconds (of all threads together) of each, called in turns after one call that does not count.
 
@@ -39,7 +39,7 @@ def side_by_side(
         journal: Where each time is kept; what a run that was killed has taken already is not taken again.
         progress: Told the share that is done.
     """
-    journal, progress = journal or Journal(None, {}), progress or (lambda share: None)
+    journal, progress = journal or ResumableJsonl(None, {}), progress or (lambda share: None)
     laps = [(turn, name) for turn in range(repeats) for name in works]
     seconds: dict[Name, list[float]] = {name: [] for name in works}
     missing = {name for turn, name in laps if f"{turn} {name}" not in journal.entries}
@@ -53,7 +53,7 @@ def side_by_side(
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def kept(journal: Journal, name: str, measure: Callable[[], float]) -> float:
+def kept(journal: ResumableJsonl, name: str, measure: Callable[[], float]) -> float:
     """What the journal has under this name, or else what is measured, which it then has."""
     if name not in journal.entries:
         journal.add([{"id": name, "value": measure()}])

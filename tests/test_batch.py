@@ -92,7 +92,7 @@ def test_answers_made_otherwise_are_kept_and_the_run_refused(questions, model, t
     whole = output.read_bytes()
     with pytest.raises(InputError, match="max_new_tokens was 5 and is 6"):
         answer(questions, output, model, max_new_tokens=6)
-    with pytest.raises(InputError, match="another --output"):
+    with pytest.raises(InputError, match="another `output`"):
         answer(questions, questions, model)
     assert output.read_bytes() == whole
 

@@ -32,7 +32,7 @@ from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError, l
 from convllava.checkpoints.inspection import language_models, towers
 from convllava.data.collate import collate
 from convllava.geometry import Size
-from convllava.io import Journal
+from convllava.io import ResumableJsonl
 from convllava.model.costs import prefill_flops, tower_flops
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.synthetic import World
@@ -56,7 +56,7 @@ def test_every_suite_says_which_options_it_uses():
 def test_servers_that_were_measured_are_not_measured_again(tmp_path):
     taken, calls = {(1, 2): serving._Taken(1.5, 0.5)}, []
     for _ in range(2):
-        found = serving._kept(Journal(tmp_path, {}), "generate", lambda: calls.append(1) or taken)
+        found = serving._kept(ResumableJsonl(tmp_path, {}), "generate", lambda: calls.append(1) or taken)
         assert found == taken
     assert len(calls) == 1
 
@@ -139,11 +139,11 @@ def test_times_that_a_killed_run_has_taken_are_not_taken_again(tmp_path):
 
     works = {"a": lambda: calls.append("a"), "b": killed}
     with pytest.raises(KeyboardInterrupt):
-        side_by_side(works, 2, Journal(tmp_path, {}))
+        side_by_side(works, 2, ResumableJsonl(tmp_path, {}))
     assert calls == ["a", "b", "a", "b"]
     calls.clear()
     works["b"] = lambda: calls.append("b")
-    side_by_side(works, 2, Journal(tmp_path, {}), shares.append)
+    side_by_side(works, 2, ResumableJsonl(tmp_path, {}), shares.append)
     assert calls == ["a", "b", "b", "a", "b"]
     assert shares == sorted(shares)
     assert shares[-1] == 1

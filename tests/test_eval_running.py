@@ -30,7 +30,7 @@ from convllava.evaluation.synthetic_report import evaluate
 from convllava.inference import Assistant
 from convllava.inference.assistant import EncodedImage
 from convllava.inference.likelihood import log_likelihoods
-from convllava.io import Journal, write_json
+from convllava.io import ResumableJsonl, write_json
 from convllava.synthetic import Turn, World
 
 PLAIN = {"open": "{question}", "choice": "{question} {options}"}
@@ -90,7 +90,7 @@ def test_changed_settings_are_refused_with_the_difference(assistant, tmp_path):
     data = seedbench(tmp_path)
     run_on(assistant, data, tmp_path / "out")
     before = (tmp_path / "out" / "answers.jsonl").read_bytes()
-    with pytest.raises(InputError, match="max_new_tokens was 4 and is 5; choose another --output"):
+    with pytest.raises(InputError, match="max_new_tokens was 4 and is 5; choose another `output`"):
         run_on(assistant, data, tmp_path / "out", max_new_tokens=5)
     with pytest.raises(InputError, match="questions was "):
         run_on(assistant, write_tsv(data, rows(6)), tmp_path / "out")
@@ -101,7 +101,7 @@ def test_answers_of_other_weights_by_the_same_name_are_refused(assistant, tmp_pa
     data, settings = seedbench(tmp_path), tmp_path / "out" / "settings.json"
     run_on(assistant, data, tmp_path / "out")
     kept = json.loads(settings.read_text())
-    with pytest.raises(InputError, match=r"made otherwise: weights was 'float32 \w+' and is 'float32 \w+'; choose"):
+    with pytest.raises(InputError, match=r"other settings: weights was 'float32 \w+' and is 'float32 \w+'; choose"):
         run_on(Assistant(*fresh()), data, tmp_path / "out")
     settings.write_text(json.dumps({key: value for key, value in kept.items() if key != "weights"}))
     run_on(assistant, data, tmp_path / "out")  # a run that was begun before weights were told apart
@@ -137,7 +137,7 @@ def test_each_image_is_encoded_once_while_its_questions_follow_each_other(assist
         return encode_one(self, image)
 
     monkeypatch.setattr(Assistant, "encode", counting)
-    answer_all(assistant, questions, Asking(PLAIN, 2, batch_size=1), Journal(None, {}))
+    answer_all(assistant, questions, Asking(PLAIN, 2, batch_size=1), ResumableJsonl(None, {}))
     assert len(questions) == 2
     assert len(encoded) == 1
 
@@ -225,20 +225,20 @@ def test_questions_about_several_images_are_asked_together(assistant, tmp_path):
 
 def test_answers_with_any_separator_are_continued(tmp_path):
     entries = [{"id": str(number), "answer": f"one{chr(number)}two"} for number in (10, 13, 0x1C, 0x85, 0x2028, 0x2029)]
-    Journal(tmp_path, {}).add(entries)
-    assert list(Journal(tmp_path, {}).entries.values()) == entries
+    ResumableJsonl(tmp_path, {}).add(entries)
+    assert list(ResumableJsonl(tmp_path, {}).entries.values()) == entries
 
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
-    Journal(tmp_path, {}).add([{"id": "1", "answer": "one"}])
+    ResumableJsonl(tmp_path, {}).add([{"id": "1", "answer": "one"}])
     with (tmp_path / "answers.jsonl").open("ab") as file:
         file.write(b'{"id": "\xff"}\n')
     with pytest.raises(InputError, match=r"line 2 of .*answers.jsonl is not UTF-8"):
-        Journal(tmp_path, {})
+        ResumableJsonl(tmp_path, {})
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
-    journal = Journal(tmp_path / "run", {})
+    journal = ResumableJsonl(tmp_path / "run", {})
     (tmp_path / "run" / "answers.jsonl").mkdir()
     with pytest.raises(InputError, match=r"answers.jsonl cannot be written: Is a directory"):
         journal.add([{"id": "1", "answer": "one"}])
@@ -268,7 +268,7 @@ class Half:
 
 def test_the_generated_world_through_a_run_is_that_of_evaluate():
     world = World("heldout", seed=3, size=192, simple=True)
-    questions, journal = world_questions(world, 3), Journal(None, {})
+    questions, journal = world_questions(world, 3), ResumableJsonl(None, {})
     assistant: Any = Half(world, 3)
     answer_all(assistant, questions, Asking({"open": "{question}", "choice": ""}, 64, batch_size=3), journal)
     result = score(SYNTHETIC, questions, list(journal.entries.values()))

@@ -152,8 +152,6 @@ def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path,
 
 def test_runs_that_keep_the_same_features_at_the_same_time_do_not_meet(tmp_path, monkeypatch):
     one, two = FeatureStore(tmp_path, 1e9), FeatureStore(tmp_path, 1e9)
-    ids = iter((1, 2))
-    monkeypatch.setattr("convllava.training.frozen_features.os.getpid", lambda: next(ids))
 
     def while_the_other_does(tensors, path):
         monkeypatch.setattr("convllava.training.frozen_features.save_file", save_file)

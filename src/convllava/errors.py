@@ -7,8 +7,13 @@
     └── ImageError        a picture
 
 A message writes the name of an argument in backquotes, as in "`max_pixels` must be positive". The command line prints
-the option of that name in its place.
+the option of that name instead.
 """
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -29,3 +34,12 @@ class CheckpointError(InputError):
 
 class ImageError(InputError):
     """A picture cannot be used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean NAME?" with the known name that is most similar, or "" if none is similar.
+
+    Use it at the end of a message: `f"there is no part {part!r}{nearest(part, parts)}"`.
+    """
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""

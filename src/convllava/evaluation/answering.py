@@ -11,7 +11,7 @@ from convllava.evaluation.questions import Picture, Question
 from convllava.evaluation.results import Answer
 from convllava.inference.assistant import Assistant, EncodedImage, Message
 from convllava.inference.likelihood import log_likelihoods
-from convllava.io import Journal
+from convllava.io import ResumableJsonl
 
 Asked = tuple[Sequence[Message], Sequence[EncodedImage]]
 CHOICES = ("generate", "likelihood")
@@ -57,7 +57,7 @@ def answer_all(
     assistant: Assistant,
     questions: Sequence[Question],
     asking: Asking,
-    journal: Journal,
+    journal: ResumableJsonl,
     progress: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Answer what the journal has no answer to. A question that cannot be asked gets the reason in place of an answer.

@@ -17,7 +17,7 @@ from convllava.evaluation.runner import describe, versions
 from convllava.evaluation.synthetic import describe_world
 from convllava.evaluation.synthetic_report import judge
 from convllava.inference import Assistant
-from convllava.io import WEIGHTS, Journal, write_json
+from convllava.io import WEIGHTS, ResumableJsonl, write_json
 from convllava.synthetic import Sample, World
 
 _CLEAN = Disturbance("none", ("",))
@@ -48,7 +48,7 @@ def robustness(model: str, assistant: Assistant, world: World, samples: int, out
         "samples": samples,
         "world": describe_world(world),
     }
-    journal = Journal(output, settings, "robustness.jsonl")
+    journal = ResumableJsonl(output, settings, "robustness.jsonl")
     pages = [_asked(world.sample(index)) for index in range(samples)]
     cases = [(_CLEAN, 0), *((kind, severity) for kind in DISTURBANCES for severity in SEVERITIES)]
     with progress_bar("robustness") as progress:

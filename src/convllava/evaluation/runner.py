@@ -26,7 +26,7 @@ from convllava.evaluation.readers.sources import load_questions
 from convllava.evaluation.results import Result, checked_answer, score
 from convllava.evaluation.rules import Aids, Judge
 from convllava.inference import Assistant
-from convllava.io import JUDGEMENTS, RESULT, WEIGHTS, Journal, write_json
+from convllava.io import JUDGEMENTS, RESULT, WEIGHTS, ResumableJsonl, write_json
 
 TIMED = 5
 """Questions that are asked once more, one by one, for the measurement of time."""
@@ -131,12 +131,12 @@ def run_questions(
     """`run` on questions that are there already; `source` is what they came from, for the settings."""
     asking = _asking(benchmark, options)
     settings = _settings(benchmark, model, assistant, asking, options) | source | {"questions": _digest(questions)}
-    journal, started = Journal(output, settings), time.monotonic()
+    journal, started = ResumableJsonl(output, settings), time.monotonic()
     with progress_bar(benchmark.name) as progress:
         answer_all(assistant, questions, asking, journal, progress)
     seconds = round(time.monotonic() - started, 1)
     report = {
-        **_scored(benchmark, assistant, questions, journal, options, Journal(output, settings, JUDGEMENTS)),
+        **_scored(benchmark, assistant, questions, journal, options, ResumableJsonl(output, settings, JUDGEMENTS)),
         "model": describe(model, assistant),
         "versions": versions(),
         "settings": settings,
@@ -153,9 +153,9 @@ def _scored(
     benchmark: Benchmark,
     assistant: Assistant,
     questions: Sequence[Question],
-    answers: Journal,
+    answers: ResumableJsonl,
     options: Options,
-    judgements: Journal,
+    judgements: ResumableJsonl,
 ) -> Result:
     judge = remembered(options.judge, judgements) if options.judge else None
     aids = Aids(assistant.processor.image_processor.placement, judge)
@@ -164,7 +164,7 @@ def _scored(
         return score(benchmark, questions, given, aids, seed=options.seed, progress=progress)
 
 
-def remembered(judge: Judge, journal: Journal) -> Judge:
+def remembered(judge: Judge, journal: ResumableJsonl) -> Judge:
     """The judge, asked once about the same question, truth and answer: so that a killed run continues."""
 
     def judged(question: str, truth: str, answer: str) -> float | None:

@@ -19,7 +19,7 @@ from convllava.evaluation.synthetic import describe_world, text_height
 from convllava.evaluation.synthetic_report import judge
 from convllava.geometry import Size
 from convllava.inference import Assistant
-from convllava.io import WEIGHTS, Journal, write_json
+from convllava.io import WEIGHTS, ResumableJsonl, write_json
 from convllava.synthetic import Sample, World
 
 EDGES = (0, 12, 16, 20, 24, 28, 32, 38, 46, 56, 80, 160)
@@ -58,7 +58,7 @@ def sweep(
         "samples": samples,
         "world": describe_world(world),
     }
-    journal = Journal(output, settings, "sweep.jsonl")
+    journal = ResumableJsonl(output, settings, "sweep.jsonl")
     pages = [_printed(world.sample(index)) for index in range(samples)]
     if not any(page.turns for page in pages):
         raise InputError("none of the pages has an answer that is printed on it; raise --samples")

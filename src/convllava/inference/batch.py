@@ -16,7 +16,7 @@ from convllava.checkpoints.tensors import weights_digest
 from convllava.display import progress_bar
 from convllava.errors import InputError
 from convllava.inference.assistant import Assistant, EncodedImage, Message, load
-from convllava.io import WEIGHTS, Entry, Journal, parse_json
+from convllava.io import WEIGHTS, Entry, ResumableJsonl, parse_json
 
 
 class Summary(TypedDict):
@@ -73,7 +73,7 @@ def answer_file(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
-    journal = Journal(output.parent, settings, output.name, f"{output.name}.settings.json")
+    journal = ResumableJsonl(output.parent, settings, output.name, f"{output.name}.settings.json")
     continued = len(journal.entries)
     _answer_rest(assistant, lines, journal, max_new_tokens, batch_size)
     errors = sum("error" in entry for entry in journal.entries.values())
@@ -133,7 +133,7 @@ def _is_broken(text: str) -> bool:
 
 
 def _answer_rest(
-    assistant: Assistant, lines: Sequence[Line], journal: Journal, max_new_tokens: int, batch_size: int
+    assistant: Assistant, lines: Sequence[Line], journal: ResumableJsonl, max_new_tokens: int, batch_size: int
 ) -> None:
     """A batch with any question left is done again as a whole: which questions share a batch bears on the last bits
     of their numbers."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from convllava.io import replacing
+
 _FILE = "average.safetensors"
 
 
@@ -64,10 +66,9 @@ class Average(TrainerCallback):
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights beside, then rename."""
-    partial = path.with_suffix(".partial")
-    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
-    partial.replace(path)
+    """Write weights to a safetensors file."""
+    with replacing(path) as partial:
+        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, partial)
 
 
 @torch.no_grad()

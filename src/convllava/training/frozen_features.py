@@ -10,8 +10,6 @@ whatever has been kept before, by itself, by another process or by a run that wa
 from __future__ import annotations
 
 import hashlib
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from convllava.errors import InputError
+from convllava.io import replacing
 from convllava.training.datasets import Collator
-from convllava.training.distributed import process_number
 
 FEATURES = "features"
 """The key under which a batch holds, for each image, its features, or the name of those that are not kept yet."""
@@ -51,16 +50,12 @@ class FeatureStore:
         if features.nbytes > self.room:
             return
         path = self._path(name)
-        # Runs that share the folder all have a process 0, machines that share the disk a process of this id.
-        partial = path.with_name(f".{path.name}.{process_number()}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({FEATURES: features.contiguous().cpu()}, partial)
-            self.room -= partial.stat().st_size
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                partial.unlink()
+            with replacing(path, sync=False) as partial:
+                save_file({FEATURES: features.contiguous().cpu()}, partial)
+                self.room -= partial.stat().st_size
+        except (OSError, SafetensorError, InputError) as error:
             self.room = 0
             Console(stderr=True).print(
                 f"no more features are kept in {self.folder}: {error}", highlight=False, soft_wrap=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from convllava import checkpoints
 from convllava.checkpoints.inspection import configuration_of, presets
-from convllava.errors import InputError
+from convllava.errors import InputError, nearest
 from convllava.io import one_line
 from convllava.model.builder import STAGE5_DEPTH, Parts, build, build_fresh, build_processor
 from convllava.model.config import ConvLlavaConfig, ConvLlavaVisionConfig
@@ -204,6 +203,4 @@ def check_known(where: str, settings: Mapping[str, Any], kind: type) -> None:
     known = set(dir(kind)) | set(inspect.signature(kind).parameters)
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{where}: there is no setting {key!r}{hint}")
+            raise InputError(f"{where}: there is no setting {key!r}{nearest(key, known)}")

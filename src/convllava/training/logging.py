@@ -19,6 +19,7 @@ from convllava.data.collate import GUIDES
 from convllava.data.dense_labels import ACCURACIES
 from convllava.data.position_labels import MARK_CLASSES
 from convllava.errors import InputError
+from convllava.io import replacing
 from convllava.model.part_names import parts_of
 from convllava.training.distributed import process_number
 from convllava.training.objectives.losses import ANSWER_LOSS
@@ -72,9 +73,8 @@ class StepLog(TrainerCallback):
         whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
         lines = [json.loads(line) for line in whole.splitlines()]
         kept = [line for line in lines if (line["index"], line["step"]) <= (self.index, step)]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         own = [line for line in kept if line["index"] == self.index and "loss" in line]
         return {key: own[-1].get(key, 0) for key in self.before} if own else {}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from convllava.errors import InputError
+from convllava.errors import InputError, nearest
 from convllava.model.part_names import parts_of
 from convllava.training.recipe import Stage
 
@@ -22,9 +21,8 @@ def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> None:
     """
     parts, trains = parts_of(model), set(trains)
     for part in sorted(trains - set(parts)):
-        near = difflib.get_close_matches(part, parts, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parts)}"
-        raise InputError(f"trains: the model has no part {part!r}; {hint}")
+        hint = nearest(part, parts) or f"; it has {', '.join(parts)}"
+        raise InputError(f"trains: the model has no part {part!r}{hint}")
     for part, parameters in parts.items():
         for _, parameter in parameters:
             parameter.requires_grad_(part in trains)

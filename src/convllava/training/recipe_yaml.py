@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from typing import Any, Literal
 
 import yaml
 
-from convllava.errors import InputError
+from convllava.errors import InputError, nearest
 
 
 def override(content: Any, change: str) -> None:
@@ -60,9 +59,8 @@ def build(kind: type, content: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in content:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")
+            hint = nearest(str(key), fields) or f"; known keys: {', '.join(fields)}"
+            raise InputError(f"{where}: unknown key {key!r}{hint}")
     missing = [
         name
         for name, f in fields.items()

@@ -17,6 +17,8 @@ import numpy as np
 
 from convllava.data import storage
 from convllava.data.formats.base import Packed
+from convllava.errors import InputError
+from convllava.io import replacing
 
 CACHE = "CONVLLAVA_CACHE"
 """The environment variable that names another folder."""
@@ -43,19 +45,11 @@ def keep(address: str, index: Packed) -> None:
     """Keep the index of a file that has many samples."""
     if len(index) < _WORTH:
         return
-    with suppress(*_NO_CACHE):
-        _write(_path(address), index)
-
-
-def _write(path: Path, index: Packed) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")  # processes that start together all write it
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
+    with suppress(*_NO_CACHE, InputError):
+        path = _path(address)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, sync=False) as partial, partial.open("wb") as file:
             np.savez(file, ends=index.ends, content=index.content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _path(address: str) -> Path:
