@@ -24,8 +24,6 @@ from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.vision_tower import ConvLlavaVisionModel
 
 Row = dict[str, Any]
-_DEVIATION = 0.27577711
-"""The largest of CLIP's standard deviations: what one normalised unit is of the range of a pixel."""
 SMALL = towers()["tiny"]
 """A tower for sizes that would take a large one minutes."""
 
@@ -179,22 +177,17 @@ def pixels(sides: Sequence[int], repeats: int) -> Iterator[Row]:
     for side in sides:
         works = _pixel_works(photograph, side)
         seconds = side_by_side(works, repeats)
-        found = {name: np.asarray(works[name]()) for name in ("ours", "draft", "stock")}
+        found = {name: np.asarray(works[name]()) for name in ("ours", "stock")}
         yield {
             "side": side,
             **{f"{name}_milliseconds": round(1000 * value, 1) for name, value in seconds.items()},
             "ours_over_stock": round(seconds["ours"] / seconds["stock"], 3),
-            "draft_over_stock": round(seconds["draft"] / seconds["stock"], 3),
             "equal": bool(np.array_equal(found["ours"], found["stock"])),
-            "draft_difference_of_255": round(
-                float(np.abs(found["draft"] - found["stock"]).max()) * _DEVIATION * 255, 1
-            ),
         }
 
 
 def _pixel_works(photograph: bytes, side: int) -> dict[str, Work]:
     ours: Any = ConvLlavaImageProcessorPil(mode="crop", side=side)
-    draft: Any = ConvLlavaImageProcessorPil(mode="crop", side=side, draft=True)
     theirs: Any = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     def decode() -> Image.Image:
@@ -203,7 +196,6 @@ def _pixel_works(photograph: bytes, side: int) -> dict[str, Work]:
     return {
         "decode": decode,
         "ours": lambda: ours(photograph)["pixel_values"],
-        "draft": lambda: draft(photograph)["pixel_values"],
         "stock": lambda: theirs(decode(), return_tensors="np")["pixel_values"],
     }
 

@@ -17,7 +17,6 @@ from convllava.data.mixture import Mixture, Part
 from convllava.data.records import Problem, SampleError, with_images
 from convllava.geometry import Size
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
-from convllava.model.images import original_size
 from convllava.model.processing import ConvLlavaProcessor
 
 _TOGETHER = 32
@@ -110,7 +109,7 @@ def _alone(worker: int) -> None:
 
 def _sizes(messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    return [(size.height, size.width) for size in (original_size(part["image"]) for part in parts)]
+    return [(part["image"].height, part["image"].width) for part in parts]
 
 
 def _pixels(item: dict[str, Any]) -> int:

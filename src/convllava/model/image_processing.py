@@ -32,7 +32,7 @@ from convllava.geometry import (
     place,
     unchanged,
 )
-from convllava.model.images import Draft, is_loaded, load_image, original_size
+from convllava.model.images import is_loaded, load_image
 
 _PLACING = ("mode", "stride", "min_pixels", "max_pixels", "side")
 SQUARE = ("square", "crop")
@@ -51,7 +51,6 @@ class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     min_pixels: int
     max_pixels: int
     side: int
-    draft: bool
 
 
 class ConvLlavaImageProcessorPil(PilBackend):
@@ -65,9 +64,6 @@ class ConvLlavaImageProcessorPil(PilBackend):
         min_pixels, max_pixels: Bounds of the canvas, in pixels. `native` obeys both, `short_side` the upper
             one: raise it to let a long image's short side reach `side`.
         side: Of the canvas in `square` and `crop`, the shorter one in `short_side`; in pixels.
-        draft: Decode JPEG files no larger than they are needed, where a half, a quarter or an eighth of their sides
-            is enough and no margins are added: faster, and not the same bits (a few of 255 in a photograph). For
-            files given to this class itself; a `ConvLlavaProcessor` decodes them before it asks.
         do_resize: If False, images must come as canvases: both sides multiples of the stride.
         resample: Pillow's filter.
         do_rescale, rescale_factor, do_normalize, image_mean, image_std: (v * factor - mean) / std, of 8-bit
@@ -92,7 +88,6 @@ class ConvLlavaImageProcessorPil(PilBackend):
     min_pixels = DEFAULT_MIN_PIXELS
     max_pixels = DEFAULT_MAX_PIXELS
     side = DEFAULT_SIDE
-    draft = False
     do_convert_rgb = True
     do_resize = True
     resample = Image.Resampling.BICUBIC
@@ -153,11 +148,6 @@ class ConvLlavaImageProcessorPil(PilBackend):
             return {"side": isqrt(pixels) // self.stride * self.stride}
         return {"min_pixels": min(self.min_pixels, pixels), "max_pixels": pixels}
 
-    def _enough(self, draft: bool | None = None, **kwargs: Any) -> Draft | None:
-        """For `load_image`: the size that an image is resized to, if drafts are asked for."""
-        wanted = self.draft if draft is None else draft
-        return (lambda size: _enough_for(self.placement(size, **kwargs))) if wanted else None
-
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Cells of the grid for an image of this original size, without row separators (vLLM's hook)."""
         settings = images_kwargs or {}
@@ -191,9 +181,8 @@ class ConvLlavaImageProcessorPil(PilBackend):
         self, images: Any, *args: Any, input_data_format: str | ChannelDimension | None = None, **kwargs: Any
     ) -> list[Image.Image]:
         """Flat list of RGB images. They stay Pillow images, because that is what gets resized."""
-        draft = self._enough(**kwargs)
         laid_out = (_channels_last(image, input_data_format) for image in _flatten(images))
-        prepared = [image if is_loaded(image) else load_image(image, draft=draft) for image in laid_out]
+        prepared = [image if is_loaded(image) else load_image(image) for image in laid_out]
         if not prepared:
             raise InputError("the list of images is empty; give at least one image")
         return prepared
@@ -207,7 +196,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        placements = [self.placement(original_size(image), **kwargs) for image in images]
+        placements = [self.placement(Size(image.height, image.width), **kwargs) for image in images]
         background = mean_colour(image_mean)
         values = self._value_table(image_mean=image_mean, **kwargs)
         canvases = np.array([placement.canvas for placement in placements], dtype=np.int64)
@@ -236,11 +225,6 @@ class ConvLlavaImageProcessorPil(PilBackend):
         if do_normalize:
             table = self.normalize(table, image_mean, image_std)
         return table[..., 0].astype(np.float32)
-
-
-def _enough_for(placement: Placement) -> Size:
-    """The size that loses nothing; of an image that gets margins its own, for these are in its pixels."""
-    return placement.resized if placement.padded == placement.original else placement.original
 
 
 def mean_colour(image_mean: float | tuple[float, ...]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
 from io import BytesIO, UnsupportedOperation
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,14 +37,9 @@ _WRAPPERS = ("BLP", "ICNS", "IPTC")
 """Kinds that hold a picture of another kind, about whose size their own header may lie."""
 _ICO = b"\0\0\1\0"
 """How another such kind begins."""
-_ORIGINAL = "_convllava_original_size"
-"""Attribute under which an image that was decoded smaller keeps the `Size` it would have had; no copy has it."""
-Draft = Callable[[Size], Size]
 
 
-def load_image(
-    source: ImageSource, *, max_image_pixels: int = MAX_IMAGE_PIXELS, draft: Draft | None = None
-) -> Image.Image:
+def load_image(source: ImageSource, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Decode one image to 8-bit RGB, upright by its EXIF orientation, transparency laid on white.
 
     Args:
@@ -53,8 +47,6 @@ def load_image(
             (H, W, 1 or 3 or 4) of uint8, uint16, bool, or floats from 0 to 1. Of an animation, the first
             frame is taken (of a Pillow image, its current frame).
         max_image_pixels: Most pixels to decode.
-        draft: Tells, of an image's size, the size that is enough. A JPEG file is then decoded at a half, a quarter or
-            an eighth where that is not smaller, in a fraction of the time.
 
     Returns:
         A new image of mode RGB, without metadata: loading it again changes nothing.
@@ -65,25 +57,25 @@ def load_image(
             the source.
     """
     try:
-        return _load(source, max_image_pixels, draft)
+        return _load(source, max_image_pixels)
     except InputError as error:
         raise InputError(f"{_name(source)}: {error}") from error.__cause__
 
 
-def _load(source: ImageSource, max_image_pixels: int, draft: Draft | None) -> Image.Image:
+def _load(source: ImageSource, max_image_pixels: int) -> Image.Image:
     if isinstance(source, np.ndarray):
         _check_array(source)
         _check_pixels(Size(*source.shape[:2]), max_image_pixels)
         return _to_rgb(_from_array(source))
     if isinstance(source, Image.Image):
-        return _decode(source, max_image_pixels, None)
+        return _decode(source, max_image_pixels)
     if isinstance(source, str | Path):
         with _open_file(source) as file, _open_image(file) as image:
-            return _decode(image, max_image_pixels, draft)
+            return _decode(image, max_image_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(_open_image(BytesIO(source)), max_image_pixels, draft)
+        return _decode(_open_image(BytesIO(source)), max_image_pixels)
     if hasattr(source, "read"):
-        return _decode(_open_image(source), max_image_pixels, draft)
+        return _decode(_open_image(source), max_image_pixels)
     raise InputError("not an image; give a path, bytes, a binary stream, a Pillow image or a numpy array")
 
 
@@ -104,11 +96,6 @@ def check_header(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> st
 def is_loaded(source: object) -> bool:
     """Whether `load_image` would only copy this: a plain RGB image with nothing to turn or to lay on white."""
     return type(source) is Image.Image and source.mode == "RGB" and not source.info
-
-
-def original_size(image: Image.Image) -> Size:
-    """Height and width; of a draft those of the image in its file."""
-    return getattr(image, _ORIGINAL, Size(image.height, image.width))
 
 
 def _name(source: object) -> str:
@@ -192,7 +179,7 @@ def _wrapper(kind: str) -> InputError:
     return InputError(f"{kind}, whose header may lie about the picture inside; convert it to PNG")
 
 
-def _decode(image: Image.Image, max_image_pixels: int, draft: Draft | None) -> Image.Image:
+def _decode(image: Image.Image, max_image_pixels: int) -> Image.Image:
     size = Size(image.height, image.width)
     _check_pixels(size, max_image_pixels)
     if image.format == "EPS":
@@ -200,30 +187,18 @@ def _decode(image: Image.Image, max_image_pixels: int, draft: Draft | None) -> I
     if image.format in _WRAPPERS:
         raise _wrapper(image.format)
     try:
-        original = _draft(image, size, draft) if draft is not None and image.format == "JPEG" else None
         image.load()
         # Of what was decoded, whatever the header said.
         _check_pixels(Size(image.height, image.width), max_image_pixels)
         upright = _turned(_to_rgb(image), _orientation(image))
         # The metadata would have the next reader turn it again.
         upright.info = {}
-        if original is not None:
-            setattr(upright, _ORIGINAL, original)
         return upright
     except InputError:
         raise
     # As in `_open_image`.
     except Exception as error:
         raise _damaged(error) from error
-
-
-def _draft(image: Image.Image, size: Size, draft: Draft) -> Size | None:
-    """Ask the decoder for fewer pixels; the upright size that the image would have had, if it obeys."""
-    lies = _orientation(image) >= 5  # a quarter turn swaps height and width
-    upright = Size(size.width, size.height) if lies else size
-    enough = draft(upright)
-    image.draft("RGB", (enough.height, enough.width) if lies else (enough.width, enough.height))
-    return upright if (image.height, image.width) != size else None
 
 
 def _check_pixels(size: Size, max_image_pixels: int) -> None:
