@@ -43,8 +43,8 @@ def small_parts(monkeypatch):
     """Parts so small that every image is cut into many."""
     monkeypatch.setitem(inplace._STRIP_BYTES, "cpu", 20_000)
     monkeypatch.setitem(inplace._HIDDEN_BYTES, "cpu", 1000)
-    monkeypatch.setattr(inplace, "_FEWEST", 50)
-    monkeypatch.setattr(streaming, "_WORTHWHILE", 1)
+    monkeypatch.setattr(inplace, "_MIN_ROWS", 50)
+    monkeypatch.setattr(streaming, "_MIN_PIXELS", 1)
     monkeypatch.setitem(streaming._SLICE_BYTES, "cpu", 1000)
 
 
@@ -86,24 +86,24 @@ def test_rows_may_come_in_any_portions(cuts, tall, known, few):
     (image,) = images([(64 * tall, 64)])
     places = sorted({4 * cut for cut in cuts if 4 * cut < image.shape[1]})
     bands = [image[:, a:b] for a, b in zip([0, *places], [*places, image.shape[1]], strict=True)]
-    before = streaming._WORTHWHILE
-    streaming._WORTHWHILE = 1 if few else before
+    before = streaming._MIN_PIXELS
+    streaming._MIN_PIXELS = 1 if few else before
     try:
         found = torch.cat(list(model.stream(bands, image.shape[1] if known else None)))
     finally:
-        streaming._WORTHWHILE = before
+        streaming._MIN_PIXELS = before
     close(found.flatten(0, 1), trained(model, [image]))
 
 
 @torch.no_grad()
 def test_a_large_image_is_streamed_unasked_and_in_its_place(monkeypatch):
     model = tower()
-    monkeypatch.setattr(streaming, "WHOLE", 100 * 1000)
-    monkeypatch.setattr(streaming, "_BAND", 40 * 1000)
+    monkeypatch.setattr(streaming, "WHOLE_PIXELS", 100 * 1000)
+    monkeypatch.setattr(streaming, "_BAND_PIXELS", 40 * 1000)
     batch = images([(64, 64), (512, 256), (128, 128), (64, 128)])
     streamed = []
     monkeypatch.setattr(
-        streaming, "_streamed", lambda *a, original=streaming._streamed: streamed.append(a[2]) or original(*a)
+        streaming, "_stream", lambda *a, original=streaming._stream: streamed.append(a[3]) or original(*a)
     )
     close(model(batch).last_hidden_state, trained(model, batch))
     assert streamed == [512]
@@ -151,13 +151,13 @@ def test_compiles_without_a_graph_break(gradients):
 def test_a_band_that_is_too_small_names_a_better_one(rows):
     with (
         torch.no_grad(),
-        pytest.raises(InputError, match=f"band_rows {rows} is too small or no multiple.*; give (64|128)"),
+        pytest.raises(InputError, match=f"`band_rows` {rows} is too small or no multiple.*; give (64|128)"),
     ):
         tower()(images(), band_rows=rows)
 
 
 def test_bands_are_for_inference():
-    with pytest.raises(InputError, match="band_rows is for inference"):
+    with pytest.raises(InputError, match="`band_rows` is for inference"):
         tower()(images(), band_rows=64)
 
 
@@ -170,7 +170,7 @@ def test_bands_that_do_not_fit_are_refused(heights, message):
         list(tower().stream([torch.zeros(3, height, 64) for height in heights]))
 
 
-@pytest.mark.parametrize(("height", "message"), [(64, "more rows than the 64"), (192, "128 rows in all; 192 are")])
+@pytest.mark.parametrize(("height", "message"), [(64, "more rows than `height` 64"), (192, "128 rows in all; 192 are")])
 def test_bands_of_another_height_than_was_said_are_refused(height, message):
     with pytest.raises(InputError, match=message):
         list(tower().stream([torch.zeros(3, 64, 64)] * 2, height))
@@ -178,7 +178,7 @@ def test_bands_of_another_height_than_was_said_are_refused(height, message):
 
 @pytest.mark.parametrize("height", [0, 40, 96])
 def test_a_height_that_the_tower_cannot_halve_is_refused_before_a_band_is_read(height):
-    with pytest.raises(InputError, match=f"height {height} is no multiple of the tower's stride 64"):
+    with pytest.raises(InputError, match=f"`height` {height} is no multiple of the tower's stride 64"):
         tower().stream(iter(()), height)
 
 

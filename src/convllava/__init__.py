@@ -21,7 +21,7 @@ _HOMES = {
     "ConvLlavaImageProcessorPil": "model.image_processing",
     "ConvLlavaProcessor": "model.processing",
     "InputError": "errors",
-    "build": "model.builder",
+    "build": "checkpoints.assembly",
     "load": "inference",
 }
 __all__ = sorted(_HOMES)

@@ -12,10 +12,11 @@ from rich.console import Console
 from transformers import CONFIG_MAPPING
 
 from convllava import checkpoints
+from convllava.checkpoints.assembly import STAGE5_DEPTH, build, build_processor
 from convllava.checkpoints.inspection import configuration_of, presets
 from convllava.errors import InputError, nearest
 from convllava.io import one_line
-from convllava.model.builder import STAGE5_DEPTH, Parts, build, build_fresh, build_processor
+from convllava.model.builder import Parts, build_fresh
 from convllava.model.config import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
