@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from convllava.display import draw_boxes
+from convllava.display import AnsweredImage, draw_answers, draw_boxes
 
 
 def test_boxes_are_drawn_where_they_are_and_the_picture_stays():
@@ -27,3 +27,20 @@ def test_lines_grow_with_the_picture():
         for side in (64, 3000)
     ]
     assert reds == [2 * 3, 2 * 20]
+
+
+def test_answers_are_drawn_below_their_image():
+    page = Image.new("RGB", (300, 100), "green")
+    one = draw_answers([AnsweredImage(page, [("What?", "red")], [])])
+    two = draw_answers(
+        [
+            AnsweredImage(page, [("What?", "red"), ("Where?", "left")], [(10, 10, 50, 50)]),
+            *[AnsweredImage(page, [("What?", "red")], [])],
+        ]
+    )
+    assert one.crop((24, 24, 324, 124)).tobytes() == page.tobytes()
+    assert two.width == 2 * one.width
+    assert two.height > one.height
+    below = (0, 124, one.width, one.height)
+    assert two.crop((one.width, 0, two.width, one.height)).tobytes() == one.tobytes()
+    assert np.asarray(one.crop(below)).min() < 128

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,6 +40,37 @@ def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
     for box in boxes:
         draw.rectangle(box, outline=_COLOUR, width=width)
     return drawn
+
+
+@dataclass(frozen=True)
+class AnsweredImage:
+    """An image, (question, answer) pairs about it, and the boxes of the answers in pixels of the image."""
+
+    image: Image.Image
+    turns: list[tuple[str, str]]
+    boxes: list[Box]
+
+
+def draw_answers(answered: Sequence[AnsweredImage]) -> Image.Image:
+    """Return one picture: the images next to each other with their boxes, and below each its questions and answers."""
+    margin, line_height, font = 24, 32, ImageFont.load_default(22)
+    panels = []
+    for item in answered:
+        lines = [line for question, answer in item.turns for line in (question, f"   {answer}")]
+        width = max(item.image.width, *(int(font.getlength(line)) for line in lines)) + 2 * margin
+        panel = Image.new("RGB", (width, item.image.height + 3 * margin + line_height * len(lines)), "white")
+        panel.paste(draw_boxes(item.image, item.boxes), (margin, margin))
+        draw = ImageDraw.Draw(panel)
+        for number, line in enumerate(lines):
+            top = item.image.height + 2 * margin + number * line_height
+            draw.text((margin, top), line, fill="black" if number % 2 == 0 else (20, 80, 170), font=font)
+        panels.append(panel)
+    sheet = Image.new("RGB", (sum(panel.width for panel in panels), max(panel.height for panel in panels)), "white")
+    left = 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width
+    return sheet
 
 
 def check_can_draw(extra: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from convllava.evaluation.drawing import Answered, draw_answers
+from convllava.display import AnsweredImage, draw_answers
 from convllava.evaluation.synthetic_report import measure, table_of
 from convllava.inference import Assistant, load
 from convllava.io import make_output, replacing, write_json
@@ -48,7 +48,7 @@ def run_demo(model: str, output: Path, samples: int) -> None:
     console.print(f"{output}/report.json and {output}/answers.png, {report['seconds']} s", highlight=False)
 
 
-def answer_page(assistant: Assistant, path: Path) -> Answered:
+def answer_page(assistant: Assistant, path: Path) -> AnsweredImage:
     """Ask the questions of a page: NAME.json lists them, NAME.png is the page."""
     image = Image.open(path.with_suffix(".png")).convert("RGB")
     turns, boxes = [], []
@@ -56,4 +56,4 @@ def answer_page(assistant: Assistant, path: Path) -> Answered:
         report = assistant.report(image, question)
         turns.append((question, report["answer"]))
         boxes += report["boxes"]
-    return Answered(image, turns, boxes)
+    return AnsweredImage(image, turns, boxes)

@@ -16,8 +16,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from convllava.data.collate import IGNORE, supervise_first
+from convllava.display import AnsweredImage, draw_answers
 from convllava.errors import InputError
-from convllava.evaluation.drawing import Answered, draw_answers
 from convllava.inference import Assistant
 from convllava.inference.assistant import Message
 from convllava.training.averaging import save_weights
@@ -94,7 +94,7 @@ class SampleAnswers(TrainerCallback):
             sheet = np.asarray(draw_answers(answered))
             self.writer.add_image("answers", sheet, state.global_step, dataformats="HWC")
 
-    def _answered(self, messages: list[dict[str, Any]], truth: str) -> Answered | None:
+    def _answered(self, messages: list[dict[str, Any]], truth: str) -> AnsweredImage | None:
         parts = [part for message in messages for part in message["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
         asked = [Message(role=message["role"], content=message["content"]) for message in messages]
@@ -103,7 +103,7 @@ class SampleAnswers(TrainerCallback):
         except InputError:
             return None  # an illustration stops no training
         question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
-        return Answered(images[0], [(question, f"{answer}   ({truth})")], [])
+        return AnsweredImage(images[0], [(question, f"{answer}   ({truth})")], [])
 
 
 def has_stopped(stage: Stage, checkpoint: str | None) -> bool:
