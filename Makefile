@@ -23,7 +23,7 @@ test-harness: $(HARNESS)/.ready
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/pytest tests/engines/test_vllm.py
 
-# The web page in headless Chromium; SCREENSHOT=docs/ui.png keeps a picture of it.
+# The web page in headless Chromium; SCREENSHOT=docs/ui.png saves a picture of it.
 test-ui: $(UI)/.ready
 	OMP_NUM_THREADS=1 $(UI)/bin/pytest tests/engines/test_ui.py
 
@@ -77,10 +77,11 @@ $(LATEST)/.ready:
 	touch $@
 
 # Chromium and its driver are Debian's; elsewhere they may be any on the PATH.
-$(UI)/.ready: pyproject.toml tests/engines/ui.txt
+$(UI)/.ready: pyproject.toml constraints.txt tests/engines/ui.txt
 	{ command -v chromium && command -v chromedriver; } >/dev/null || \
 		{ apt-get update; apt-get install --yes chromium chromium-driver; } || \
 		{ echo "make test-ui needs chromium and chromedriver on the PATH; install them" >&2; exit 2; }
 	$(PYTHON) -m venv $(UI)
-	$(UI)/bin/pip install --quiet --constraint tests/engines/ui.txt --editable '.[ui]' pytest selenium
+	$(UI)/bin/pip install --quiet --constraint constraints.txt --constraint tests/engines/ui.txt \
+		--editable '.[serve]' pytest selenium
 	touch $@

@@ -19,7 +19,7 @@ from convllava.synthetic.splits import SPLITS
 torch.set_num_threads(1)
 
 # `make test-harness`, `test-vllm` and `test-ui` install these packages and run their tests.
-ENGINES = {"lmms_eval": "lmms_eval", "vllm": "vllm", "ui": "gradio"}
+ENGINES = {"lmms_eval": "lmms_eval", "vllm": "vllm", "ui": "selenium"}
 collect_ignore = [f"engines/test_{name}.py" for name, package in ENGINES.items() if find_spec(package) is None]
 
 if find_spec("hypothesis") is not None:  # which the environments of the engines lack

@@ -14,7 +14,7 @@ from serving import PATH, question, request, serving, until
 
 from convllava.inference import Assistant
 from convllava.serving.limits import Limits
-from convllava.serving.refusal import RefusalError
+from convllava.serving.api_error import ApiError
 from convllava.serving.schema import ChatRequest, parse
 
 LIMITS = Limits(
@@ -34,7 +34,7 @@ LIMITS = Limits(
 def server(parts):
     model, processor = parts
     own = Assistant(copy.deepcopy(model), processor)
-    with serving(own, slots=2, step_tokens=16, limits=LIMITS, hosts=["pictures.example"]) as running:
+    with serving(own, slots=2, step_tokens=16, limits=LIMITS, allow_urls=["pictures.example"]) as running:
         yield running
 
 
@@ -46,7 +46,7 @@ def test_bad_requests_get_an_error_that_says_why(server, name):
     assert body["error"]["type"] == "invalid_request_error"
     assert 5 < len(body["error"]["message"]) < 400
     assert "\n" not in body["error"]["message"]
-    assert server.service.gate.inside == 0
+    assert server.service.admission.active == 0
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_too_many_at_once_are_told_to_come_again(server):
         body = json.dumps(request("what " * number + "?", max_tokens=450, stream=True, stop=["never said"]))
         connection.request("POST", PATH, body, {"Content-Type": "application/json"})
         streams.append(connection)
-    until(lambda: server.service.gate.inside == 3)
+    until(lambda: server.service.admission.active == 3)
     status, body, headers = server.post(request())
     assert (status, body["error"]["code"], body["error"]["type"]) == (429, "queue_full", "rate_limit_error")
     assert int(headers["retry-after"]) > 0
     for connection in streams:
         connection.close()
-    until(lambda: server.service.gate.inside == 0)
+    until(lambda: server.service.admission.active == 0)
     assert server.post(request())[0] == 200
 
 
@@ -142,7 +142,7 @@ def test_an_answer_that_takes_too_long_is_given_up(parts):
         text = connection.getresponse().read().decode()
         assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "too_late"
         counted = running.service.metrics.text().decode()
-        assert 'convllava_refusals_total{code="too_late"} 2.0' in counted
+        assert 'convllava_errors_total{code="too_late"} 2.0' in counted
         assert 'convllava_requests_total{status="200"} 1.0' in counted
         until(lambda: running.service.engine.scheduler.running == 0)
 
@@ -204,6 +204,6 @@ def test_no_json_whatever_breaks_the_parser(content):
 def outcome(content: object) -> int:
     try:
         parse(json.dumps(content).encode())
-    except RefusalError as refusal:
+    except ApiError as refusal:
         return refusal.status if "\n" not in refusal.message else 0
     return 200

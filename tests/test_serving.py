@@ -200,7 +200,7 @@ def test_metrics_count_what_happened(server, client):
     assert value("convllava_written_tokens_total") - before["written_tokens_total"] == found.usage.completion_tokens
     assert value('convllava_requests_total{status="200"}') - before['requests_total{status="200"}'] == 1
     assert value("convllava_time_to_first_token_seconds_count") - before["time_to_first_token_seconds_count"] == 1
-    assert value("convllava_requests_inside") == 0
+    assert value("convllava_requests_active") == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -214,7 +214,7 @@ def test_a_client_that_goes_away_frees_its_slot(server, stream):
     until(lambda: scheduler.running == 1 and server.service.engine.stats.written_tokens > written)
     connection.sock.close() if not stream else connection.getresponse().close()
     connection.close()
-    until(lambda: scheduler.running == 0 and server.service.gate.inside == 0)
+    until(lambda: scheduler.running == 0 and server.service.admission.active == 0)
     assert server.service.engine.stats.written_tokens - written < 300
 
 
@@ -246,12 +246,12 @@ def assert_refuses(running: Running, client) -> None:
 
 def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(server):
     port = int(server.url.rsplit(":", 1)[1])
-    with pytest.raises(InputError, match=f"port {port}: Address already in use; choose another"):
+    with pytest.raises(InputError, match=f"`port` {port}: Address already in use; choose another"):
         serve("no such model", port=port)
-    with pytest.raises(InputError, match=r"nothing can listen at 192\.0\.2\.1, port"):
+    with pytest.raises(InputError, match=r"cannot listen at `host` 192\.0\.2\.1, `port`"):
         serve("no such model", host="192.0.2.1")
 
 
 def test_an_empty_key_is_refused(assistant):
-    with pytest.raises(InputError, match="the API key is empty"):
+    with pytest.raises(InputError, match="`api_key` is empty"):
         make_server(assistant, "test", api_key=" ")

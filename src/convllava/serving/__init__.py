@@ -1,1 +1,1 @@
-"""A server that any OpenAI client can send pictures to."""
+"""An HTTP server with OpenAI's chat API for images, and a web page that uses it."""

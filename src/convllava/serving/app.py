@@ -1,4 +1,4 @@
-"""The HTTP side: who may come in, what is asked, what is answered."""
+"""The HTTP application: its paths, the way of a chat request from body to answer, and how errors are sent."""
 
 from __future__ import annotations
 
@@ -6,35 +6,57 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from convllava.serving.job import Job, error_line
-from convllava.serving.refusal import RefusalError, too_late
-from convllava.serving.service import Service, no_such_model
-from convllava.serving.transport import EventStream, discard_body, read_body, unless_gone
+from convllava.serving.api_error import ApiError, out_of_time
+from convllava.serving.connection import cancel_on_disconnect, discard_body, read_body
+from convllava.serving.page import add_page
+from convllava.serving.replies import Completion, server_sent_event
+from convllava.serving.service import Service, unknown_model
+
+_LAST_EVENT_SECONDS = 0.5
 
 
-def create_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application of one service; its lifespan starts the engine and closes the service.
+def create_app(service: Service, api_key: str | None = None, ui: bool = False) -> FastAPI:
+    """Return the application of a service. Its lifespan starts the engine and closes the service.
 
     Args:
-        service: What answers.
-        api_key: That every request but `/health` and `/ready` must bring as `Authorization: Bearer KEY`.
+        service: The service.
+        api_key: Key that every request must send as `Authorization: Bearer KEY`, except those to `/health`, `/ready`
+            and the files of the page.
+        ui: Serve the web page too.
     """
-    app = FastAPI(title="ConvLLaVA", openapi_url=None, lifespan=_lifespan(service))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        service.admission.drain()
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="ConvLLaVA", openapi_url=None, lifespan=lifespan)
     app.state.service = service
-    app.add_exception_handler(RefusalError, _answer_refusal)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(Exception, _answer_failure)
-    created = int(time.time())
-    card = {"id": service.name, "object": "model", "created": created, "owned_by": "convllava"}
+    app.add_exception_handler(ApiError, _send_api_error)
+    app.add_exception_handler(HTTPException, _send_http_error)
+    app.add_exception_handler(RequestValidationError, _send_validation_error)
+    app.add_exception_handler(Exception, _send_internal_error)
+    card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "convllava"}
+
+    def check_key(request: Request) -> None:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if api_key is None or (
+            scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), api_key.encode())
+        ):
+            return
+        raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -42,110 +64,124 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        if service.gate.is_draining:
+        if service.admission.is_draining:
             return JSONResponse({"status": "draining"}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        _authorise(request, api_key)
+        check_key(request)
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        _authorise(request, api_key)
+        check_key(request)
         return {"object": "list", "data": [card]}
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
-        _authorise(request, api_key)
+        check_key(request)
         if name != service.name:
-            raise no_such_model(name, service.name)
+            raise unknown_model(name, service.name)
         return card
 
     @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        with service.metrics.counting():
-            response = await _chat(service, request, api_key)
+    async def chat_completions(request: Request) -> Response:
+        """Check the request, read it, prepare its prompt, let the engine write, and reply."""
+        arrived = time.perf_counter()
+        deadline = asyncio.get_running_loop().time() + service.limits.seconds
+        with service.metrics.count_errors():
+            async with AsyncExitStack() as stack:  # on leaving: free the engine's slots, then count the request out
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        try:
+                            check_key(request)
+                            stack.enter_context(service.admission.admit())
+                            preparing = service.prepare(await read_body(request, service.limits))
+                        except ApiError:
+                            await discard_body(request)
+                            raise
+                        prepared = await cancel_on_disconnect(request.receive, preparing)
+                        completion = Completion(service, prepared, arrived)
+                        stack.callback(completion.cancel)
+                        response: Response
+                        if prepared.request.stream:
+                            response = EventStream(service, completion, deadline, stack.pop_all())
+                        else:
+                            response = JSONResponse(await cancel_on_disconnect(request.receive, completion.whole()))
+                except TimeoutError:
+                    raise out_of_time(service.limits.seconds) from None
         service.metrics.requests.labels(response.status_code).inc()
         return response
 
+    if ui:
+        add_page(app, service, check_key)
     return app
 
 
-def _lifespan(service: Service) -> Any:
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
-        yield
-        service.gate.drain()
-        await asyncio.to_thread(service.close)
+class EventStream(Response):
+    """A completion as server-sent events, with a deadline.
 
-    return lifespan
+    Neither Starlette's StreamingResponse nor sse-starlette is used: they have no deadline for the whole stream, and
+    sse-starlette ends streams at the first SIGTERM, where this server finishes them.
 
+    Args:
+        service: The service, for its metrics and limits.
+        completion: The completion.
+        deadline: Time of the event loop at which the stream ends with an error.
+        stack: Closed after the last event, or when the client disconnects.
+    """
 
-async def _chat(service: Service, request: Request, api_key: str | None) -> Response:
-    arrived = time.perf_counter()
-    deadline = asyncio.get_running_loop().time() + service.limits.seconds
-    async with AsyncExitStack() as stack:
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, completion: Completion, deadline: float, stack: AsyncExitStack) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._service, self._completion, self._deadline, self._stack = service, completion, deadline, stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            with suppress(ApiError, OSError, TimeoutError):  # the client is gone or does not read
+                await cancel_on_disconnect(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        async def send_event(text: str) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        error: ApiError | None = None
         try:
-            async with asyncio.timeout_at(deadline):
-                reading = _read(service, request, api_key, stack)
-                prepared = await unless_gone(request.receive, service.prepare(await reading))
-                job = Job(service, prepared, arrived)
-                stack.callback(job.cancel)
-                if not job.request.stream:
-                    return JSONResponse(await unless_gone(request.receive, job.completion()))
+            async with asyncio.timeout_at(self._deadline):
+                async for event in self._completion.stream():
+                    await send_event(event)
         except TimeoutError:
-            raise too_late(service.limits.seconds) from None
-        late = partial(_broken_off, service, too_late(service.limits.seconds))
-        return EventStream(_lines(service, job), deadline, late, stack.pop_all())
+            error = out_of_time(self._service.limits.seconds)
+        except ApiError as failed:
+            error = failed
+        if error is not None:  # the request was counted with status 200 when the stream began
+            self._service.metrics.errors.labels(error.code).inc()
+            async with asyncio.timeout(_LAST_EVENT_SECONDS):  # a client that does not read would block this
+                await send_event(server_sent_event(error.body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _read(service: Service, request: Request, api_key: str | None, stack: AsyncExitStack) -> bytes:
-    """Let a request in for as long as the stack is open, and take its body."""
-    try:
-        _authorise(request, api_key)
-        stack.enter_context(service.gate.entered())
-        return await read_body(request, service.limits)
-    except RefusalError:
-        await discard_body(request)
-        raise
+async def _send_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _lines(service: Service, job: Job) -> AsyncIterator[str]:
-    """A job's events; a stream that breaks off says why."""
-    try:
-        async for line in job.lines():
-            yield line
-    except RefusalError as refusal:
-        yield _broken_off(service, refusal)
-
-
-def _broken_off(service: Service, refusal: RefusalError) -> str:
-    """The event that ends a stream before its time."""
-    service.metrics.broke_off(refusal)
-    return error_line(refusal)
-
-
-def _authorise(request: Request, api_key: str | None) -> None:
-    if api_key is None:
-        return
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), api_key.encode()):
-        raise RefusalError(401, "give the server's key as Authorization: Bearer KEY", "invalid_api_key")
-
-
-async def _answer_refusal(_: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, RefusalError)
-    return JSONResponse(refusal.body, refusal.status, refusal.headers)
-
-
-async def _answer_http_error(request: Request, error: Exception) -> Response:
+async def _send_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _answer_refusal(request, RefusalError(error.status_code, message, "unknown_url"))
+    return await _send_api_error(request, ApiError(error.status_code, message, "unknown_url"))
 
 
-async def _answer_failure(request: Request, error: Exception) -> Response:
-    return await _answer_refusal(request, RefusalError(500, "the server failed; its log says why", "internal_error"))
+async def _send_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    message = f"{first['loc'][-1]}: {first['msg']}"
+    return await _send_api_error(request, ApiError(400, message, "invalid_request", str(first["loc"][-1])))
+
+
+async def _send_internal_error(request: Request, error: Exception) -> Response:
+    return await _send_api_error(request, ApiError(500, "the server failed; see its log", "internal_error"))

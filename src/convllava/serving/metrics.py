@@ -1,4 +1,4 @@
-"""Counts and times in Prometheus' text format."""
+"""Counters and times of the server in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -11,84 +11,76 @@ from prometheus_client.registry import Collector
 
 from convllava.inference.engine import Engine
 from convllava.inference.image_queue import ImageEncoder
-from convllava.serving.gate import Gate
-from convllava.serving.refusal import RefusalError
+from convllava.serving.api_error import ApiError
+from convllava.serving.limits import Admission
 
 _SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """What happened to requests, and what engine and tower count themselves."""
+    """Counts of requests and errors, times of requests, and the counts of engine and image encoder."""
 
-    def __init__(self, engine: Engine, encoder: ImageEncoder, gate: Gate) -> None:
+    def __init__(self, engine: Engine, encoder: ImageEncoder, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "convllava_requests", "Chat completions by their status.", ["status"], registry=self._registry
         )
-        self.refusals = Counter("convllava_refusals", "Refused requests by reason.", ["code"], registry=self._registry)
+        self.errors = Counter("convllava_errors", "Errors by code.", ["code"], registry=self._registry)
         self.first_token = Histogram(
             "convllava_time_to_first_token_seconds",
-            "From a request's arrival to the first token.",
+            "Seconds from the arrival of a request to its first token.",
             buckets=_SECONDS,
             registry=self._registry,
         )
         self.duration = Histogram(
             "convllava_request_seconds",
-            "From a request's arrival to the end of its answer.",
+            "Seconds from the arrival of a request to the end of its answer.",
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._registry.register(_Inside(engine, encoder, gate))
-
-    def refused(self, refusal: RefusalError) -> None:
-        """Count a request that is not served."""
-        self.requests.labels(refusal.status).inc()
-        self.refusals.labels(refusal.code).inc()
-
-    def broke_off(self, refusal: RefusalError) -> None:
-        """Count why an answer that had begun, and was counted as served, did not come to its end."""
-        self.refusals.labels(refusal.code).inc()
+        self._registry.register(_StateCollector(engine, encoder, admission))
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count a request that is refused or fails in the block."""
+    def count_errors(self) -> Iterator[None]:
+        """Count a request that ends in an error inside the block."""
         try:
             yield
-        except RefusalError as refusal:
-            self.refused(refusal)
+        except ApiError as error:
+            self.requests.labels(error.status).inc()
+            self.errors.labels(error.code).inc()
             raise
         except Exception:
             self.requests.labels(500).inc()
             raise
 
     def text(self) -> bytes:
-        """All of them as `/metrics` shows them."""
+        """Return all metrics as `/metrics` shows them."""
         return generate_latest(self._registry)
 
 
-class _Inside(Collector):
-    """Read when they are asked for, so that a step does not wait for a counter."""
+class _StateCollector(Collector):
+    """Reads the state of engine and encoder when `/metrics` is called, so that no step updates a metric."""
 
-    def __init__(self, engine: Engine, encoder: ImageEncoder, gate: Gate) -> None:
-        self._engine, self._encoder, self._gate = engine, encoder, gate
+    def __init__(self, engine: Engine, encoder: ImageEncoder, admission: Admission) -> None:
+        self._engine, self._encoder, self._admission = engine, encoder, admission
 
     def collect(self) -> Iterator[Metric]:
         scheduler, stats, images = self._engine.scheduler, self._engine.stats, self._encoder.stats
         gauges = {
-            "requests_inside": (self._gate.inside, "Requests from their arrival to the end of their answers."),
+            "requests_active": (self._admission.active, "Requests between their arrival and the end of their answer."),
             "queue_length": (scheduler.waiting, "Answers that wait for a slot."),
-            "batch_size": (scheduler.running, "Answers that are being read or written."),
-            "image_cache_bytes": (self._encoder.cache.bytes, "Of images that are remembered."),
+            "batch_size": (scheduler.running, "Answers whose prompt is being read or that are being written."),
+            "image_cache_bytes": (self._encoder.cache.bytes, "Bytes of cached image features."),
         }
         counters = {
-            "engine_steps": (stats.steps, "Passes of the language model; written tokens a step are the mean batch."),
-            "answers": (stats.answers, "Answers begun."),
-            "prompt_tokens": (stats.prompt_tokens, "Of prompts, images included."),
-            "cached_prompt_tokens": (stats.cached_tokens, "Of those, not read again."),
-            "written_tokens": (stats.written_tokens, "Of answers; their rate is the tokens per second."),
+            "engine_steps": (stats.steps, "Passes of the language model; written tokens per step are the mean batch."),
+            "answers": (stats.answers, "Answers that got a slot."),
+            "prompt_tokens": (stats.prompt_tokens, "Tokens of prompts, visual tokens included."),
+            "cached_prompt_tokens": (stats.cached_tokens, "Tokens of prompts that were reused from a slot."),
+            "written_tokens": (stats.written_tokens, "Tokens of answers; their rate is the throughput."),
             "tower_passes": (images.passes, "Passes of the vision tower."),
-            "images": (images.images, "Images that went through the tower."),
-            "image_cache_hits": (images.hits, "Images that did not have to."),
+            "images": (images.images, "Images that the vision tower encoded."),
+            "image_cache_hits": (images.hits, "Images that were found in the cache."),
         }
         for name, (value, meaning) in gauges.items():
             yield GaugeMetricFamily(f"convllava_{name}", meaning, value)

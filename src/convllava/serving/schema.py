@@ -1,4 +1,4 @@
-"""What a request for a completion may say; what would change the answer and is not known here is never ignored."""
+"""The fields of a chat request. Unknown fields are rejected, because ignoring them could change the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from convllava.inference.assistant import Message
 from convllava.inference.sampling import Sampling
-from convllava.serving.refusal import RefusalError
+from convllava.serving.api_error import ApiError
 
 
 class _Strict(BaseModel):
@@ -21,7 +21,7 @@ class TextPart(_Strict):
 
 
 class ImageUrl(_Strict):
-    """`detail` is accepted and has no effect: the server's settings decide how many pixels the tower sees."""
+    """An image as a data: URI or a URL. `detail` has no effect; `mm_processor_kwargs` sets the pixel budget."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
@@ -41,9 +41,9 @@ class ChatMessage(_Strict):
     name: str | None = None
 
     @model_validator(mode="after")
-    def _images_are_the_users(self) -> ChatMessage:
+    def _check_images(self) -> ChatMessage:
         if self.role != "user" and self.image_urls():
-            raise ValueError("only messages of the user may have images")
+            raise ValueError("only user messages may have images")
         return self
 
     def image_urls(self) -> list[str]:
@@ -56,7 +56,7 @@ class ChatMessage(_Strict):
         return [part.text for part in self.content if isinstance(part, TextPart)]
 
     def as_message(self) -> Message:
-        """As `Assistant.chat` takes it, an image part without its image."""
+        """Return the message as `Assistant.chat` takes it; image parts lose their URL."""
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return {"role": role, "content": self.content}
@@ -70,13 +70,13 @@ class StreamOptions(_Strict):
 
 
 class PixelBudget(_Strict):
-    """How many pixels of each image the tower sees at most; the name is vLLM's."""
+    """Most pixels of each image that the vision tower sees; lowers the server's own budget. The name is vLLM's."""
 
     max_pixels: Annotated[int, Field(ge=1)]
 
 
 class ChatRequest(_Strict):
-    """The fields of OpenAI's API that mean something here, and some that say nothing: those of the last group."""
+    """Fields of OpenAI's API: those that the server uses, those with only one allowed value, and those without effect."""
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -93,7 +93,7 @@ class ChatRequest(_Strict):
     stream_options: StreamOptions | None = None
     mm_processor_kwargs: PixelBudget | None = None
 
-    # With the one value that is true of this server.
+    # Features that the server does not have; only the neutral value is accepted.
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -102,6 +102,7 @@ class ChatRequest(_Strict):
     tool_choice: Literal["none"] | None = None
     modalities: list[Literal["text"]] | None = None
 
+    # Accepted without effect, because clients send them.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -109,28 +110,28 @@ class ChatRequest(_Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     parallel_tool_calls: bool | None = None
-    dataset: str | None = None  # VLMEvalKit names the benchmark
+    dataset: str | None = None  # from VLMEvalKit
 
     @model_validator(mode="after")
-    def _agree(self) -> ChatRequest:
+    def _check_combinations(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs has a meaning with logprobs only")
+            raise ValueError("top_logprobs needs logprobs")
         if "" in self.stops():
-            raise ValueError("stop has an empty text")
+            raise ValueError("stop contains an empty string")
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options has a meaning with stream only")
+            raise ValueError("stream_options needs stream")
         return self
 
     @property
-    def longest(self) -> int | None:
-        """Most tokens of an answer, where the request says it."""
+    def max_answer_tokens(self) -> int | None:
+        """Most tokens of an answer, if the request limits them."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def max_pixels(self) -> int | None:
-        """Of what the tower sees of an image, where the request says it."""
+        """Pixel budget of each image, if the request has one."""
         return self.mm_processor_kwargs.max_pixels if self.mm_processor_kwargs else None
 
     def image_urls(self) -> list[str]:
@@ -143,7 +144,7 @@ class ChatRequest(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self, choice: int, max_new_tokens: int, temperature: float, top_p: float) -> Sampling:
-        """How one of the answers is written; `temperature` and `top_p` are those of a request which names none."""
+        """Return the sampling settings of one answer; `temperature` and `top_p` are the defaults."""
         return Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature if self.temperature is None else self.temperature,
@@ -155,27 +156,27 @@ class ChatRequest(_Strict):
 
 
 def parse(body: bytes) -> ChatRequest:
-    """A request's body.
+    """Parse the body of a request.
 
     Raises:
-        RefusalError: it is no JSON, lacks something, or has something that is not known here.
+        ApiError: if it is not JSON, lacks a field, or has an unknown field or a bad value.
     """
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
-    # Where a text or a list may stand, what is wrong with a list tells more than that it is no text.
+    # If a string or a list is allowed, the error about the list says more than "not a string".
     worst = next((error for error in errors if error["loc"][-1:] != ("str",)), errors[0])
-    place = _place(worst["loc"])
+    path = _path(worst["loc"])
     message = _MESSAGES.get(worst["type"], worst["msg"].removeprefix("Value error, "))
-    if worst["type"] == "list_type" and place != worst["loc"]:
+    if worst["type"] == "list_type" and path != worst["loc"]:
         message = "Input should be a string or a list"
-    where = ".".join(map(str, place))
-    raise RefusalError(400, f"{where}: {message}" if where else message, "invalid_request", where or None)
+    where = ".".join(map(str, path))
+    raise ApiError(400, f"{where}: {message}" if where else message, "invalid_request", where or None)
 
 
-def _place(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Where in the request it is, without which of several forms was tried there."""
+def _path(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return the path of a field in the request, without pydantic's names of union members."""
     match location:
         case ("messages", message, "content", _, part, _, *rest):
             return ("messages", message, "content", part, *rest)
@@ -188,7 +189,7 @@ def _place(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
 
 _PART = 'a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}'
 _MESSAGES = {
-    "extra_forbidden": "this server does not know the parameter; leave it out",
+    "extra_forbidden": "this server does not support the parameter; leave it out",
     "union_tag_invalid": _PART,
     "union_tag_not_found": _PART,
 }

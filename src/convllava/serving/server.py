@@ -1,4 +1,4 @@
-"""Starting, and ending without cutting anybody off.
+"""Start a server for a model, and shut it down without cutting off running requests.
 
 convllava serve --model tiny
 """
@@ -16,33 +16,37 @@ from typing import Any
 import torch
 import uvicorn
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 from convllava.inference import Assistant, load
 from convllava.inference.engine import Engine
 from convllava.inference.image_queue import ON_CPU, ImageEncoder
 from convllava.serving.app import create_app
-from convllava.serving.connection import PunctualProtocol
-from convllava.serving.gate import Gate
-from convllava.serving.hosts import HostGuard, is_loopback
-from convllava.serving.limits import Limits
+from convllava.serving.connection import TimeLimitedProtocol
+from convllava.serving.hosts import HostCheck, is_loopback
+from convllava.serving.limits import Admission, Limits
 from convllava.serving.service import Service
 
 
 class DrainingServer(uvicorn.Server):
-    """On the first SIGTERM or SIGINT it finishes what runs and refuses what comes; on the second it ends at once.
+    """A uvicorn server that finishes running requests after the first SIGTERM or SIGINT and rejects new ones; the
+    second signal ends it at once.
 
     Args:
-        config: Of uvicorn.
-        gate: That says whether anything runs.
-        seconds: It waits at most so long.
-        announce: Called with the address, once there is one.
+        config: Settings of uvicorn.
+        admission: Counts the running requests.
+        seconds: Longest wait for running requests.
+        announce: Called with the address once the server listens.
     """
 
     def __init__(
-        self, config: uvicorn.Config, gate: Gate, seconds: float, announce: Callable[[str], None] = lambda _: None
+        self,
+        config: uvicorn.Config,
+        admission: Admission,
+        seconds: float,
+        announce: Callable[[str], None] = lambda _: None,
     ) -> None:
         super().__init__(config)
-        self._gate, self._seconds, self._announce = gate, seconds, announce
+        self._admission, self._seconds, self._announce = admission, seconds, announce
         self._deadline: float | None = None
 
     async def startup(self, sockets: Any = None) -> None:
@@ -52,28 +56,28 @@ class DrainingServer(uvicorn.Server):
 
     @property
     def address(self) -> str:
-        """Where it listens, as the beginning of a URL."""
+        """Return the address of the server, as the beginning of a URL."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._gate.is_draining:
+        if self._admission.is_draining:
             super().handle_exit(sig, frame)
         else:
             self.drain()
 
     def drain(self) -> None:
-        """End when nothing runs any more."""
-        self._gate.drain()
+        """Reject new requests, and end the server once no request runs."""
+        self._admission.drain()
 
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
             return True
-        if not self._gate.is_draining:
+        if not self._admission.is_draining:
             return False
         now = asyncio.get_running_loop().time()
         self._deadline = self._deadline or now + self._seconds
-        return self._gate.inside == 0 or now > self._deadline
+        return self._admission.active == 0 or now > self._deadline
 
 
 def make_server(
@@ -83,8 +87,8 @@ def make_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
-    names: Collection[str] = (),
-    hosts: Collection[str] = (),
+    allow_hosts: Collection[str] = (),
+    allow_urls: Collection[str] = (),
     limits: Limits | None = None,
     slots: int = 8,
     context: int | None = None,
@@ -93,36 +97,35 @@ def make_server(
     ui: bool = False,
     announce: Callable[[str], None] = lambda _: None,
 ) -> DrainingServer:
-    """A server of one model, not yet running.
+    """Return a server of one model; call its `run`.
 
     Args:
-        assistant: The model; it answers nobody else from now on.
-        name: By which clients ask for it.
-        host, port: Where to listen; port 0 takes a free one.
-        api_key: That clients must bring.
-        names: That requests may ask for beside localhost; where there are none and others reach the server, any.
-        hosts: From which images behind URLs may be fetched.
-        limits: Of a request; None takes the defaults.
-        slots, context, step_tokens: Of `Engine`.
-        cache_bytes: Of encoded images that are remembered.
+        assistant: The model. The server needs it for itself from now on.
+        name: Name of the model in the API.
+        host, port: Address to listen at; port 0 takes a free one.
+        api_key: Key that clients must send.
+        allow_hosts: Names that the Host header may have, in addition to localhost. If empty and other machines can
+            reach the server, any name is accepted.
+        allow_urls: Hosts from which images behind URLs may be fetched.
+        limits: Limits of a request; None takes the defaults.
+        slots, context, step_tokens: Settings of `Engine`.
+        cache_bytes: Most bytes of cached image features.
         ui: Serve the web page too.
-        announce: Called with the address, once there is one.
+        announce: Called with the address once the server listens.
 
     Raises:
-        InputError: as `Engine`, the key is empty, or what the page needs is not installed.
+        InputError: if the key is empty or `Engine` cannot run the model this way.
     """
     if api_key is not None and not api_key.strip():
-        raise InputError("the API key is empty; give one or leave the option out")
+        raise ConfigError("`api_key` is empty; give a key or leave it out")
     limits = limits or Limits()
     engine = Engine(assistant, slots, context, step_tokens)
     encoder = ImageEncoder(assistant, cache_bytes, **(ON_CPU if assistant.model.device.type == "cpu" else {}))
-    service = Service(assistant, name, engine, encoder, limits, hosts)
-    app = create_app(service, api_key)
-    if ui:
-        _page().mount_page(app, service, api_key)
-    own = [host] if is_loopback(host) else []
-    if names or own:
-        app.add_middleware(HostGuard, names=[*names, *own])
+    service = Service(assistant, name, engine, encoder, limits, allow_urls)
+    app = create_app(service, api_key, ui)
+    own_name = [host] if is_loopback(host) else []
+    if allow_hosts or own_name:
+        app.add_middleware(HostCheck, names=[*allow_hosts, *own_name])
     config = uvicorn.Config(
         app,
         host=host,
@@ -130,11 +133,11 @@ def make_server(
         log_level="warning",
         access_log=False,
         server_header=False,
-        http=PunctualProtocol,
+        http=TimeLimitedProtocol,
         ws="none",
         timeout_graceful_shutdown=1,
     )
-    return DrainingServer(config, service.gate, limits.seconds, announce)
+    return DrainingServer(config, service.admission, limits.seconds, announce)
 
 
 def serve(
@@ -148,53 +151,38 @@ def serve(
     ui: bool = False,
     **options: Any,
 ) -> None:
-    """Serve a model until a signal ends it.
+    """Load a model and serve it until a signal ends the server.
 
     Args:
-        model, pixels: As of `convllava.load`.
-        threads: Of one operation; None takes half of torch's, since images are encoded while answers are written.
-        host, port, api_key, ui, options: As of `make_server`.
+        model, pixels: As for `convllava.load`.
+        threads: torch's threads per operation; None takes half of torch's default, because image encoding and
+            decoding run at the same time.
+        host, port, api_key, ui, options: As for `make_server`.
 
     Raises:
-        InputError: the place is taken, the model does not load or cannot be served this way, or a setting is bad.
+        InputError: if the address is taken, the model does not load or cannot be served this way, or a setting is bad.
     """
-    # Both before the model is loaded, which takes longer than to find out that it is in vain.
-    place = _bind(host, port)
-    if ui:
-        _page()
+    listener = _listen(host, port)  # before loading the model, which takes longer
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // 2))
     assistant = load(model, pixels=pixels)
     if api_key is None and not is_loopback(host):
-        print(f"convllava: {host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
-    name = Path(model).name if Path(model).is_dir() else model  # a client has no business with our folders
-    server = make_server(
-        assistant, name, host=host, port=port, api_key=api_key, ui=ui, announce=_announce(name, ui), **options
-    )
-    server.run(sockets=[place])
+        print(f"convllava: other machines can reach {host}, and there is no API key", file=sys.stderr)
+    name = Path(model).name if Path(model).is_dir() else model  # clients must not see paths of this machine
 
-
-def _bind(host: str, port: int) -> socket.socket:
-    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        place.bind((host, port))
-    except OSError as error:
-        place.close()
-        raise InputError(f"nothing can listen at {host}, port {port}: {error.strerror}; choose another") from None
-    return place
-
-
-def _page() -> Any:
-    try:
-        from convllava.serving import page
-    except ImportError as error:
-        raise InputError(f"the page needs {error.name}; pip install 'convllava[ui]'") from None
-    return page
-
-
-def _announce(name: str, ui: bool) -> Callable[[str], None]:
     def announce(address: str) -> None:
-        page = f"; the page is {address}/ui/" if ui else ""
+        page = f"; the web page is at {address}/ui/" if ui else ""
         print(f"serving {name} at {address}/v1{page}", file=sys.stderr, flush=True)
 
-    return announce
+    server = make_server(assistant, name, host=host, port=port, api_key=api_key, ui=ui, announce=announce, **options)
+    server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen at `host` {host}, `port` {port}: {error.strerror}; choose another") from None
+    return listener

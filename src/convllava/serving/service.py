@@ -1,4 +1,4 @@
-"""What stands behind the server: model, engine and tower, threads for what would hold up the event loop, and counts."""
+"""One served model: turns the body of a request into a prompt for the engine."""
 
 from __future__ import annotations
 
@@ -11,34 +11,29 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
-from PIL import Image
 from transformers import BatchFeature
 
-from convllava.errors import InputError
-from convllava.geometry import Size
+from convllava.errors import ImageError, InputError
 from convllava.inference.assistant import Assistant, EncodedImage
 from convllava.inference.engine import Engine
 from convllava.inference.image_queue import ImageEncoder, digest_of
 from convllava.inference.prompts import Prompt, build_prompt
-from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.images import check_header, load_image
+from convllava.serving.api_error import ApiError
 from convllava.serving.fetching import Fetcher
-from convllava.serving.gate import Gate
-from convllava.serving.limits import Limits
+from convllava.serving.limits import Admission, Limits
 from convllava.serving.metrics import Metrics
-from convllava.serving.refusal import RefusalError
-from convllava.serving.replies import TokenTexts
 from convllava.serving.schema import ChatRequest, parse
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
-"""Kinds of image files, as Pillow calls them; fewer than Pillow reads, for each is code that meets hostile bytes."""
+"""Accepted image formats, by Pillow's names; fewer than Pillow reads, because each decoder is code that can be attacked."""
 _DECODERS, _FETCHERS = 2, 8
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that is ready to be answered; its messages, which hold images as text, are left out."""
+    """A checked request and its prompt. The request's messages, which hold images as text, are dropped."""
 
     request: ChatRequest
     prompt: Prompt
@@ -46,14 +41,14 @@ class Prepared:
 
 
 class Service:
-    """One model that is served.
+    """One model and everything that answers requests to it.
 
     Args:
         assistant: The model.
-        name: By which clients ask for it.
-        engine, encoder: Of that model; the service starts and closes them.
-        limits: Of a request.
-        hosts: From which images behind URLs may be fetched.
+        name: Name of the model in the API.
+        engine, encoder: Engine and image encoder of that model; `close` closes them.
+        limits: Limits of a request.
+        allow_urls: Hosts from which images behind URLs may be fetched.
     """
 
     def __init__(
@@ -63,163 +58,130 @@ class Service:
         engine: Engine,
         encoder: ImageEncoder,
         limits: Limits,
-        hosts: Collection[str] = (),
+        allow_urls: Collection[str] = (),
     ) -> None:
         self.assistant, self.name, self.engine, self.encoder, self.limits = assistant, name, engine, encoder, limits
-        self.gate = Gate(limits.queue + len(engine.scheduler.slots))
-        self.metrics = Metrics(engine, encoder, self.gate)
-        self.token_texts = TokenTexts(assistant.processor.tokenizer)
-        self._fetcher = Fetcher(hosts, limits.fetch_bytes, limits.fetch_seconds)
-        # Headers and prompts are looked at apart from pixels, so that a bad request hears of it while others decode.
+        self.admission = Admission(limits.queue + len(engine.scheduler.slots))
+        self.metrics = Metrics(engine, encoder, self.admission)
+        generation = assistant.model.generation_config
+        samples = bool(getattr(generation, "do_sample", False))
+        # Defaults of requests that name no temperature or top_p: the model's own; greedy if it does not sample.
+        self.temperature = float(getattr(generation, "temperature", None) or 1.0) if samples else 0.0
+        self.top_p = float(getattr(generation, "top_p", None) or 1.0) if samples else 1.0
+        self._fetcher = Fetcher(allow_urls, limits.fetch_bytes, limits.fetch_seconds)
+        # Headers and prompts have a thread of their own, so that bad requests are rejected while images are decoded.
         self._checking = ThreadPoolExecutor(1, "check")
         self._decoding = ThreadPoolExecutor(_DECODERS, "decode")
         self._fetching = ThreadPoolExecutor(_FETCHERS, "fetch")
 
-    @property
-    def temperature(self) -> float:
-        """Of requests that name none: the model's own, greedy where it says nothing."""
-        return self._sampled("temperature") if self._samples else 0.0
-
-    @property
-    def top_p(self) -> float:
-        """Of requests that name none, likewise."""
-        return self._sampled("top_p") if self._samples else 1.0
-
-    @property
-    def _samples(self) -> bool:
-        return bool(getattr(self.assistant.model.generation_config, "do_sample", False))
-
-    def _sampled(self, name: str) -> float:
-        return float(getattr(self.assistant.model.generation_config, name, None) or 1.0)
-
-    @property
-    def image_processor(self) -> ConvLlavaImageProcessorPil:
-        return self.assistant.processor.image_processor
-
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop all threads."""
         for pool in (self._checking, self._decoding, self._fetching):
             pool.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         self.encoder.close()
 
     async def prepare(self, body: bytes) -> Prepared:
-        """A request's body -> its prompt.
+        """Check a request and make its prompt: parse, fetch and encode the images, apply the chat template.
+
+        Everything that takes time runs in threads, so that the event loop stays free.
 
         Raises:
-            RefusalError: something in it is malformed, too large or not there.
+            ApiError: if something in the request is malformed, too large or not available.
         """
-        request = await _in(self._checking, self._parsed, body)
-        del body  # its images are held decoded from here on
+        request = await _run_in(self._checking, self._parse, body)
+        del body  # frees the images in base64; from here on they are kept decoded
         urls = enumerate(request.image_urls(), start=1)
-        found = await _all(self._image(url, place, request.max_pixels) for place, url in urls)
-        return await _in(self._checking, self._prepared, request, found)
+        images = await _gather(self._image(url, number, request.max_pixels) for number, url in urls)
+        return await _run_in(self._checking, self._build_prompt, request, images)
 
-    async def measure(self, data: bytes) -> Size:
-        """Height and width of an image file, upright, after decoding all of it.
-
-        Raises:
-            RefusalError: it is damaged, too large or of another kind.
-        """
-        try:
-            await _in(self._checking, self._check_header, data)
-            image = await _in(self._decoding, self._decoded, data)
-        except InputError as error:
-            raise RefusalError(422, str(error).removeprefix("bytes: "), "invalid_image") from None
-        return Size(image.height, image.width)
-
-    def _parsed(self, body: bytes) -> ChatRequest:
-        request, limits = parse(body), self.limits
+    def _parse(self, body: bytes) -> ChatRequest:
+        """Parse a body and check it against the limits and the model."""
+        request, limits, processor = parse(body), self.limits, self.assistant.processor.image_processor
         if request.model != self.name:
-            raise no_such_model(request.model, self.name)
-        bounds = (
+            raise unknown_model(request.model, self.name)
+        for param, what, value, most in (
             ("messages", "images", len(request.image_urls()), limits.images),
             ("messages", "characters of text", request.characters(), limits.prompt_characters),
             ("n", "answers", request.n, limits.choices),
-            ("max_completion_tokens", "tokens of an answer", request.longest or 0, limits.new_tokens),
-            ("mm_processor_kwargs", "pixels of an image", request.max_pixels or 0, self.image_processor.budget),
-        )
-        for parameter, what, value, most in bounds:
+            ("max_completion_tokens", "tokens of an answer", request.max_answer_tokens or 0, limits.new_tokens),
+            ("mm_processor_kwargs", "pixels of an image", request.max_pixels or 0, processor.budget),
+        ):
             if value > most:
-                raise RefusalError(400, f"{value} {what}; at most {most} are served", "too_many", parameter)
+                raise ApiError(400, f"{value} {what}; the limit is {most}", "too_many", param)
         try:
-            self.image_processor.within(request.max_pixels)
+            processor.within(request.max_pixels)
         except InputError as error:
-            parameter = "mm_processor_kwargs.max_pixels"
-            raise RefusalError(400, f"{parameter}: {error}", "invalid_request", parameter) from None
+            param = "mm_processor_kwargs.max_pixels"
+            raise ApiError(400, f"{param}: {error}", "invalid_request", param) from None
         return request
 
-    async def _image(self, url: str, place: int, max_pixels: int | None) -> tuple[str, EncodedImage]:
-        """What tells an image from others, and its tokens."""
+    async def _image(self, url: str, number: int, max_pixels: int | None) -> tuple[str, EncodedImage]:
+        """Return the digest of an image and its features, from the cache if possible."""
         try:
-            data = await self._bytes(url)
-            digest = await _in(self._checking, digest_of, data)
+            if url.startswith("data:"):
+                data = await _run_in(self._checking, _decode_data_uri, url)
+            else:
+                data = await _run_in(self._fetching, self._fetcher.fetch, url)
+            digest = await _run_in(self._checking, digest_of, data)
             digest += f" within {max_pixels} pixels" if max_pixels else ""
-            if known := self.encoder.known(digest):
-                return digest, known
-            await _in(self._checking, self._check_header, data)
-            pixels = await _in(self._decoding, self._pixels, data, max_pixels)
+            if cached := self.encoder.known(digest):
+                return digest, cached
+            await _run_in(self._checking, self._check_header, data)
+            pixels = await _run_in(self._decoding, self._decode, data, max_pixels)
         except InputError as error:
-            raise RefusalError(422, f"image {place}: {error}", "invalid_image", "messages") from None
+            raise ApiError(422, f"image {number}: {error}", "invalid_image", "messages") from None
         return digest, await asyncio.wrap_future(self.encoder.submit(digest, pixels))
-
-    async def _bytes(self, url: str) -> bytes:
-        if url.startswith("data:"):
-            return await _in(self._checking, _from_data_uri, url)
-        return await _in(self._fetching, self._fetcher.fetch, url)
 
     def _check_header(self, data: bytes) -> None:
         kind = check_header(data, max_image_pixels=self.limits.image_pixels)
         if kind not in FORMATS:
-            raise InputError(f"a {kind} file; send one of {', '.join(FORMATS)}")
+            raise ImageError(f"a {kind} file; send one of {', '.join(FORMATS)}")
 
-    def _decoded(self, data: bytes) -> Image.Image:
-        return load_image(data, max_image_pixels=self.limits.image_pixels)
+    def _decode(self, data: bytes, max_pixels: int | None) -> BatchFeature:
+        processor = self.assistant.processor.image_processor
+        image = load_image(data, max_image_pixels=self.limits.image_pixels)
+        return processor(image, return_tensors="pt", **processor.within(max_pixels))
 
-    def _pixels(self, data: bytes, max_pixels: int | None) -> BatchFeature:
-        return self.image_processor(self._decoded(data), return_tensors="pt", **self.image_processor.within(max_pixels))
-
-    def _prepared(self, request: ChatRequest, found: list[tuple[str, EncodedImage]]) -> Prepared:
+    def _build_prompt(self, request: ChatRequest, images: list[tuple[str, EncodedImage]]) -> Prepared:
         messages = [message.as_message() for message in request.messages]
-        digests, images = [digest for digest, _ in found], [image for _, image in found]
         try:
-            prompt = build_prompt(self.assistant, messages, images, digests)
-        except (InputError, TemplateError) as error:  # a template may refuse an order of messages
-            raise RefusalError(400, str(error), "invalid_prompt", "messages") from None
-        longest = self._longest(request, len(prompt.keys))
-        return Prepared(request.model_copy(update={"messages": []}), prompt, longest)
-
-    def _longest(self, request: ChatRequest, prompt: int) -> int:
-        context = self.engine.context
-        longest = request.longest or max(1, min(self.limits.new_tokens, context - prompt))
-        if prompt + longest > context:
-            raise RefusalError(
+            prompt = build_prompt(
+                self.assistant, messages, [image for _, image in images], [digest for digest, _ in images]
+            )
+        except (InputError, TemplateError) as error:  # a template may reject an order of messages
+            raise ApiError(400, str(error), "invalid_prompt", "messages") from None
+        tokens, context = len(prompt.keys), self.engine.context
+        max_new_tokens = request.max_answer_tokens or max(1, min(self.limits.new_tokens, context - tokens))
+        if tokens + max_new_tokens > context:
+            raise ApiError(
                 400,
-                f"the prompt has {prompt} tokens and the answer may have {longest}, but the context is {context}; "
+                f"the prompt has {tokens} tokens and the answer may have {max_new_tokens}, but the context is {context}; "
                 "shorten the prompt, send fewer or smaller images, or lower max_tokens",
                 "context_length_exceeded",
                 "messages",
             )
-        return longest
+        return Prepared(request.model_copy(update={"messages": []}), prompt, max_new_tokens)
 
 
-def no_such_model(asked: str, name: str) -> RefusalError:
-    return RefusalError(404, f"there is no model {asked[:100]!r}; it is {name!r}", "model_not_found", "model")
+def unknown_model(asked: str, name: str) -> ApiError:
+    """Return the error of a request for another model."""
+    return ApiError(404, f"there is no model {asked[:100]!r}; use {name!r}", "model_not_found", "model")
 
 
-def _from_data_uri(uri: str) -> bytes:
+def _decode_data_uri(uri: str) -> bytes:
     kind, comma, data = uri.partition(",")
     if not comma or not kind.endswith(";base64"):
-        raise InputError("the data: URI is not of the form data:image/png;base64,...")
+        raise ImageError("the data: URI is not of the form data:image/png;base64,...")
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"what follows base64, is not base64: {error}") from None
+        raise ImageError(f"the text after base64, is not base64: {error}") from None
 
 
-async def _all(works: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """The results of all; when one fails, what is left of the others is given up."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+async def _gather(coroutines: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """Return all results; if one fails, cancel the others. (asyncio.TaskGroup would wrap the error in a group.)"""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -227,6 +189,6 @@ async def _all(works: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
             task.cancel()
 
 
-async def _in(pool: ThreadPoolExecutor, work: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Run something in a thread of a pool; it is left out if nobody waits any more when its turn comes."""
-    return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+async def _run_in(pool: ThreadPoolExecutor, function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Run a function in a thread of a pool; it is skipped if its caller is cancelled before it starts."""
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
