@@ -172,7 +172,7 @@ def test_a_server_finishes_what_runs_when_it_is_told_to_end(tmp_path):
         pieces = client.chat.completions.create(**asked, stream=True, n=8, temperature=2, max_tokens=60, seed=1)
         next(pieces)
         server.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.InternalServerError, match="going down"):
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
             ask_until_refused(client, asked)
         ends = [choice.finish_reason for piece in pieces for choice in piece.choices if choice.finish_reason]
         assert len(ends) == 8

@@ -40,7 +40,19 @@ def test_its_own_names_are_answered_at_any_port(host):
     assert answer(host, ("AI.example.org",)).text == "in"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "[::2]", "[::1]evil.example", "[::1", "localhost:x"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:80",
+        "",
+        "[::2]",
+        "[::1]evil.example",
+        "[::1",
+        "localhost:x",
+    ],
+)
 def test_other_names_are_refused_in_a_line_that_says_how_to_allow_them(host):
     refused = answer(host)
     error = refused.json()["error"]

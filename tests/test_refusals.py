@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from serving import PATH, question, request, serving, until
 
 from convllava.inference import Assistant
-from convllava.serving.limits import Limits
 from convllava.serving.api_error import ApiError
+from convllava.serving.limits import Limits
 from convllava.serving.schema import ChatRequest, parse
 
 LIMITS = Limits(

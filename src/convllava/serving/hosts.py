@@ -45,7 +45,9 @@ class HostCheck:
         if scope["type"] == "http":
             name = parse_host(Headers(scope=scope).get("host", ""))
             if name not in self._names and not _is_loopback_address(name):
-                message = f"this server does not answer to the name {name[:100]!r}; its owner can add it to `allow_hosts`"
+                message = (
+                    f"this server does not answer to the name {name[:100]!r}; its owner can add it to `allow_hosts`"
+                )
                 error = ApiError(403, message, "unknown_host")
                 await discard_body(Request(scope, receive))
                 await JSONResponse(error.body, error.status)(scope, receive, send)

@@ -79,7 +79,9 @@ def _budgets(service: Service, size: Size) -> list[dict[str, Any]]:
     most = service.limits.image_pixels
     try:
         if size.height * size.width > most:
-            raise InputError(f"the image has {size.height * size.width / 1e6:.1f} megapixels; the limit is {most / 1e6:g}")
+            raise InputError(
+                f"the image has {size.height * size.width / 1e6:.1f} megapixels; the limit is {most / 1e6:g}"
+            )
         return pixel_budgets(service.assistant, size)
     except InputError as error:
         raise ApiError(422, str(error), "invalid_image") from None
