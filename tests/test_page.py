@@ -122,7 +122,8 @@ def test_boxes_are_placed_on_the_image_as_by_the_placement(parts, mode):
     size, box = Size(300, 500), (0.4, 0.3, 0.6, 0.7)
     (*_, budget) = pixel_budgets(Assistant(parts[0], processor), size)
     left, top, width, height = budget["image"]
-    found = [(value - start) / length for value, start, length in zip(box, [left, top] * 2, [width, height] * 2)]
+    scaled = zip(box, [left, top] * 2, [width, height] * 2, strict=True)
+    found = [(value - start) / length for value, start, length in scaled]
     x0, y0, x1, y1 = processor.image_processor.placement(size).box_from_normalised(box)
     assert found == pytest.approx([x0 / 500, y0 / 300, x1 / 500, y1 / 300])
 

@@ -76,7 +76,7 @@ class PixelBudget(_Strict):
 
 
 class ChatRequest(_Strict):
-    """Fields of OpenAI's API: those that the server uses, those with only one allowed value, and those without effect."""
+    """Fields of OpenAI's API: those that the server uses, those with one allowed value, and those without effect."""
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]

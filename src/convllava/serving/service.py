@@ -26,7 +26,7 @@ from convllava.serving.metrics import Metrics
 from convllava.serving.schema import ChatRequest, parse
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
-"""Accepted image formats, by Pillow's names; fewer than Pillow reads, because each decoder is code that can be attacked."""
+"""Accepted image formats, by Pillow's names. Pillow reads more, but each decoder is code that can be attacked."""
 _DECODERS, _FETCHERS = 2, 8
 _Result = TypeVar("_Result")
 
@@ -156,8 +156,8 @@ class Service:
         if tokens + max_new_tokens > context:
             raise ApiError(
                 400,
-                f"the prompt has {tokens} tokens and the answer may have {max_new_tokens}, but the context is {context}; "
-                "shorten the prompt, send fewer or smaller images, or lower max_tokens",
+                f"the prompt has {tokens} tokens and the answer may have {max_new_tokens}, but the context is "
+                f"{context}; shorten the prompt, send fewer or smaller images, or lower max_tokens",
                 "context_length_exceeded",
                 "messages",
             )
