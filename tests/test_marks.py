@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_synthetic_questions import understood
+from test_synthetic_questions import parsed
 from torch import Tensor
 from training_runs import GUIDED, MARKED, TWO, logged, recipe, train, weights
 
@@ -44,7 +44,7 @@ def asked_for(sample: Sample) -> list[tuple[str, str]]:
     """For each question that names a number the answer, and what the pieces with that number say."""
     found = []
     for turn in sample.turns:
-        key, blanks = understood(turn)
+        key, blanks = parsed(turn)
         row = int(
             blanks.get("number", ORDINALS.index(blanks["ordinal"]) + 1 if blanks.get("ordinal") in ORDINALS else 0)
         )
@@ -88,11 +88,11 @@ def test_a_count_is_the_number_of_the_last_that_is_counted():
         size = Size(sample.image.height, sample.image.width)
         maps = marks(sample, unchanged(size, stride=32), 32)
         for turn in (turn for turn in sample.turns if turn.task == "count" and turn.evidence):
-            name = names[understood(turn)[0].removeprefix("count.")]
+            name = names[parsed(turn)[0].removeprefix("count.")]
             x0, y0, x1, y1 = (side / MARK_CELL for side in turn.evidence[-1])
             found = maps[name][int((y0 + y1) / 2), int((x0 + x1) / 2)].item()
             assert found == min(int(turn.answer), MARK_CLASSES[name] - 1)
-            seen.add(understood(turn)[0])
+            seen.add(parsed(turn)[0])
     assert len(seen) == len(names)
 
 
@@ -117,7 +117,7 @@ def test_a_charts_pieces_have_the_values_that_it_shows():
 
 def test_numbers_turn_with_the_page():
     canvas = Canvas(64, 64, (255, 255, 255))
-    region = canvas.note("star", "red", (2, 2, 10, 10))
+    region = canvas.add_thing("star", "red", (2, 2, 10, 10))
     canvas.number(region, place=3)
     canvas.things[0] = dataclasses.replace(canvas.things[0], box=(4, 4, 12, 12))
     assert canvas.numbered() == (Numbered((4, 4, 12, 12), place=3),)

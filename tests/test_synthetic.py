@@ -1,4 +1,4 @@
-"""The generated world: it repeats itself, keeps its splits apart, and says what it cannot do."""
+"""The generated world: reproducible samples, separate splits, and errors for impossible settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import ImageChops
 
 from convllava.errors import InputError
 from convllava.synthetic import Sample, World, closed_vocabulary
@@ -21,24 +20,26 @@ from convllava.synthetic.words import ROLES
 CLOSED = frozenset(closed_vocabulary())
 
 
-def same(first: Sample, second: Sample) -> bool:
-    pictures = ImageChops.difference(first.image, second.image).getbbox() is None
-    return pictures and (first.caption, first.turns, first.glyphs) == (
-        second.caption,
-        second.turns,
-        second.glyphs,
-    )
+def content(sample: Sample) -> tuple[Any, ...]:
+    return sample.index, sample.image.tobytes(), sample.caption, sample.turns, sample.glyphs
 
 
-def test_sample_depends_on_its_index_alone() -> None:
+def test_a_sample_depends_only_on_its_index() -> None:
     forwards, backwards = World(size=256), World(size=256)
-    first = [forwards.sample(index) for index in range(12)]
-    second = [backwards.sample(index) for index in reversed(range(12))]
-    assert all(same(a, b) for a, b in zip(first, reversed(second), strict=True))
+    first = [content(forwards.sample(index)) for index in range(12)]
+    second = [content(backwards.sample(index)) for index in reversed(range(12))]
+    assert first == second[::-1]
 
 
-def test_sample_is_the_same_in_another_process() -> None:
-    # Under the name of the command line the package leaves transformers aside, which saves seconds.
+def test_iteration_yields_all_samples_in_order() -> None:
+    world = World(size=256, seed=3)
+    for _ in range(2):  # each iteration starts again
+        found = [content(sample) for sample in itertools.islice(world, 4)]
+        assert found == [content(world.sample(index)) for index in range(4)]
+
+
+def test_a_sample_is_the_same_in_another_process() -> None:
+    # If the program is called convllava, the package does not import transformers, which saves seconds.
     script = (
         "import sys, zlib; sys.argv[0] = 'convllava'\n"
         "from convllava.synthetic import World\n"
@@ -85,13 +86,13 @@ def test_splits_share_no_font_and_no_layout(samples_by_split: dict[str, list[Sam
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_every_choice_of_layout_can_be_trained_and_tested(kind: str) -> None:
+def test_both_splits_have_layouts_and_train_has_every_choice(kind: str) -> None:
     seen = [set(itertools.chain(*layouts(kind, "train"))), set(itertools.chain(*layouts(kind, "heldout")))]
     assert seen[0] == set(itertools.chain(*OPTIONS[kind].values()))
     assert len(layouts(kind, "heldout")) >= 2
 
 
-def test_closed_vocabulary_holds_no_open_word() -> None:
+def test_the_closed_vocabulary_has_no_open_word() -> None:
     assert sorted(CLOSED) == list(closed_vocabulary())
     everyday = {word.lower() for words in ROLES.values() for word in words}
     drawn = {split_of("word", word) for word in everyday - CLOSED}
@@ -103,22 +104,23 @@ def test_closed_vocabulary_holds_no_open_word() -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"split": "test"}, "split is 'test'"),
+        ({"split": "test"}, "`split` is 'test'"),
         ({"size": 100}, "too small"),
-        ({"kinds": {"poem": 1}}, "'poem'"),
+        ({"kinds": {"poem": 1}}, "'poem'; choose from scene"),
+        ({"kinds": {"reciept": 1}}, "did you mean receipt"),
         ({"kinds": {"table": 1}, "simple": True}, "'table'"),
         ({"kinds": {}}, "shares"),
         ({"kinds": {"sign": -1}}, "shares"),
-        ({"turns": -1}, "turns is -1"),
-        ({"darkest": 0.0}, "darkest is 0.0"),
+        ({"turns": -1}, "`turns` is -1"),
+        ({"darkest": 0.0}, "`darkest` is 0.0"),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, Any], complaint: str) -> None:
+def test_impossible_settings_are_rejected_by_name(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         World(**settings)
 
 
-def test_missing_fonts_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_fonts_name_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     typefaces.cache_clear()
     with pytest.raises(InputError, match=r"convllava\[synthetic\]"):
@@ -126,7 +128,7 @@ def test_missing_fonts_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     typefaces.cache_clear()
 
 
-def test_system_copies_of_packaged_fonts_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_copies_of_packaged_fonts_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(typefaces("heldout")[0].regular).parent
     monkeypatch.setattr("convllava.synthetic.fonts.SYSTEM_FOLDERS", (str(folder),))
     _system.cache_clear()

@@ -1,4 +1,4 @@
-"""The pictures of the generated world: their sizes, their light, and boxes that lie where the ink is."""
+"""The pictures of the generated world: their sizes and brightness, and boxes that match the ink."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from convllava.synthetic.splits import SPLITS
 
 @pytest.fixture
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages as printed: no rotation, no noise."""
+    """Draw pages without rotation and noise."""
     monkeypatch.setattr(world_module, "degrade", lambda *_: None)
 
 
-def test_picture_is_rgb(samples: list[Sample]) -> None:
+def test_pictures_are_rgb(samples: list[Sample]) -> None:
     assert all(isinstance(s.image, Image.Image) and s.image.mode == "RGB" for s in samples)
 
 
@@ -37,12 +37,12 @@ def test_pictures_have_many_shapes_and_the_right_area() -> None:
         assert 0.8 < width * height / 512**2 < 1.25
 
 
-def test_characters_are_all_printable_and_printed() -> None:
+def test_glyph_sheets_print_every_character() -> None:
     printed = {glyph.char for index in range(12) for glyph in World().glyph_sheet(index).glyphs}
     assert printed == set(CHARACTERS)
 
 
-def test_dark_pages_are_the_same_pages_with_less_light() -> None:
+def test_darkest_changes_only_the_brightness() -> None:
     bright, dark = World(seed=5), World(seed=5, darkest=0.3)
     pairs = [(bright.sample(index), dark.sample(index)) for index in range(40)]
     light = [
@@ -67,7 +67,7 @@ def test_bars_are_as_long_as_their_values(untouched: None) -> None:
     assert min(evenness) > 0.9
 
 
-def test_boxes_lie_inside_the_picture(samples: list[Sample]) -> None:
+def test_boxes_are_inside_the_picture(samples: list[Sample]) -> None:
     for sample in samples:
         for x0, y0, x1, y1 in [glyph.box for glyph in sample.glyphs] + [thing.box for thing in sample.things]:
             assert 0 <= x0 < x1 <= sample.image.width
@@ -75,11 +75,11 @@ def test_boxes_lie_inside_the_picture(samples: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_words_end_at_spaces_however_narrow_they_look(split: str) -> None:
-    for kind, told in (("sign", "sign: "), ("paragraph", "paragraph: ")):
+def test_words_are_separated_at_spaces(split: str) -> None:
+    for kind, prefix in (("sign", "sign: "), ("paragraph", "paragraph: ")):
         world = World(split, kinds={kind: 1})
         for sample in map(world.sample, range(12)):
-            text = sample.caption.removeprefix(told).removesuffix("." if kind == "sign" else "")
+            text = sample.caption.removeprefix(prefix).removesuffix("." if kind == "sign" else "")
             if not text.startswith("title "):
                 printed = ["".join(glyph.char for glyph in word) for word in words(sample)]
                 assert printed == text.replace(" / ", " ").split(" ")
@@ -100,12 +100,12 @@ def test_glyph_boxes_hold_ink(untouched: None) -> None:
 def test_glyphs_of_a_page_do_not_overlap(untouched: None) -> None:
     for sample in map(World(size=256, seed=8).sample, range(60)):
         for (place, first), (other, second) in itertools.combinations(enumerate(sample.glyphs), 2):
-            # Neighbours in a word may, as "fl" does.
+            # Neighbours in a word can overlap, such as "fl".
             assert other == place + 1 or overlap(first.box, second.box) < 0.1, (sample.kind, first, second)
 
 
 def overlap(first: Box, second: Box) -> float:
-    """The shared area of two boxes as a fraction of the smaller."""
+    """Return the shared area of two boxes as a fraction of the smaller box."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
@@ -123,7 +123,7 @@ def test_boxes_follow_a_rotation(degrees: float) -> None:
     assert all(abs(a - b) < 2 for a, b in zip(seen, canvas.things[0].box, strict=True))
 
 
-def test_sheets_are_dense_and_varied() -> None:
+def test_glyph_sheets_are_dense_and_varied() -> None:
     for split in SPLITS:
         sheet = World(split=split, size=384).glyph_sheet(4)
         boxes = [glyph.box for glyph in sheet.glyphs] + [thing.box for thing in sheet.things]

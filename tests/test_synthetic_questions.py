@@ -1,4 +1,4 @@
-"""What the generated world says of its pictures: every caption, question and answer is true."""
+"""Captions, questions and answers of the generated world are correct."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from convllava.synthetic.world import KINDS
 CLOSED = frozenset(closed_vocabulary())
 
 
-def understood(turn: Turn) -> tuple[str, dict[str, str]]:
-    """The key and the blanks of a question, found by trying every wording of its task."""
+def parsed(turn: Turn) -> tuple[str, dict[str, str]]:
+    """Return the key and the placeholders of a question, found by trying every wording of its task."""
     for key, template in ((key, template) for key, all_of in TEMPLATES.items() for template in all_of):
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(template))
         match = re.fullmatch(pattern, turn.question)
         if match and key.split(".")[0] == turn.task and is_sensible(match.groupdict()):
             return key, match.groupdict()
-    raise AssertionError(f"nobody asks {turn.question!r}")
+    raise AssertionError(f"no template gives {turn.question!r}")
 
 
 def is_sensible(blanks: dict[str, str]) -> bool:
     known = {"colour": COLOURS, "shape": SHAPES, "shapes": tuple(map(plural, SHAPES)), "position": POSITIONS}
-    # "the word X" is something to ground too, but not a thing.
+    # "the word X" has a box too, but it is not a thing.
     word = blanks.get("thing", "").startswith("word ")
     return not word and all(value in known.get(name, (value,)) for name, value in blanks.items())
 
@@ -57,14 +57,14 @@ def test_scene_answers_agree_with_its_things(simple: bool) -> None:
     tasks: Counter[str] = Counter()
     for sample in map(world.sample, range(60)):
         for turn in sample.turns:
-            key, blanks = understood(turn)
+            key, blanks = parsed(turn)
             tasks[key] += 1
             assert turn.answer == scene_answer(sample, key, blanks), turn
     assert len(tasks) == 10
 
 
 def scene_answer(sample: Sample, key: str, blanks: dict[str, str]) -> str:
-    """The answer worked out from the things alone; AssertionError when there is not exactly one."""
+    """Compute the answer from the things; AssertionError if there is not exactly one."""
     width, height = sample.image.size
     if key.startswith("count"):
         wanted = blanks.get("colour"), blanks.get("shapes")
@@ -91,13 +91,13 @@ def test_scene_caption_names_every_thing(samples: list[Sample]) -> None:
     scenes = [sample for sample in samples if sample.kind == "scene"]
     assert len(scenes) > 20
     for sample in scenes:
-        told = re.findall(r"an? (\w+) (\w+) at the ([a-z ]+)[,.]", sample.caption)
+        named = re.findall(r"an? (\w+) (\w+) at the ([a-z ]+)[,.]", sample.caption)
         drawn = [(t.colour, t.shape, position_of(t.box, *sample.image.size)) for t in sample.things]
-        assert told == drawn
+        assert named == drawn
         assert sample.caption.startswith(f"{len(drawn)} object")
 
 
-def test_answers_to_read_are_printed(samples: list[Sample]) -> None:
+def test_read_answers_are_printed_on_the_page(samples: list[Sample]) -> None:
     checked = 0
     for sample in samples:
         printed = "".join(glyph.char for glyph in sample.glyphs)
@@ -116,7 +116,7 @@ def test_chart_answers_agree_with_the_caption(samples: list[Sample]) -> None:
         values = {label: int(value) for label, value in re.findall(r"(\w+) (\d+)[,.]", sample.caption)}
         extremes = {"highest": max(values.values()), "lowest": min(values.values())}
         for turn in sample.turns:
-            key, blanks = understood(turn)
+            key, blanks = parsed(turn)
             asked[key] += 1
             if key == "chart.value":
                 assert int(turn.answer) == values[blanks["label"]]
@@ -170,20 +170,20 @@ def test_every_task_occurs_in_both_splits() -> None:
 
 
 @pytest.mark.parametrize(("share", "turns"), [(0.25, 12), (0.5, 6)])
-def test_the_share_of_boxes_is_kept_where_a_page_has_more_to_ask_than_turns(share: float, turns: int) -> None:
+def test_the_share_of_boxes_is_kept_if_a_page_has_more_questions_than_turns(share: float, turns: int) -> None:
     world = World(seed=1, size=320, kinds={"paragraph": 1}, turns=turns, grounding=share)
     counts = Counter(turn.task for index in range(60) for turn in world.sample(index).turns)
     assert abs(counts["ground"] / counts.total() - share) < 0.05
 
 
-def test_turns_are_limited_and_differ() -> None:
+def test_turns_are_limited_and_distinct() -> None:
     for sample in map(World(size=256, turns=3).sample, range(40)):
         assert 1 <= len(sample.turns) <= 3
         assert len({turn.question for turn in sample.turns}) == len(sample.turns)
     assert World(size=256, turns=0).sample(0).turns == ()
 
 
-def test_questions_use_closed_words_and_what_is_printed(samples: list[Sample]) -> None:
+def test_questions_use_closed_words_and_printed_words(samples: list[Sample]) -> None:
     for sample in samples:
         printed = "".join(glyph.char for glyph in sample.glyphs).lower()
         for turn in sample.turns:
@@ -207,7 +207,7 @@ def test_grounded_words_have_the_box_of_their_glyphs(samples: list[Sample]) -> N
         printed = "".join(glyph.char for glyph in sample.glyphs)
         for turn in sample.turns:
             if turn.task == "ground" and sample.kind in ("sign", "paragraph"):
-                word = understood(turn)[1]["word"]
+                word = parsed(turn)[1]["word"]
                 starts = [match.start() for match in re.finditer(re.escape(word), printed)]
                 boxes = [glyphs_box(sample, start, start + len(word)) for start in starts]
                 assert any(near(turn.answer, box_text(box, *sample.image.size)) for box in boxes)
@@ -220,7 +220,7 @@ def glyphs_box(sample: Sample, start: int, stop: int) -> Box:
 
 
 def near(first: str, second: str) -> bool:
-    """Whether two boxes agree, but for a comma or bracket that belongs to the printed word."""
+    """Return whether two boxes agree, except for a comma or bracket of the printed word."""
     return all(abs(a - b) < 0.04 for a, b in zip(numbers(first), numbers(second), strict=True))
 
 
@@ -241,12 +241,12 @@ def test_box_text_round_trips(a: float, b: float, c: float, d: float, width: int
     assert all(abs(number - share) <= 0.0101 for number, share in zip(numbers(text), shares, strict=True))
 
 
-def test_what_is_counted_and_what_shows_a_value_is_marked(samples: list[Sample]) -> None:
+def test_evidence_marks_counted_things_and_values(samples: list[Sample]) -> None:
     seen = set()
     for sample in samples:
         letters = {glyph.box: glyph.char for glyph in sample.glyphs}
         for turn in sample.turns:
-            key, blanks = understood(turn)
+            key, blanks = parsed(turn)
             if turn.task != "count":
                 assert bool(turn.evidence) == (key in ("chart.value", "chart.maximum", "chart.minimum"))
                 continue

@@ -1,4 +1,4 @@
-"""The generated world: pages, signs, charts and scenes with captions, questions and boxes, drawn on the spot.
+"""The generated world: pages, signs, charts and scenes with captions, questions and boxes, drawn when they are needed.
 
 world = World(split="train", seed=0, size=384)
 sample = world.sample(0)

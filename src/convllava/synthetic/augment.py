@@ -1,4 +1,4 @@
-"""What happens to a page before it is seen: slight rotation, blur, uneven exposure, noise, JPEG artefacts."""
+"""Make a page look photographed: slight rotation, blur, other exposure, noise, JPEG artefacts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from convllava.synthetic.sample import Box, Thing
 _TILE = 512
 
 
-def degrade(canvas: Canvas, rng: random.Random, steepest: float, darkest: float = 1.0) -> None:
-    """Make the finished canvas look photographed; boxes follow its rotation of up to `steepest` degrees.
+def degrade(canvas: Canvas, rng: random.Random, max_rotation: float, darkest: float = 1.0) -> None:
+    """Make the finished canvas look photographed. The boxes follow its rotation.
 
-    Where `darkest` is below 1, two of five pages keep a share of their light, `darkest` at least."""
+    Args:
+        canvas: The page; its image and boxes are changed.
+        rng: Source of the random numbers.
+        max_rotation: Largest rotation, in degrees.
+        darkest: Smallest share of their brightness that pages keep; if it is below 1, two of five pages are darkened.
+    """
     if rng.random() < 0.25:
-        rotate(canvas, rng.uniform(-steepest, steepest))
+        rotate(canvas, rng.uniform(-max_rotation, max_rotation))
     if rng.random() < 0.1:
         canvas.image = _blurred(canvas.image, rng.uniform(0.25, 0.45))
     if rng.random() < 0.3:
@@ -36,29 +41,29 @@ def degrade(canvas: Canvas, rng: random.Random, steepest: float, darkest: float 
 
 
 def rotate(canvas: Canvas, degrees: float) -> None:
-    """Turn picture and boxes counter-clockwise about the centre; less if a box would leave the picture."""
+    """Rotate picture and boxes counter-clockwise about the centre, by less if a box would leave the picture."""
     boxes = [glyph.box for glyph in canvas.glyphs] + [thing.box for thing in canvas.things]
     for _ in range(4):
-        turned = [_turned(box, degrees, canvas.width / 2, canvas.height / 2) for box in boxes]
-        if all(x0 >= 0 and y0 >= 0 and x1 <= canvas.width and y1 <= canvas.height for x0, y0, x1, y1 in turned):
+        rotated = [_rotated(box, degrees, canvas.width / 2, canvas.height / 2) for box in boxes]
+        if all(x0 >= 0 and y0 >= 0 and x1 <= canvas.width and y1 <= canvas.height for x0, y0, x1, y1 in rotated):
             break
         degrees /= 2
     else:
         return
-    # Two samples a pixel look like bilinear interpolation here and cost a fifth of Pillow's.
+    # The mean of two nearest-neighbour samples looks like bilinear interpolation at a fifth of its cost in Pillow.
     canvas.image = Image.blend(_sampled(canvas, degrees, -0.25), _sampled(canvas, degrees, 0.25), 0.5)
     number = len(canvas.glyphs)
-    canvas.glyphs = [replace(glyph, box=box) for glyph, box in zip(canvas.glyphs, turned[:number], strict=True)]
+    canvas.glyphs = [replace(glyph, box=box) for glyph, box in zip(canvas.glyphs, rotated[:number], strict=True)]
     canvas.things = [
-        Thing(thing.shape, thing.colour, box) for thing, box in zip(canvas.things, turned[number:], strict=True)
+        Thing(thing.shape, thing.colour, box) for thing, box in zip(canvas.things, rotated[number:], strict=True)
     ]
 
 
 def _sampled(canvas: Canvas, degrees: float, offset: float) -> Image.Image:
-    """The picture turned about its centre, each pixel taken `offset` pixels beside its own middle."""
+    """Rotate the picture about its centre, and sample each pixel `offset` pixels away from its own centre."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = canvas.width / 2, canvas.height / 2
-    # Pillow maps places of the result to places of the source, hence the inverse turn.
+    # Pillow maps positions of the result to positions of the source, hence the inverse rotation.
     shift_x = x - cosine * (x - offset) + sine * (y - offset)
     shift_y = y - sine * (x - offset) - cosine * (y - offset)
     matrix = (cosine, -sine, shift_x, sine, cosine, shift_y)
@@ -66,13 +71,13 @@ def _sampled(canvas: Canvas, degrees: float, offset: float) -> Image.Image:
 
 
 def _blurred(image: Image.Image, share: float) -> Image.Image:
-    """Each pixel mixed with its neighbours to the right and below."""
+    """Mix each pixel with its neighbours to the right and below."""
     image = Image.blend(image, ImageChops.offset(image, -1, 0), share)
     return Image.blend(image, ImageChops.offset(image, 0, -1), share)
 
 
-def _turned(box: Box, degrees: float, middle_x: float, middle_y: float) -> Box:
-    """The box around the turned centre of `box`, its sides kept: near enough for small angles."""
+def _rotated(box: Box, degrees: float, middle_x: float, middle_y: float) -> Box:
+    """Return a box of the same sides around the rotated centre, which is accurate enough for small angles."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     half_width, half_height = (box[2] - box[0]) / 2, (box[3] - box[1]) / 2
     x, y = box[0] + half_width - middle_x, box[1] + half_height - middle_y

@@ -1,4 +1,4 @@
-"""The drawing surface: prints text and shapes and remembers where every character and every shape went."""
+"""The drawing surface. It prints text and shapes, and records the box of every character and every shape."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from functools import lru_cache
 from PIL import Image, ImageDraw
 
 from convllava.synthetic.fonts import Font
-from convllava.synthetic.palette import Colour
 from convllava.synthetic.sample import Box, Glyph, Numbered, Thing, union
 
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0-255."""
 _OVERSAMPLING = 4
 
 
 class PageFullError(Exception):
-    """What was to be drawn does not fit; the page is dealt again."""
+    """Something does not fit the page. The world then draws another page."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A drawn piece: characters `start` to `stop` of the canvas, or the thing `thing`; `box` is its ink."""
+    """A drawn piece: the characters `start` to `stop` of the canvas, or its thing number `thing`.
+
+    `box` holds the ink before the page is rotated; `Canvas.box_of` returns the box on the finished page.
+    """
 
     box: Box
     start: int = 0
@@ -32,7 +36,10 @@ class Region:
 
 @dataclass
 class Canvas:
-    """A picture being drawn. Every drawing method raises PageFullError for what would leave the picture."""
+    """A picture that is being drawn.
+
+    Every drawing method raises PageFullError if its piece would leave the picture.
+    """
 
     width: int
     height: int
@@ -47,7 +54,7 @@ class Canvas:
         self.draw = ImageDraw.Draw(self.image)
 
     def text(self, text: str, x: float, y: float, font: Font, ink: Colour, anchor: str = "l") -> Region:
-        """Print `text`, its capitals centred on height `y`, its left, middle or right end at `x`."""
+        """Print `text`, its capitals centred on height `y`; `x` is its left, middle or right end ("l", "m", "r")."""
         origins = font.origins(text)
         left = round(x - origins[-1] * {"l": 0.0, "m": 0.5, "r": 1.0}[anchor])
         baseline = round(y + font.capital / 2)
@@ -59,39 +66,39 @@ class Canvas:
                 self.draw.bitmap(corner, mask, ink)
                 box = (*corner, corner[0] + mask.width, corner[1] + mask.height)
                 self.glyphs.append(Glyph(char, box, begins=before == " "))
-        inside = self._inside(union(glyph.box for glyph in self.glyphs[start:]))
-        return Region(inside, start, len(self.glyphs))
+        line = self._check_inside(union(glyph.box for glyph in self.glyphs[start:]))
+        return Region(line, start, len(self.glyphs))
 
     def shape(self, shape: str, colour: str, fill: Colour, box: Box) -> Region:
-        """Draw one of `SHAPES` filling the square `box` (whole pixels), its edges smooth."""
-        self._inside(box)
+        """Draw one of `SHAPES` with smooth edges. It fills the square `box`, whose corners are whole pixels."""
+        self._check_inside(box)
         mask = shape_mask(shape, int(box[2] - box[0]))
         self.image.paste(fill, (int(box[0]), int(box[1])), mask)
-        return self.note(shape, colour, box)
+        return self.add_thing(shape, colour, box)
 
     def bar(self, colour: str, fill: Colour, box: Box) -> Region:
-        """Draw a filled rectangle and remember it as a thing of the shape "bar"."""
+        """Draw a filled rectangle and record it as a thing of the shape "bar"."""
         self.draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=fill)
-        return self.note("bar", colour, self._inside(box))
+        return self.add_thing("bar", colour, self._check_inside(box))
 
-    def note(self, shape: str, colour: str, box: Box) -> Region:
-        """Remember a thing that is already drawn."""
+    def add_thing(self, shape: str, colour: str, box: Box) -> Region:
+        """Record a thing that is already drawn."""
         self.things.append(Thing(shape, colour, box))
         return Region(box, thing=len(self.things) - 1)
 
     def word(self, line: Region, number: int, text: str) -> Region:
-        """The region of word `number` (from 0) of `text`, which was printed as `line`."""
+        """Return the region of word `number` (from 0) of `text`, which was printed as `line`."""
         words = text.split(" ")
         start = line.start + sum(len(word) for word in words[:number])
         stop = start + len(words[number])
         return Region(union(glyph.box for glyph in self.glyphs[start:stop]), start, stop)
 
     def number(self, region: Region, **numbers: int) -> None:
-        """Remember which row, place or value (see `Numbered`) a drawn piece has."""
+        """Record the row, place or value (see `Numbered`) of a drawn piece."""
         self.numbers.append((region, numbers))
 
     def number_words(self, lines: Sequence[str], regions: Sequence[Region], through: bool = False) -> None:
-        """Number lines and the words of each; with `through`, words from the first line to the last."""
+        """Number lines, and the words of each line, or with `through` the words of all lines together."""
         place = 0
         for row, (line, region) in enumerate(zip(lines, regions, strict=True), start=1):
             place = place if through else 0
@@ -100,20 +107,20 @@ class Canvas:
                 self.number(self.word(region, word, line), row=row, place=place)
 
     def numbered(self) -> tuple[Numbered, ...]:
-        """What has numbers, as the picture stands now."""
-        return tuple(Numbered(self.where(region), **numbers) for region, numbers in self.numbers)
+        """Return all pieces with a number, with their boxes on the page as it is now."""
+        return tuple(Numbered(self.box_of(region), **numbers) for region, numbers in self.numbers)
 
-    def where(self, region: Region) -> Box:
-        """The box of `region` as the picture stands now, turned with the page."""
+    def box_of(self, region: Region) -> Box:
+        """Return the box of `region` on the page as it is now, after any rotation."""
         if region.thing is not None:
             return self.things[region.thing].box
         return union(glyph.box for glyph in self.glyphs[region.start : region.stop])
 
-    def mark(self, region: Region) -> Box:
-        """Where to point at `region` as the picture stands now: its thing, or its first character."""
+    def first_box(self, region: Region) -> Box:
+        """Return the box of the region's thing, or of its first character, on the page as it is now."""
         return self.things[region.thing].box if region.thing is not None else self.glyphs[region.start].box
 
-    def _inside(self, box: Box) -> Box:
+    def _check_inside(self, box: Box) -> Box:
         if box[0] < 1 or box[1] < 1 or box[2] > self.width - 1 or box[3] > self.height - 1:
             raise PageFullError
         return box
@@ -121,7 +128,7 @@ class Canvas:
 
 @lru_cache(maxsize=1024)
 def shape_mask(shape: str, side: int) -> Image.Image:
-    """An anti-aliased mask (mode "L", side x side pixels) of one of `SHAPES`, touching all four sides."""
+    """Return an anti-aliased mask (mode "L", side x side pixels) of one of `SHAPES`, which touches all four sides."""
     big = side * _OVERSAMPLING
     mask = Image.new("L", (big, big))
     draw = ImageDraw.Draw(mask)
@@ -134,31 +141,27 @@ def shape_mask(shape: str, side: int) -> Image.Image:
 
 @lru_cache
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """The corners of a shape in the unit square, stretched to touch its sides."""
-    points = _CORNERS[shape] if shape in _CORNERS else _curve(shape)
+    """Return the corners of a shape in the unit square, stretched so that they touch its sides."""
+    if shape in _CORNERS:
+        points = _CORNERS[shape]
+    elif shape == "star":
+        points = [
+            (radius * math.sin(math.pi * step / 5), -radius * math.cos(math.pi * step / 5))
+            for step, radius in enumerate((1.0, 0.42) * 5)
+        ]
+    elif shape == "hexagon":
+        points = [(math.cos(math.pi * step / 3), math.sin(math.pi * step / 3)) for step in range(6)]
+    else:  # the heart of https://mathworld.wolfram.com/HeartCurve.html
+        points = [
+            (
+                16 * math.sin(a) ** 3,
+                -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)),
+            )
+            for a in (2 * math.pi * step / 60 for step in range(60))
+        ]
     left, top = min(x for x, _ in points), min(y for _, y in points)
     width, height = max(x for x, _ in points) - left, max(y for _, y in points) - top
     return tuple(((x - left) / width, (y - top) / height) for x, y in points)
-
-
-def _curve(shape: str) -> list[tuple[float, float]]:
-    if shape == "star":
-        radii = (1.0, 0.42)
-        turns = [math.pi * step / 5 for step in range(10)]
-        return [
-            (radii[step % 2] * math.sin(turn), -radii[step % 2] * math.cos(turn)) for step, turn in enumerate(turns)
-        ]
-    if shape == "hexagon":
-        return [(math.cos(math.pi * step / 3), math.sin(math.pi * step / 3)) for step in range(6)]
-    # The heart of https://mathworld.wolfram.com/HeartCurve.html
-    angles = [2 * math.pi * step / 60 for step in range(60)]
-    return [
-        (
-            16 * math.sin(a) ** 3,
-            -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)),
-        )
-        for a in angles
-    ]
 
 
 _CORNERS: dict[str, list[tuple[float, float]]] = {

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from convllava.synthetic.canvas import Canvas, Region
+from convllava.synthetic.canvas import Canvas, Colour, Region
 from convllava.synthetic.fonts import Font
-from convllava.synthetic.palette import PAINTS, Colour, blend, contrasting, is_visible, jitter, luminance
 from convllava.synthetic.questions import CHART_TITLES, Draft, ask, count
-from convllava.synthetic.style import Context, Drawing
+from convllava.synthetic.style import PAINTS, Context, Drawing, blend, contrasting, is_visible, jitter, luminance
 from convllava.synthetic.words import DAYS, MONTHS, QUARTERS
 
 _COLOURS = ("red", "orange", "green", "blue", "purple", "pink", "brown", "grey")
@@ -18,7 +16,7 @@ _COLOURS = ("red", "orange", "green", "blue", "purple", "pink", "brown", "grey")
 
 @dataclass
 class Plot:
-    """The frame of a chart: its inner rectangle in pixels, the axis' top value and the look of its text."""
+    """The frame of a chart: its inner rectangle in pixels, the top value of the axis, and the look of its text."""
 
     left: float
     top: float
@@ -30,7 +28,7 @@ class Plot:
     horizontal: bool = False
 
     def place(self, share: float, value: float) -> tuple[float, float]:
-        """The pixel at `share` (0-1) along the categories and at `value` on the axis."""
+        """Return the pixel at `share` (0-1) along the categories and at `value` on the axis."""
         rise = value / self.highest
         if self.horizontal:
             return self.left + rise * (self.right - self.left), self.top + share * (self.bottom - self.top)
@@ -39,7 +37,7 @@ class Plot:
 
 @dataclass
 class Data:
-    """What a chart shows: distinct labels, a value for each, and perhaps a title."""
+    """The content of a chart: distinct labels, a value for each, and a title or ""."""
 
     labels: list[str]
     values: list[int]
@@ -47,7 +45,7 @@ class Data:
 
 
 def draw_bar_chart(context: Context) -> Drawing:
-    """A chart of three to six bars, upright or lying."""
+    """Draw a chart of three to six vertical or horizontal bars."""
     layout = bars, values, title, grid, colours = context.layout("bar_chart")
     if context.simple:
         bars, values, title = "vertical", "outside", "none"
@@ -55,14 +53,69 @@ def draw_bar_chart(context: Context) -> Drawing:
     paper, ink = context.colours(dark=0.12)
     canvas = Canvas(*context.extent(*((0.8, 1.25) if context.simple else (0.55, 1.3))), paper)
     plot = _frame(canvas, context, data, (paper, ink), grid, horizontal=bars == "horizontal")
-    fills = _fills(context, paper, colours, len(data.values))
-    drawn, shown = [], []
-    for number, (value, fill) in enumerate(zip(data.values, fills, strict=True)):
-        drawn.append(_bar(canvas, plot, (number, len(fills)), value, fill, 0.3 if bars == "slim" else 0.36))
-        shown.append(_bar_value(canvas, plot, (number, len(fills)), value, PAINTS[fill], values))
-    _number(canvas, data, drawn, shown)
-    drafts = [*_drafts(context.rng, data, "bar", drawn, shown), count(context.rng, "count.bars", drawn)]
-    return Drawing(canvas, _caption("bar chart", data), drafts, layout, steepest=2.0)
+
+    number = len(data.values)
+    visible = [name for name in _COLOURS if is_visible(name, paper)]
+    # All bars in one colour, or each in its own; if few colours are visible, two bars can share one.
+    fills = [context.rng.choice(visible)] * number if colours == "one" else context.rng.sample(2 * visible, number)
+    half, gap = 0.3 if bars == "slim" else 0.36, plot.face.size * 0.7
+    drawn: list[Region] = []
+    printed: list[Region | None] = []
+    for place, (value, fill) in enumerate(zip(data.values, fills, strict=True)):
+        first, last = plot.place((place + 0.5 - half) / number, 0), plot.place((place + 0.5 + half) / number, value)
+        x0, x1 = sorted((round(first[0]), round(last[0])))
+        y0, y1 = sorted((round(first[1]), round(last[1])))
+        drawn.append(canvas.bar(fill, PAINTS[fill], (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))))
+        if values == "axis":
+            printed.append(None)
+            continue
+        x, y = plot.place((place + 0.5) / number, value)
+        depth = abs(x - plot.left) if plot.horizontal else plot.bottom - y
+        inside = values == "inside" and depth > plot.face.width(str(value)) + gap
+        colour = contrasting(PAINTS[fill]) if inside else plot.ink
+        if plot.horizontal:
+            x, anchor = (x - gap / 2, "r") if inside else (x + gap / 2, "l")
+        else:
+            y, anchor = (y + gap if inside else y - gap), "m"
+        printed.append(canvas.text(str(value), x, y, plot.face, colour, anchor))
+    return _finish("bar", canvas, context, data, drawn, printed, layout)
+
+
+def draw_line_chart(context: Context) -> Drawing:
+    """Draw a line through three to six marked points."""
+    layout = marker, values, title, grid, frame = context.layout("line_chart")
+    data = _data(context, title, values)
+    paper, ink = context.colours(dark=0.12)
+    canvas = Canvas(*context.extent(0.55, 1.1), paper)
+    plot = _frame(canvas, context, data, (paper, ink), grid)
+    if frame == "closed":
+        canvas.draw.rectangle((plot.left, plot.top, plot.right, plot.bottom), outline=ink)
+
+    # A thin line needs a colour that is lighter or darker than the paper; another hue is not enough.
+    colour = context.rng.choice([name for name in _COLOURS if abs(luminance(PAINTS[name]) - luminance(paper)) > 45])
+    points = [plot.place((number + 0.5) / len(data.values), value) for number, value in enumerate(data.values)]
+    canvas.draw.line(points, fill=PAINTS[colour], width=context.pixels(context.rng.randint(2, 4)), joint="curve")
+    side = context.pixels(11) // 2 * 2
+    markers: list[Region] = []
+    for point in points:
+        x, y = round(point[0]) - side // 2, round(point[1]) - side // 2
+        shade = jitter(context.rng, PAINTS[colour], 5)
+        markers.append(canvas.shape(marker, colour, shade, (x, y, x + side, y + side)))
+
+    printed: list[Region | None] = [None] * len(points)
+    for number, value in enumerate(data.values if values != "axis" else ()):
+        middle, height = points[number]
+        around = [points[place][1] for place in (number - 1, number + 1) if 0 <= place < len(points)]
+        # Below the point if the line rises from here on both sides and there is room, otherwise above it.
+        below = height - sum(around) / len(around) > 0 and height + 1.6 * plot.face.size < plot.bottom
+        height += plot.face.size * (0.95 if below else -0.95)
+        if values == "boxed":
+            half, rise = plot.face.width(str(value)) / 2 + 2, plot.face.capital / 2 + 3
+            canvas.draw.rectangle(
+                (middle - half, height - rise, middle + half, height + rise), fill=paper, outline=plot.ink
+            )
+        printed[number] = canvas.text(str(value), middle, height, plot.face, plot.ink, "m")
+    return _finish("point", canvas, context, data, markers, printed, layout)
 
 
 def _data(context: Context, title: str, values: str) -> Data:
@@ -73,7 +126,7 @@ def _data(context: Context, title: str, values: str) -> Data:
 
 
 def _labels(context: Context, count: int) -> list[str]:
-    """Months, days, quarters, years, letters or short words, in their natural order."""
+    """Return months, days, quarters, years, letters or short words, in their natural order."""
     rng = context.rng
     series: list[tuple[str, ...]] = [MONTHS, DAYS]
     if not context.simple:
@@ -87,192 +140,95 @@ def _labels(context: Context, count: int) -> list[str]:
     return list(chosen[start : start + count])
 
 
-def _fills(context: Context, paper: Colour, colours: str, count: int) -> list[str]:
-    """A visible colour for each bar, the same for all or one each; on some papers two may share one."""
-    names = [name for name in _COLOURS if is_visible(name, paper)]
-    return [context.rng.choice(names)] * count if colours == "one" else context.rng.sample(2 * names, count)
-
-
-def _line_colour(context: Context, paper: Colour) -> str:
-    """A colour that a thin line needs: not only another hue, but lighter or darker than the paper."""
-    names = [name for name in _COLOURS if abs(luminance(PAINTS[name]) - luminance(paper)) > 45]
-    return context.rng.choice(names)
-
-
 def _frame(
-    canvas: Canvas,
-    context: Context,
-    data: Data,
-    colours: tuple[Colour, Colour],
-    grid: str,
-    horizontal: bool = False,
+    canvas: Canvas, context: Context, data: Data, colours: tuple[Colour, Colour], grid: str, horizontal: bool = False
 ) -> Plot:
-    """Draw title, axes, ticks, gridlines and labels; return where the values go."""
+    """Draw title, axes, ticks, grid lines and labels. Return the frame for the values."""
     paper, ink = colours
     face, edge = context.regular(context.rng.uniform(*((30, 36) if context.simple else (17, 22)))), context.pixels(10)
-    top = edge + _title(canvas, context, data.title, edge, ink)
-    highest, step = _scale(max(data.values))
+    top = float(edge)
+    if data.title:
+        bold = context.fit(data.title, canvas.width - 2 * edge, 28, bold=True)
+        canvas.text(data.title, canvas.width / 2, edge + bold.size / 2, bold, ink, "m")
+        top = edge + bold.size * 1.3
+    most = max(data.values)
+    step = next(step for step in (2, 5, 10, 20, 25) if most <= 5 * step)
+    highest = -(-most // step) * step
     row = face.size * 1.5
     if horizontal:
         left = edge + max(face.width(label) for label in data.labels) + edge
     else:
         left = edge if context.simple else edge + face.width(str(highest)) + edge
     room = canvas.width - left - edge - (0 if context.simple else face.width(str(highest)) / 2)
-    face = _narrowed(context, face, data.labels, room / len(data.labels) * 0.94) if not horizontal else face
+    if not horizontal:
+        widest = max(data.labels, key=face.width)
+        face = context.fit(widest, room / len(data.labels) * 0.94, face.size * 384 / context.size)
     plot = Plot(left, top + row, left + room, canvas.height - edge - row, highest, face, ink, horizontal)
-    if not context.simple:
-        _ticks(canvas, plot, step, (blend(paper, ink, 0.2), ink), grid)
+
+    for value in () if context.simple else range(0, highest + 1, step):
+        start, end = plot.place(0, value), plot.place(1, value)
+        if grid == "grid":
+            canvas.draw.line((*start, *end), fill=blend(paper, ink, 0.2))
+        if horizontal:
+            canvas.draw.line((start[0], plot.bottom, start[0], plot.bottom + 4), fill=ink)
+            canvas.text(str(value), start[0], plot.bottom + face.size * 0.8, face, ink, "m")
+        else:
+            canvas.draw.line((plot.left - 4, start[1], plot.left, start[1]), fill=ink)
+            canvas.text(str(value), plot.left - 7, start[1], face, ink, "r")
     canvas.draw.line((plot.left, plot.top, plot.left, plot.bottom, plot.right, plot.bottom), fill=ink, width=2)
-    _category_labels(canvas, plot, data.labels)
+    for number, label in enumerate(data.labels):
+        x, y = plot.place((number + 0.5) / len(data.labels), 0)
+        if horizontal:
+            region = canvas.text(label, plot.left - 7, y, face, ink, "r")
+        else:
+            region = canvas.text(label, x, plot.bottom + face.size * 0.85, face, ink, "m")
+        canvas.number(region, place=number + 1)
     return plot
 
 
-def _narrowed(context: Context, face: Font, labels: list[str], room: float) -> Font:
-    widest = max(labels, key=face.width)
-    return context.fit(widest, room, face.size * 384 / context.size)
+def _finish(
+    piece: str,
+    canvas: Canvas,
+    context: Context,
+    data: Data,
+    drawn: Sequence[Region],
+    printed: Sequence[Region | None],
+    layout: tuple[str, ...],
+) -> Drawing:
+    """Add numbers, questions and a caption to a chart.
 
-
-def _title(canvas: Canvas, context: Context, title: str, edge: int, ink: Colour) -> float:
-    if not title:
-        return 0
-    face = context.fit(title, canvas.width - 2 * edge, 28, bold=True)
-    canvas.text(title, canvas.width / 2, edge + face.size / 2, face, ink, "m")
-    return face.size * 1.3
-
-
-def _scale(most: int) -> tuple[int, int]:
-    """The axis' top value and the step of its ticks."""
-    step = next(step for step in (2, 5, 10, 20, 25) if most <= 5 * step)
-    return -(-most // step) * step, step
-
-
-def _ticks(canvas: Canvas, plot: Plot, step: int, colours: tuple[Colour, Colour], grid: str) -> None:
-    faint, ink = colours
-    for value in range(0, plot.highest + 1, step):
-        start, end = plot.place(0, value), plot.place(1, value)
-        if grid == "grid":
-            canvas.draw.line((*start, *end), fill=faint)
-        if plot.horizontal:
-            canvas.draw.line((start[0], plot.bottom, start[0], plot.bottom + 4), fill=ink)
-            canvas.text(str(value), start[0], plot.bottom + plot.face.size * 0.8, plot.face, ink, "m")
-        else:
-            canvas.draw.line((plot.left - 4, start[1], plot.left, start[1]), fill=ink)
-            canvas.text(str(value), plot.left - 7, start[1], plot.face, ink, "r")
-
-
-def _category_labels(canvas: Canvas, plot: Plot, labels: list[str]) -> None:
-    for number, label in enumerate(labels):
-        x, y = plot.place((number + 0.5) / len(labels), 0)
-        if plot.horizontal:
-            region = canvas.text(label, plot.left - 7, y, plot.face, plot.ink, "r")
-        else:
-            region = canvas.text(label, x, plot.bottom + plot.face.size * 0.85, plot.face, plot.ink, "m")
-        canvas.number(region, place=number + 1)
-
-
-def _bar(canvas: Canvas, plot: Plot, slot: tuple[int, int], value: int, fill: str, half: float) -> Region:
-    number, count = slot
-    first, last = (
-        plot.place((number + 0.5 - half) / count, 0),
-        plot.place((number + 0.5 + half) / count, value),
-    )
-    x0, x1 = sorted((round(first[0]), round(last[0])))
-    y0, y1 = sorted((round(first[1]), round(last[1])))
-    return canvas.bar(fill, PAINTS[fill], (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
-
-
-def _bar_value(
-    canvas: Canvas, plot: Plot, slot: tuple[int, int], value: int, fill: Colour, style: str
-) -> Region | None:
-    """Print a bar's value, unless it is to be read off the axis."""
-    if style == "axis":
-        return None
-    number, count = slot
-    x, y = plot.place((number + 0.5) / count, value)
-    text, gap = str(value), plot.face.size * 0.7
-    depth = abs(x - plot.left) if plot.horizontal else plot.bottom - y
-    inside = style == "inside" and depth > plot.face.width(text) + gap
-    ink = contrasting(fill) if inside else plot.ink
-    if plot.horizontal:
-        return canvas.text(text, x - gap / 2 if inside else x + gap / 2, y, plot.face, ink, "r" if inside else "l")
-    return canvas.text(text, x, y + gap if inside else y - gap, plot.face, ink, "m")
-
-
-def draw_line_chart(context: Context) -> Drawing:
-    """A line through three to six marked points."""
-    layout = marker, values, title, grid, frame = context.layout("line_chart")
-    data = _data(context, title, values)
-    paper, ink = context.colours(dark=0.12)
-    canvas = Canvas(*context.extent(0.55, 1.1), paper)
-    plot = _frame(canvas, context, data, (paper, ink), grid)
-    if frame == "closed":
-        canvas.draw.rectangle((plot.left, plot.top, plot.right, plot.bottom), outline=ink)
-    colour = _line_colour(context, paper)
-    points = [plot.place((number + 0.5) / len(data.values), value) for number, value in enumerate(data.values)]
-    canvas.draw.line(points, fill=PAINTS[colour], width=context.pixels(context.rng.randint(2, 4)), joint="curve")
-    markers = [_marker(canvas, context, point, marker, colour) for point in points]
-    shown: list[Region | None] = [None] * len(points)
-    for number, value in enumerate(data.values if values != "axis" else ()):
-        y = points[number][1] + plot.face.size * (0.95 if _valley(plot, points, number) else -0.95)
-        plate = paper if values == "boxed" else None
-        shown[number] = _point_value(canvas, plot, (points[number][0], y), str(value), plate)
-    _number(canvas, data, markers, shown)
-    drafts = [*_drafts(context.rng, data, "point", markers, shown), count(context.rng, "count.points", markers)]
-    return Drawing(canvas, _caption("line chart", data), drafts, layout, steepest=2.0)
-
-
-def _valley(plot: Plot, points: list[tuple[float, float]], number: int) -> bool:
-    """Whether the line rises from this point on balance and there is room below it for its value."""
-    around = [points[place][1] for place in (number - 1, number + 1) if 0 <= place < len(points)]
-    y = points[number][1]
-    return y - sum(around) / len(around) > 0 and y + 1.6 * plot.face.size < plot.bottom
-
-
-def _marker(canvas: Canvas, context: Context, point: tuple[float, float], marker: str, colour: str) -> Region:
-    side = context.pixels(11) // 2 * 2
-    x, y = round(point[0]) - side // 2, round(point[1]) - side // 2
-    return canvas.shape(marker, colour, jitter(context.rng, PAINTS[colour], 5), (x, y, x + side, y + side))
-
-
-def _point_value(canvas: Canvas, plot: Plot, point: tuple[float, float], text: str, plate: Colour | None) -> Region:
-    x, y = point
-    half, rise = plot.face.width(text) / 2 + 2, plot.face.capital / 2 + 3
-    if plate:
-        canvas.draw.rectangle((x - half, y - rise, x + half, y + rise), fill=plate, outline=plot.ink)
-    return canvas.text(text, x, y, plot.face, plot.ink, "m")
-
-
-def _number(canvas: Canvas, data: Data, pieces: Sequence[Region], shown: Sequence[Region | None]) -> None:
-    """Number a chart's bars or points, with their values, and these where they are printed."""
-    for place, (value, *regions) in enumerate(zip(data.values, pieces, shown, strict=True), start=1):
+    Args:
+        piece: "bar" or "point".
+        canvas, context, data, layout: The chart.
+        drawn: The bars or points.
+        printed: Their printed values, or None for values to be read off the axis.
+    """
+    rng = context.rng
+    for place, (value, *regions) in enumerate(zip(data.values, drawn, printed, strict=True), start=1):
         for region in filter(None, regions):
             canvas.number(region, place=place, value=value)
 
-
-def _caption(kind: str, data: Data) -> str:
-    title = f"title {data.title}. " if data.title else ""
-    pairs = ", ".join(f"{label} {value}" for label, value in zip(data.labels, data.values, strict=True))
-    return f"{kind}: {title}{pairs}."
-
-
-def _drafts(
-    rng: random.Random, data: Data, piece: str, pieces: Sequence[Region], shown: Sequence[Region | None]
-) -> list[Draft]:
-    """Values of labels, and the extremes where only one label has them; read where they are printed, else from the
-    bars or points."""
-    read = [drawn if text is None else text for drawn, text in zip(pieces, shown, strict=True)]
-    drafts = [
+    # A value is read from its printed number, or from its bar or point.
+    shown = [mark if text is None else text for mark, text in zip(drawn, printed, strict=True)]
+    drafts: list[Draft] = [
         ask(rng, "chart.value", str(value), label=label).read_from(region)
-        for label, value, region in zip(data.labels, data.values, read, strict=True)
+        for label, value, region in zip(data.labels, data.values, shown, strict=True)
     ]
     extremes: tuple[tuple[str, str, Callable[[list[int]], int]], ...] = (
         ("highest", "maximum", max),
         ("lowest", "minimum", min),
     )
-    for place, key, pick in extremes:
+    for name, key, pick in extremes:
         extreme = pick(data.values)
-        extremes_at = [region for value, region in zip(data.values, read, strict=True) if value == extreme]
+        extremes_at = [region for value, region in zip(data.values, shown, strict=True) if value == extreme]
         drafts.append(ask(rng, f"chart.{key}", str(extreme)).read_from(*extremes_at))
         if data.values.count(extreme) == 1:
-            drafts.append(ask(rng, f"chart.{piece}_{place}", data.labels[data.values.index(extreme)]))
-    return drafts + ([ask(rng, "chart.title", data.title)] if data.title else [])
+            drafts.append(ask(rng, f"chart.{piece}_{name}", data.labels[data.values.index(extreme)]))
+    if data.title:
+        drafts.append(ask(rng, "chart.title", data.title))
+    drafts.append(count(rng, f"count.{piece}s", drawn))
+
+    title = f"title {data.title}. " if data.title else ""
+    pairs = ", ".join(f"{label} {value}" for label, value in zip(data.labels, data.values, strict=True))
+    kind = "bar chart" if piece == "bar" else "line chart"
+    return Drawing(canvas, f"{kind}: {title}{pairs}.", drafts, layout, max_rotation=2.0)

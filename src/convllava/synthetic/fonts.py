@@ -1,6 +1,6 @@
-"""Fonts of the generated world: which families there are, which split owns them, where their characters lie.
+"""Fonts of the generated world: the families of each split, and the ink and advance of every character.
 
-The families ship in PyPI packages (`pip install "convllava[synthetic]"`), found without importing them.
+The families come from PyPI packages (`pip install "convllava[synthetic]"`), which are found without importing them.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 from convllava.synthetic.sample import CHARACTERS
 from convllava.synthetic.splits import split_of
 
 
 class Typeface(NamedTuple):
-    """A regular and a bold face that go together on a page: paths of font files."""
+    """Paths of the regular and bold font files of a page."""
 
     family: str
     regular: str
     bold: str
 
 
-# family -> (importable package, pairs of regular and bold file stems)
 FAMILIES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "Roboto": (
         "font_roboto",
@@ -59,6 +58,7 @@ FAMILIES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "Caladea": ("font_caladea", (("Caladea-Regular.ttf", "Caladea-Bold.ttf"),)),
     "Red Hat Display": ("font_rhd", (("RedHatDisplay-Medium.ttf", "RedHatDisplay-Bold.ttf"),)),
 }
+"""For each family its Python package, and pairs of a regular and a bold file in it."""
 HELDOUT_FAMILIES = ("Lato", "Caladea", "Red Hat Display")
 CLEAN_FAMILIES = ("Roboto", "Source Sans Pro", "Lato")
 SYSTEM_FOLDERS = ("/usr/share/fonts", "~/Library/Fonts", "/Library/Fonts", "C:\\Windows\\Fonts")
@@ -66,9 +66,10 @@ SYSTEM_FOLDERS = ("/usr/share/fonts", "~/Library/Fonts", "/Library/Fonts", "C:\\
 
 @lru_cache
 def typefaces(split: str, clean: bool = False, system: bool = False) -> tuple[Typeface, ...]:
-    """The typefaces of a split: one or two plain ones if `clean`, those of the machine besides if `system`.
+    """Return the typefaces of a split: one or two plain ones if `clean`; also those of this machine if `system`.
 
-    Raises InputError when a font package is missing.
+    Raises:
+        ConfigError: if a font package is missing.
     """
     names = [name for name in FAMILIES if (name in HELDOUT_FAMILIES) == (split == "heldout")]
     if clean:
@@ -85,7 +86,7 @@ def _packaged(family: str) -> tuple[Typeface, ...]:
     folders = [Path(folder) / "files" for folder in (spec.submodule_search_locations or () if spec else ())]
     paths = [[folder / name for name in pair] for folder in folders[:1] for pair in pairs]
     if not paths or not all(path.exists() for pair in paths for path in pair):
-        raise InputError(f'synthetic world: font {family} is not installed; run pip install "convllava[synthetic]"')
+        raise ConfigError(f'synthetic world: font {family} is not installed; run pip install "convllava[synthetic]"')
     return tuple(Typeface(family, str(regular), str(bold)) for regular, bold in paths)
 
 
@@ -94,31 +95,33 @@ def _system() -> tuple[Typeface, ...]:
     folders = [Path(folder).expanduser() for folder in SYSTEM_FOLDERS]
     paths = sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("*.[to]tf"))
     found = [Typeface(family, str(path), str(path)) for path in paths if (family := _legible_family(path))]
-    # A packaged family keeps its split, whatever copies of it the machine has.
+    # A family of the packages keeps its split, even if this machine has copies of it.
     return tuple(typeface for typeface in found if not typeface.family.startswith(tuple(FAMILIES)))
 
 
 def _legible_family(path: Path) -> str:
-    """The family of a font file if it prints every one of CHARACTERS as something of its own, or else ""."""
+    """Return the family of a font file, or "" if the font has no glyph for one of `CHARACTERS`."""
+
+    def picture(char: str) -> bytes:
+        image = Image.new("L", (48, 48))
+        ImageDraw.Draw(image).text((4, 36), char, 255, face, anchor="ls")
+        return image.tobytes()
+
     try:
         face = ImageFont.truetype(str(path), 24, layout_engine=ImageFont.Layout.BASIC)
-        pictures = [_picture(face, char) for char in CHARACTERS]
-        lacking = _picture(face, "\U000f0000") in pictures or not all(map(any, pictures))
+        pictures = [picture(char) for char in CHARACTERS]
+        is_complete = picture("\U000f0000") not in pictures and all(map(any, pictures))  # the glyph for missing ones
     except OSError:
         return ""
-    return "" if lacking else str(face.getname()[0])
-
-
-def _picture(face: ImageFont.FreeTypeFont, char: str) -> bytes:
-    image = Image.new("L", (48, 48))
-    ImageDraw.Draw(image).text((4, 36), char, 255, face, anchor="ls")
-    return image.tobytes()
+    return str(face.getname()[0]) if is_complete else ""
 
 
 class Font:
-    """One face at one size, with the ink and the advances of characters remembered.
+    """One face at one size. It caches the ink and the advance of each character.
 
-    `capital` is the height of a capital letter and `size` the nominal size, both in pixels.
+    Attributes:
+        size: Nominal size in pixels.
+        capital: Height of a capital letter in pixels.
     """
 
     def __init__(self, path: str, size: int) -> None:
@@ -129,7 +132,7 @@ class Font:
         self._steps: dict[tuple[str, str], float] = {}
 
     def mask(self, char: str) -> tuple[Image.Image, tuple[int, int]]:
-        """The inked pixels of `char` (mode "L") and their corner as seen from its origin."""
+        """Return the ink of `char` (mode "L") and the offset of its top left corner from the origin."""
         if char not in self._masks:
             margin = self.size
             image = Image.new("L", (3 * margin, 3 * margin))
@@ -139,32 +142,32 @@ class Font:
         return self._masks[char]
 
     def step(self, char: str, following: str) -> float:
-        """How far the origin moves from `char` to `following`, kerning included."""
+        """Return the advance from `char` to `following` in pixels, with kerning."""
         pair = (char, following)
         if pair not in self._steps:
             self._steps[pair] = self.face.getlength(char + following) - self.face.getlength(following)
         return self._steps[pair]
 
     def origins(self, text: str) -> list[float]:
-        """Where each character of `text` starts, and at last where `text` ends, in pixels from its start."""
+        """Return the start of each character and the end of the text, in pixels from its start."""
         places = [0.0]
         for char, following in zip(text, text[1:] + " ", strict=True):
             places.append(places[-1] + self.step(char, following))
         return places
 
     def width(self, text: str) -> float:
-        """The advance of `text` in pixels."""
+        """Return the width of `text` in pixels."""
         return self.origins(text)[-1]
 
 
 @lru_cache(maxsize=512)
 def font(path: str, size: int) -> Font:
-    """The face of file `path` at `size` pixels; shared, since opening one costs more than drawing with it."""
+    """Return the face of a font file at `size` pixels. It is cached: opening a font costs more than drawing with it."""
     return Font(path, size)
 
 
 def font_size(pixels: float) -> int:
-    """`pixels` on a coarse ladder of sizes, which keeps the number of open faces small; never below 15."""
+    """Round a size to one of few steps, so that few faces are open. The smallest is 15."""
     size = max(15, round(pixels))
     step = 1 if size < 20 else 2 if size < 40 else 4 if size < 80 else 8
     return size // step * step

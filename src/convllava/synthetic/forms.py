@@ -1,16 +1,15 @@
-"""Forms and tables: labelled fields and cells, with questions about what they state."""
+"""Forms and tables: labelled fields and cells, with questions about their content."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from convllava.synthetic.canvas import Canvas, PageFullError, Region
+from convllava.synthetic.canvas import Canvas, Colour, PageFullError, Region
 from convllava.synthetic.fonts import Font
-from convllava.synthetic.palette import Colour, blend, contrasting
-from convllava.synthetic.questions import FORM_TITLES, ORDINALS, SIZES, STATUSES, TABLE_TITLES, Draft, ask, count
+from convllava.synthetic.questions import FORM_TITLES, ORDINALS, SIZES, STATUSES, TABLE_TITLES, ask, count
 from convllava.synthetic.sample import Box
-from convllava.synthetic.style import Context, Drawing
+from convllava.synthetic.style import Context, Drawing, blend, contrasting
 from convllava.synthetic.words import cents, code, date, money
 
 _RANGES = {"Qty": (1, 99), "Stock": (0, 500), "Year": (1950, 2029), "Score": (0, 100), "Age": (1, 99)}
@@ -18,7 +17,7 @@ _CELLS = ("Price", "Code", "Size", "Room", *_RANGES)
 
 
 def draw_form(context: Context) -> Drawing:
-    """Three to five labelled fields with their values."""
+    """Draw three to five labelled fields with their values."""
     layout = labels, title, colon, line = context.layout("form")
     rng = context.rng
     paper, ink = context.colours(dark=0.08)
@@ -34,13 +33,17 @@ def draw_form(context: Context) -> Drawing:
         label = name + (":" if colon == "colon" else "")
         box = (edge, top + row * room, canvas.width - edge, top + (row + 1) * room)
         regions.append(_print_field(canvas, context, box, (label, value), (labels, line), (face, ink)))
+    drafts = [ask(rng, "field.value", value, label=name.lower()) for name, value in fields]
+    drafts += [
+        ask(rng, "ground.thing", region, thing=name.lower()) for (name, _), region in zip(fields, regions, strict=True)
+    ]
+    drafts += [ask(rng, "read.title", heading)] if heading else []
     named = f"title {heading}. " if heading else ""
-    caption = f"form: {named}{'. '.join(f'{name} {value}' for name, value in fields)}."
-    return Drawing(canvas, caption, _form_drafts(rng, heading, fields, regions), layout)
+    return Drawing(canvas, f"form: {named}{'. '.join(f'{name} {value}' for name, value in fields)}.", drafts, layout)
 
 
 def _print_heading(canvas: Canvas, context: Context, heading: str, edge: int, align: str, ink: Colour) -> float:
-    """Print a title, if any, and return the height it takes."""
+    """Print a title, if there is one. Return the height that it takes."""
     if not heading:
         return 0
     face = context.fit(heading, canvas.width - 2 * edge, 32, bold=True)
@@ -50,7 +53,7 @@ def _print_heading(canvas: Canvas, context: Context, heading: str, edge: int, al
 
 
 def _form_fields(context: Context) -> list[tuple[str, str]]:
-    """Three to five different field names with values, always in the same order."""
+    """Return three to five different field names with values, always in the same order."""
     rng = context.rng
     digits = rng.choice(("555-####", "(0##) ####", "+## ### ###", "0## ######"))
     name = f"{context.word('name', 7)} {context.word('surname', 8)}"
@@ -101,17 +104,9 @@ def _print_field(
     return canvas.text(value, x, y, face, ink)
 
 
-def _form_drafts(rng: random.Random, heading: str, fields: list[tuple[str, str]], regions: list[Region]) -> list[Draft]:
-    drafts = [ask(rng, "field.value", value, label=name.lower()) for name, value in fields]
-    drafts += [
-        ask(rng, "ground.thing", region, thing=name.lower()) for (name, _), region in zip(fields, regions, strict=True)
-    ]
-    return drafts + ([ask(rng, "read.title", heading)] if heading else [])
-
-
 @dataclass(frozen=True)
 class Grid:
-    """Where the cells of a table lie: edges of `columns`, and `rows` rows from `top` down."""
+    """The cells of a table: the edges of its columns, and `rows` rows of equal height from `top` down."""
 
     columns: list[float]
     top: float
@@ -119,12 +114,12 @@ class Grid:
     rows: int
 
     def y(self, row: float) -> float:
-        """The upper edge of `row`, which may lie between two rows."""
+        """Return the upper edge of a row; with a fraction, a height inside the row."""
         return self.top + row * self.height
 
 
 def draw_table(context: Context) -> Drawing:
-    """A header and two to five rows of two to four columns, the first of which names the row."""
+    """Draw a header and two to five rows of two to four columns. The first column names the row."""
     layout = ruling, header, align, title = context.layout("table")
     rng = context.rng
     paper, ink = context.colours(dark=0.08)
@@ -132,26 +127,43 @@ def draw_table(context: Context) -> Drawing:
     edge = context.pixels(rng.randint(10, 20))
     heading = rng.choice(TABLE_TITLES) if title == "top" else ""
     top = edge + _print_heading(canvas, context, heading, edge, "left", ink)
-    rows = _table_rows(context)
-    grid, faces = _fit_table(canvas, context, rows, edge, top)
-    _rule_table(canvas, grid, (ruling, header), ink)
-    regions = _print_cells(canvas, grid, rows, (header, align), faces, ink)
-    named = f"title {heading}. " if heading else ""
-    caption = f"table: {named}{'; '.join(', '.join(row) for row in rows)}."
-    return Drawing(canvas, caption, _table_drafts(rng, heading, rows, regions[1:]), layout)
-
-
-def _table_rows(context: Context) -> list[list[str]]:
-    """The header and the rows below it."""
-    rng = context.rng
     first, role = rng.choice((("Item", "item"), ("Name", "name"), ("City", "city"), ("Item", "noun")))
     chosen = rng.sample(_CELLS, rng.randint(1, 3))
-    names = context.words(rng.randint(2, 5), role)
-    return [[first, *chosen], *([name, *(_cell(rng, column) for column in chosen)] for name in names)]
+    body = [[name, *(_cell(rng, column) for column in chosen)] for name in context.words(rng.randint(2, 5), role)]
+    rows = [[first, *chosen], *body]
+    grid, faces = _fit_table(canvas, context, rows, edge, top)
+    _rule_table(canvas, grid, ruling, header, ink)
+
+    regions: list[Region] = []  # of the first cell of each row
+    for number, row in enumerate(rows):
+        face = faces[1] if number == 0 else faces[0]
+        colour = contrasting(ink) if number == 0 and header == "dark" else ink
+        for column, text in enumerate(row):
+            left, right, pad = grid.columns[column], grid.columns[column + 1], face.size * 0.4
+            places = {"left": (left + pad, "l"), "centre": ((left + right) / 2, "m"), "right": (right - pad, "r")}
+            x, anchor = places["left" if column == 0 else align]
+            region = canvas.text(text, x, grid.y(number + 0.5), face, colour, anchor)
+            canvas.number(region, row=number, place=column + 1)
+            if column == 0:
+                regions.append(region)
+
+    drafts = [
+        ask(rng, "table.cell", text, column=column.lower(), row=row[0])
+        for row in body
+        for column, text in zip(chosen, row[1:], strict=True)
+    ]
+    place = rng.randrange(len(rows[0]))
+    drafts.append(ask(rng, "table.header", rows[0][place], ordinal=ORDINALS[place], number=str(place + 1)))
+    place = rng.randrange(len(body))
+    drafts.append(ask(rng, "table.first", body[place][0], ordinal=ORDINALS[place], number=str(place + 1)))
+    drafts.append(count(rng, "count.rows", regions[1:]))
+    drafts += [ask(rng, "read.title", heading)] if heading else []
+    named = f"title {heading}. " if heading else ""
+    return Drawing(canvas, f"table: {named}{'; '.join(', '.join(row) for row in rows)}.", drafts, layout)
 
 
 def _cell(rng: random.Random, column: str) -> str:
-    """Something to stand under the header `column`."""
+    """Return a random value for a column."""
     if column == "Price":
         return money(cents(rng))
     if column == "Code":
@@ -166,14 +178,15 @@ def _cell(rng: random.Random, column: str) -> str:
 def _fit_table(
     canvas: Canvas, context: Context, rows: list[list[str]], edge: int, top: float
 ) -> tuple[Grid, tuple[Font, Font]]:
-    """The cells, and the regular and bold faces in which they fit, of a chosen size or below."""
+    """Return cells that fit the page, and the regular and bold faces: of a random size, or smaller if necessary."""
     rng = context.rng
     size = min(rng.uniform(17, 34), (canvas.height - edge - top) / len(rows) / 1.5 * 384 / context.size)
     while True:
         face, bold = context.regular(size), context.bold(size)
-        needs = [bold.width(column[0] + "  ") + face.size for column in zip(*rows, strict=True)]
-        texts = [max(face.width(text) for text in column) + face.size for column in zip(*rows, strict=True)]
-        needs = [max(pair) for pair in zip(needs, texts, strict=True)]
+        needs = [
+            max(bold.width(column[0] + "  "), *map(face.width, column)) + face.size
+            for column in zip(*rows, strict=True)
+        ]
         spare = canvas.width - 2 * edge - sum(needs)
         height = min((canvas.height - edge - top) / len(rows), face.size * rng.uniform(1.6, 2.8))
         if spare >= 0 and height >= face.size * 1.3:
@@ -187,8 +200,7 @@ def _fit_table(
     return Grid(columns, top + rng.uniform(0, free), height, len(rows)), (face, bold)
 
 
-def _rule_table(canvas: Canvas, grid: Grid, style: tuple[str, str], ink: Colour) -> None:
-    ruling, header = style
+def _rule_table(canvas: Canvas, grid: Grid, ruling: str, header: str, ink: Colour) -> None:
     left, right = grid.columns[0], grid.columns[-1]
     for row in range(2, grid.rows, 2) if ruling == "striped" else ():
         canvas.draw.rectangle((left, grid.y(row), right, grid.y(row + 1)), fill=blend(canvas.background, ink, 0.12))
@@ -200,47 +212,3 @@ def _rule_table(canvas: Canvas, grid: Grid, style: tuple[str, str], ink: Colour)
         canvas.draw.line((left, grid.y(row), right, grid.y(row)), fill=ink)
     for x in grid.columns if ruling == "grid" else ():
         canvas.draw.line((x, grid.y(0), x, grid.y(grid.rows)), fill=ink)
-
-
-def _print_cells(
-    canvas: Canvas,
-    grid: Grid,
-    rows: list[list[str]],
-    style: tuple[str, str],
-    faces: tuple[Font, Font],
-    ink: Colour,
-) -> list[Region]:
-    """Print the table; the first cell of each row."""
-    header, align = style
-    firsts = []
-    for number, row in enumerate(rows):
-        face = faces[1] if number == 0 else faces[0]
-        colour = contrasting(ink) if number == 0 and header == "dark" else ink
-        for column, text in enumerate(row):
-            left, right, pad = grid.columns[column], grid.columns[column + 1], face.size * 0.4
-            places = {
-                "left": (left + pad, "l"),
-                "centre": ((left + right) / 2, "m"),
-                "right": (right - pad, "r"),
-            }
-            x, anchor = places["left" if column == 0 else align]
-            region = canvas.text(text, x, grid.y(number + 0.5), face, colour, anchor)
-            canvas.number(region, row=number, place=column + 1)
-            if column == 0:
-                firsts.append(region)
-    return firsts
-
-
-def _table_drafts(rng: random.Random, heading: str, rows: list[list[str]], regions: list[Region]) -> list[Draft]:
-    header, *body = rows
-    drafts = [
-        ask(rng, "table.cell", text, column=column.lower(), row=row[0])
-        for row in body
-        for column, text in zip(header[1:], row[1:], strict=True)
-    ]
-    place = rng.randrange(len(header))
-    drafts.append(ask(rng, "table.header", header[place], ordinal=ORDINALS[place], number=str(place + 1)))
-    place = rng.randrange(len(body))
-    drafts.append(ask(rng, "table.first", body[place][0], ordinal=ORDINALS[place], number=str(place + 1)))
-    drafts.append(count(rng, "count.rows", regions))
-    return drafts + ([ask(rng, "read.title", heading)] if heading else [])

@@ -1,15 +1,25 @@
-"""Glyph sheets: pages densely covered with words, lone characters and shapes, for dense pre-training."""
+"""Glyph sheets: pages densely covered with words, single characters and shapes, for dense pre-training."""
 
 from __future__ import annotations
 
 import random
 
-from convllava.synthetic.canvas import Canvas
+from convllava.synthetic.canvas import Canvas, Colour
 from convllava.synthetic.fonts import font, typefaces
-from convllava.synthetic.palette import BLACK, INKS, PAPERS, VIVID, Colour, contrasting, is_visible, jitter, paint
 from convllava.synthetic.questions import SIMPLE_ITEMS
 from convllava.synthetic.sample import CHARACTERS, COLOURS
-from convllava.synthetic.style import Context, Drawing
+from convllava.synthetic.style import (
+    BLACK,
+    INKS,
+    PAPERS,
+    VIVID,
+    Context,
+    Drawing,
+    contrasting,
+    is_visible,
+    jitter,
+    paint,
+)
 from convllava.synthetic.words import DAYS, MONTHS, cents, code, date, money
 
 _SIZES = (12, 14, 15, 16, 16, 18, 18, 20, 22, 24, 24, 28, 32, 36, 44, 56, 72)
@@ -18,10 +28,10 @@ _ROLES = ("item", "name", "noun", "adjective", "city", "surname")
 
 
 def draw_sheet(context: Context) -> Drawing:
-    """Bands of text from edge to edge, each in its own size, face and colours, shapes among the words."""
+    """Draw bands of text from edge to edge, each in its own size, face and colours, with shapes among the words."""
     rng = context.rng
     canvas = Canvas(*context.extent(0.5, 2.0), rng.choice(PAPERS))
-    faces = typefaces(context.split, context.simple, context.system)
+    faces = typefaces(context.split, context.simple, context.system_fonts)
     sizes = _SIZES_SIMPLE if context.simple else _SIZES
     y, used = 0, set()
     while canvas.height - y >= max(20, 1.4 * sizes[0]):
@@ -33,10 +43,10 @@ def draw_sheet(context: Context) -> Drawing:
 
 
 def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int:
-    """Fill one band with pieces, left to right; return its height."""
+    """Fill one band from left to right and return its height."""
     rng, face = context.rng, font(path, size)
     height = min(round(size * rng.uniform(1.3, 1.7)), canvas.height - y)
-    paper, ink = _clean_colours(rng) if context.simple else _colours(rng)
+    paper, ink = _colours(rng, context.simple)
     canvas.draw.rectangle((0, y, canvas.width, y + height), fill=paper)
     x = rng.randint(3, 10)
     while x < canvas.width - size:
@@ -45,21 +55,21 @@ def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int
             continue
         text = _text(context)
         if x + face.width(text) > canvas.width - 6:
-            # Part of a word may be a word of the other split.
+            # Do not cut words: a part of a word could be a word of the other split.
             text = "".join(rng.choices("0123456789" if context.simple else CHARACTERS, k=len(text)))
         while text and x + face.width(text) > canvas.width - 6:
             text = text[:-1].rstrip(" ")
         if not text:
             break
         if rng.random() < 0.15:
-            ink = _ink(rng, paper)
+            ink = rng.choice(INKS) if contrasting(paper) == BLACK else rng.choice(PAPERS)
         canvas.text(text, x, y + height / 2, face, ink)
         x += round(face.width(text) + size * rng.uniform(0.25, 1.0))
     return height
 
 
 def _shape(canvas: Canvas, context: Context, corner: tuple[int, int], height: int, paper: Colour) -> int:
-    """Put a shape into a band if there is room; return the width it takes."""
+    """Draw a shape in a band if there is room. Return the width to move on."""
     rng = context.rng
     side = round((height - 4) * rng.uniform(0.6, 1.0))
     x, y = corner[0], corner[1] + (height - side) // 2
@@ -71,7 +81,7 @@ def _shape(canvas: Canvas, context: Context, corner: tuple[int, int], height: in
 
 
 def _text(context: Context) -> str:
-    """A word in any case, an invention, a number, a code, or a run of arbitrary characters."""
+    """Return a word in any case, an invented word, a number, a code, or a run of arbitrary characters."""
     rng = context.rng
     chance = rng.random()
     if context.simple:
@@ -89,20 +99,14 @@ def _text(context: Context) -> str:
     return "".join(rng.choices(CHARACTERS, k=rng.randint(2, 9)))
 
 
-def _clean_colours(rng: random.Random) -> tuple[Colour, Colour]:
-    return rng.choice(PAPERS), rng.choice(INKS)
-
-
-def _colours(rng: random.Random) -> tuple[Colour, Colour]:
+def _colours(rng: random.Random, simple: bool) -> tuple[Colour, Colour]:
+    """Choose the background and the ink of a band."""
+    if simple:
+        return rng.choice(PAPERS), rng.choice(INKS)
     chance = rng.random()
     if chance < 0.55:
         return jitter(rng, rng.choice(PAPERS)), rng.choice(INKS)
     if chance < 0.75:
         return jitter(rng, rng.choice(INKS)), rng.choice(PAPERS)
-    paint = jitter(rng, rng.choice(VIVID))
-    return paint, contrasting(paint)
-
-
-def _ink(rng: random.Random, paper: Colour) -> Colour:
-    """Another ink that reads well on `paper`."""
-    return rng.choice(INKS) if contrasting(paper) == BLACK else rng.choice(PAPERS)
+    vivid = jitter(rng, rng.choice(VIVID))
+    return vivid, contrasting(vivid)

@@ -1,4 +1,4 @@
-"""Every question the world asks, in several wordings, and the closed vocabulary of questions and labels."""
+"""Every question of the world, in several wordings, and the closed vocabulary of questions and labels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from functools import lru_cache
 
 from convllava.synthetic.canvas import Canvas, Region
 from convllava.synthetic.sample import COLOURS, POSITIONS, SHAPES, Turn, box_text
-from convllava.synthetic.sections import sections
-from convllava.synthetic.words import DAYS, MONTHS, QUARTERS
+from convllava.synthetic.words import DAYS, MONTHS, QUARTERS, sections
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 FIELDS = ("Name", "Date", "City", "Phone", "Code", "Amount", "Age", "Order", "Room", "Score", "Status")
@@ -44,8 +43,10 @@ _GLUE = """a an the at of and object objects sign paragraph title receipt date t
 
 @dataclass(frozen=True)
 class Draft:
-    """A question; its answer may be a region, whose box is known only when the picture is finished, as are those of
-    what it is read from."""
+    """A question about a page that is not finished.
+
+    The answer can be a region: its box, and those of the evidence, are only known after the page was rotated.
+    """
 
     task: str
     question: str
@@ -53,57 +54,46 @@ class Draft:
     evidence: tuple[Region, ...] = ()
 
     def read_from(self, *regions: Region) -> Draft:
-        """The same, told what the answer is read from."""
+        """Return the same question with the regions that show its answer."""
         return replace(self, evidence=regions)
 
     def turn(self, canvas: Canvas) -> Turn:
-        """The finished turn, a region answered by its box as `canvas` stands."""
+        """Return the turn on the finished page. If the answer is a region, it becomes the text of its box."""
         answer = self.answer
         if not isinstance(answer, str):
-            answer = box_text(canvas.where(answer), canvas.width, canvas.height)
-        return Turn(self.task, self.question, answer, tuple(map(canvas.mark, self.evidence)))
+            answer = box_text(canvas.box_of(answer), canvas.width, canvas.height)
+        return Turn(self.task, self.question, answer, tuple(map(canvas.first_box, self.evidence)))
 
 
 def ask(rng: random.Random, key: str, answer: str | Region, **names: str) -> Draft:
-    """One wording of the question `key` (a key of TEMPLATES) with its blanks filled by `names`."""
+    """Choose a wording of the question `key` (a key of `TEMPLATES`) and fill its placeholders with `names`."""
     return Draft(key.split(".")[0], rng.choice(TEMPLATES[key]).format(**names), answer)
 
 
 def count(rng: random.Random, key: str, regions: Iterable[Region], **names: str) -> Draft:
-    """As `ask`, for how many the regions are."""
+    """Ask with `ask` for the number of regions."""
     counted = tuple(regions)
     return ask(rng, key, str(len(counted)), **names).read_from(*counted)
 
 
 def plural(shape: str) -> str:
-    """The plural of a shape's name."""
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape == "cross" else "s")
 
 
 @lru_cache
 def closed_words() -> frozenset[str]:
-    """The words, in lower case, that the world itself brings: see `closed_vocabulary`."""
+    """Return the words of `closed_vocabulary` as a set."""
     wordings = [re.sub(r"{\w+}", " ", template) for templates in TEMPLATES.values() for template in templates]
-    labels = [
-        *ORDINALS,
-        *FIELDS,
-        *COLUMNS,
-        *SIZES,
-        *STATUSES,
-        *TOTALS,
-        *RECEIPT_LABELS,
-        *FORM_TITLES,
-        *CHART_TITLES,
-        *TABLE_TITLES,
-        *SIMPLE_ITEMS,
-    ]
+    labels = [*ORDINALS, *FIELDS, *COLUMNS, *SIZES, *STATUSES, *TOTALS, *RECEIPT_LABELS, *SIMPLE_ITEMS]
+    titles = [*FORM_TITLES, *CHART_TITLES, *TABLE_TITLES]
     names = [*COLOURS, *SHAPES, *map(plural, SHAPES), *POSITIONS, *MONTHS, *DAYS, *QUARTERS]
-    return frozenset(re.findall(r"[a-z]+", " ".join([*wordings, *labels, *names, _GLUE]).lower()))
+    return frozenset(re.findall(r"[a-z]+", " ".join([*wordings, *labels, *titles, *names, _GLUE]).lower()))
 
 
 def closed_vocabulary() -> tuple[str, ...]:
-    """The sorted lower-case words of questions, captions, labels, colours, shapes, places and dates.
+    """Return the sorted lower-case words of questions, captions, labels, colours, shapes, positions and dates.
 
-    None of them is an open word (a name, an item, an invention): those only occur as what there is to read.
+    None of them is an open word (a name, an item or an invented word). Open words only occur as text to read.
     """
     return tuple(sorted(closed_words()))

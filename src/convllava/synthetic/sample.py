@@ -1,4 +1,4 @@
-"""What a generated sample is: the picture, its caption, its questions, and where everything lies."""
+"""One generated sample: the picture, its caption, its questions, and the boxes of everything on it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,21 @@ CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "hexagon")
 SIMPLE_SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white")
-POSITIONS = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "centre",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
+POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 TASKS = ("shape", "colour", "position", "count", "read", "field", "table", "chart", "ground")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its only right answer; also boxes of what it is read from, where that is not where the answer is
-    printed, or not only: of each thing that a question counts (the thing's own, or that of the first character of a
-    word, line or row), and of the bar, the point or the number that shows a chart's value."""
+    """One question and its only correct answer.
+
+    Attributes:
+        task: One of `TASKS`.
+        question, answer: The texts.
+        evidence: Boxes that show the answer if it is not printed as such: for a count, the box of each counted thing
+            (or of the first character of each counted word, line or row); for a value of a chart, its bar, point or
+            printed number. Empty for all other questions.
+    """
 
     task: str
     question: str
@@ -42,8 +38,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Glyph:
-    """One printed non-space character, the box of its ink, and whether it begins a word, being behind a space or the
-    first of what was printed at once: how wide a space looks differs too much between fonts to tell it by."""
+    """One printed character that is not a space.
+
+    Attributes:
+        char: The character.
+        box: Box of its ink, in pixels.
+        begins: True for the first character of a word. The width of the gap before it would not show this reliably,
+            because fonts differ too much.
+    """
 
     char: str
     box: Box
@@ -52,7 +54,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape; a bar of a chart has the shape "bar"."""
+    """One drawn shape and its box in pixels. A bar of a chart has the shape "bar"."""
 
     shape: str
     colour: str
@@ -61,14 +63,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Numbered:
-    """A printed or drawn piece that has a number on its page, and its box.
+    """A printed or drawn piece that has a number on its page. All numbers start at 1; 0 means that it has none.
 
     Attributes:
-        box: Of its ink.
-        row: Of the lines that are counted, or of a table's rows below the header, from 1; 0, of none.
-        place: Of the words of its line or of a sign, of a table's columns, of a chart's bars or points, or of a scene's
-            things, from 1; 0, of none.
-        value: That a chart shows there; 0, none.
+        box: Box of its ink, in pixels.
+        row: Number of its line, or of its table row (the header is 0).
+        place: Number of a word in its line or sign, of a table's column, of a chart's bar or point, or of a scene's
+            thing.
+        value: The value that a chart shows there.
     """
 
     box: Box
@@ -79,11 +81,19 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated picture with everything that is known about it.
+    """One generated picture and everything that is known about it. All boxes are in pixels of `image`.
 
-    `image` is RGB; every box is in its pixels. `caption` describes the picture or transcribes it in reading
-    order. `numbered` are the pieces that questions name by a number, or count. `layout` holds the discrete choices of
-    arrangement and `fonts` the font families, both of which the splits keep apart.
+    Attributes:
+        index: Its number in the world.
+        kind: Kind of page, such as "receipt".
+        image: The picture, RGB.
+        caption: Description of a scene, or transcription of a page in reading order.
+        turns: Questions and answers.
+        glyphs: All printed characters.
+        things: All drawn shapes.
+        numbered: The pieces that questions count or name by a number.
+        layout: The discrete choices of its arrangement; the splits share none.
+        fonts: The font families on it; the splits share none.
     """
 
     index: int
@@ -99,22 +109,22 @@ class Sample:
 
 
 def box_text(box: Box, width: float, height: float) -> str:
-    """The box as the model reads and writes it: "[0.12, 0.34, 0.50, 0.60]".
+    """Write a box as the model reads and writes it: "[0.12, 0.34, 0.50, 0.60]".
 
-    `box` is in pixels of an image of `width` x `height`; the numbers are shares of its sides, 0.00 to 0.99.
+    The box is in pixels of an image of `width` x `height`; the written numbers are shares of its sides, 0.00 to 0.99.
     """
     fractions = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
     return "[" + ", ".join(f"{min(max(fraction, 0.0), 0.99):.2f}" for fraction in fractions) + "]"
 
 
 def union(boxes: Iterable[Box]) -> Box:
-    """The smallest box around `boxes`, of which there must be one at least."""
+    """Return the smallest box around one or more boxes."""
     x0, y0, x1, y1 = zip(*boxes, strict=True)
     return min(x0), min(y0), max(x1), max(y1)
 
 
 def position_of(box: Box, width: float, height: float) -> str:
-    """Which cell of a 3x3 grid over the picture holds the centre of `box`: one of `POSITIONS`."""
+    """Return which cell of a 3x3 grid over the picture holds the centre of the box: one of `POSITIONS`."""
     column = min(int(3 * (box[0] + box[2]) / 2 / width), 2)
     row = min(int(3 * (box[1] + box[3]) / 2 / height), 2)
     return POSITIONS[3 * row + column]

@@ -1,4 +1,4 @@
-"""What keeps the train and held-out worlds apart: a stable digest of whatever is printed or arranged."""
+"""The two splits of the world. A stable digest of every word and every layout decides which split owns it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import lru_cache
 SPLITS = ("train", "heldout")
 HELDOUT_PERCENT = 18
 
-# The discrete choices that make an arrangement, kind by kind; a split owns whole combinations of them.
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "scene": {
         "background": ("plain", "gradient", "texture"),
@@ -64,17 +63,18 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ticket": {"align": ("left", "spread"), "gap": ("narrow", "even", "wide"), "rule": ("none", "solid")},
 }
+"""The discrete choices of each kind of page. A combination of choices is a layout, which one split owns."""
 
 
 @lru_cache(maxsize=1 << 16)
 def split_of(category: str, text: str) -> str:
-    """The split that owns `text`, the same on every machine: about 18 % of each category is held out."""
+    """Return the split that owns `text`, the same on every machine. About 18 % of each category is held out."""
     digest = hashlib.blake2b(f"{category}:{text}".encode(), digest_size=4).digest()
     return "heldout" if int.from_bytes(digest, "big") % 100 < HELDOUT_PERCENT else "train"
 
 
 @lru_cache
 def layouts(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
-    """Every arrangement of `kind` that `split` owns: tuples of choices in the order of `OPTIONS[kind]`."""
+    """Return every layout of `kind` that `split` owns: tuples of choices in the order of `OPTIONS[kind]`."""
     combinations = itertools.product(*OPTIONS[kind].values())
     return tuple(choice for choice in combinations if split_of(f"layout.{kind}", "/".join(choice)) == split)

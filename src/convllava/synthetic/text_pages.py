@@ -1,42 +1,65 @@
-"""Pages of free text: signs and paragraphs, with questions that have them read."""
+"""Pages of free text: signs and paragraphs, with questions about what they say."""
 
 from __future__ import annotations
 
 import random
 
-from convllava.synthetic.canvas import Canvas, Region
+from convllava.synthetic.canvas import Canvas, Colour, Region
 from convllava.synthetic.fonts import Font
-from convllava.synthetic.palette import VIVID, WALLS, Colour, contrasting, jitter
 from convllava.synthetic.questions import ORDINALS, Draft, ask, count
-from convllava.synthetic.style import Context, Drawing
+from convllava.synthetic.style import VIVID, WALLS, Context, Drawing, contrasting, jitter
 from convllava.synthetic.words import code
 
 
 def draw_sign(context: Context) -> Drawing:
-    """A coloured board with one to three lines of large text."""
-    layout = board, align, tone, count = context.layout("sign")
-    rng = context.rng
-    canvas = Canvas(
-        *context.extent(0.42 + 0.12 * int(count), 0.8 + 0.2 * int(count)), jitter(rng, rng.choice(WALLS), 20)
-    )
-    paint, ink = _sign_colours(context, tone)
-    edge = _paint_board(canvas, context, board, paint, ink)
-    lines = [_sign_line(context) for _ in range(int(count))]
-    regions = _print_sign(canvas, context, [" ".join(line) for line in lines], edge, align, ink)
-    canvas.number_words([" ".join(line) for line in lines], regions, through=True)
-    caption = f"sign: {' '.join(word for line in lines for word in line)}."
-    return Drawing(canvas, caption, _sign_drafts(canvas, rng, lines, regions), layout)
-
-
-def _sign_colours(context: Context, tone: str) -> tuple[Colour, Colour]:
+    """Draw a coloured board with one to three lines of large text."""
+    layout = board, align, tone, number = context.layout("sign")
+    rng, rows = context.rng, int(number)
+    canvas = Canvas(*context.extent(0.42 + 0.12 * rows, 0.8 + 0.2 * rows), jitter(rng, rng.choice(WALLS), 20))
     if tone == "vivid":
-        paint = jitter(context.rng, context.rng.choice(VIVID))
-        return paint, contrasting(paint)
-    return context.colours(dark=1.0 if tone == "dark" else 0.0)
+        paint = jitter(rng, rng.choice(VIVID))
+        ink = contrasting(paint)
+    else:
+        paint, ink = context.colours(dark=1.0 if tone == "dark" else 0.0)
+    edge = _paint_board(canvas, context, board, paint, ink)
+    words = [_sign_line(context) for _ in range(rows)]
+    lines = [" ".join(line) for line in words]
+
+    # All lines in one size, or each as large as it fits.
+    step = (canvas.height - 2 * edge) / rows
+    ideal = min(88.0, 0.75 * step * 384 / context.size) * rng.uniform(0.7, 1.0)
+    faces = [context.fit(line, canvas.width - 2 * edge, ideal, bold=True) for line in lines]
+    if rng.random() < 0.6:
+        faces = [min(faces, key=lambda face: face.size)] * rows
+    x, anchor = (edge, "l") if align == "left" else (canvas.width / 2, "m")
+    step = min(step, max(face.size for face in faces) * rng.uniform(1.3, 2.2))
+    top = (canvas.height - step * rows) / 2
+    regions = [
+        canvas.text(line, x, top + step * (row + 0.5), face, ink, anchor)
+        for row, (line, face) in enumerate(zip(lines, faces, strict=True))
+    ]
+    canvas.number_words(lines, regions, through=True)
+    return Drawing(canvas, f"sign: {' '.join(lines)}.", _sign_drafts(canvas, rng, words, regions), layout)
+
+
+def _paint_board(canvas: Canvas, context: Context, board: str, paint: Colour, ink: Colour) -> int:
+    """Paint the board and return the distance that text must keep from the picture's edge."""
+    gap, thick = context.pixels(context.rng.randint(6, 16)), context.pixels(context.rng.randint(2, 6))
+    frame = (gap, gap, canvas.width - gap - 1, canvas.height - gap - 1)
+    if board == "full":
+        canvas.background = paint
+        canvas.draw.rectangle((0, 0, canvas.width, canvas.height), fill=paint)
+        return gap + thick
+    radius = context.pixels(24) if board == "round" else 0
+    canvas.draw.rounded_rectangle(frame, radius, paint, ink if board != "double" else None, thick)
+    if board == "double":
+        inner = (frame[0] + 2 * thick, frame[1] + 2 * thick, frame[2] - 2 * thick, frame[3] - 2 * thick)
+        canvas.draw.rectangle(inner, outline=ink, width=max(1, thick // 2))
+    return gap + 3 * thick + context.pixels(6)
 
 
 def _sign_line(context: Context) -> list[str]:
-    """One to three words, at times with a number, a code or a mark between them."""
+    """Return one to three words, sometimes with a number, a code or a symbol."""
     rng = context.rng
     words = [
         context.word(rng.choice(("adjective", "noun", "noun", "surname"))) for _ in range(rng.choice((1, 1, 2, 2, 3)))
@@ -55,66 +78,28 @@ def _sign_line(context: Context) -> list[str]:
     return words
 
 
-def _paint_board(canvas: Canvas, context: Context, board: str, paint: Colour, ink: Colour) -> int:
-    """Paint the board and return how far text must stay from the picture's edge."""
-    gap, thick = context.pixels(context.rng.randint(6, 16)), context.pixels(context.rng.randint(2, 6))
-    frame = (gap, gap, canvas.width - gap - 1, canvas.height - gap - 1)
-    if board == "full":
-        canvas.background = paint
-        canvas.draw.rectangle((0, 0, canvas.width, canvas.height), fill=paint)
-        return gap + thick
-    radius = context.pixels(24) if board == "round" else 0
-    canvas.draw.rounded_rectangle(frame, radius, paint, ink if board != "double" else None, thick)
-    if board == "double":
-        inner = (frame[0] + 2 * thick, frame[1] + 2 * thick, frame[2] - 2 * thick, frame[3] - 2 * thick)
-        canvas.draw.rectangle(inner, outline=ink, width=max(1, thick // 2))
-    return gap + 3 * thick + context.pixels(6)
-
-
-def _print_sign(canvas: Canvas, context: Context, lines: list[str], edge: int, align: str, ink: Colour) -> list[Region]:
-    room = canvas.width - 2 * edge
-    step = (canvas.height - 2 * edge) / len(lines)
-    ideal = min(88.0, 0.75 * step * 384 / context.size) * context.rng.uniform(0.7, 1.0)
-    faces = [context.fit(line, room, ideal, bold=True) for line in lines]
-    if context.rng.random() < 0.6:
-        faces = [min(faces, key=lambda face: face.size)] * len(lines)
-    x, anchor = (edge, "l") if align == "left" else (canvas.width / 2, "m")
-    step = min(step, max(face.size for face in faces) * context.rng.uniform(1.3, 2.2))
-    top = (canvas.height - step * len(lines)) / 2
-    return [
-        canvas.text(line, x, top + step * (row + 0.5), face, ink, anchor)
-        for row, (line, face) in enumerate(zip(lines, faces, strict=True))
-    ]
-
-
 def _sign_drafts(canvas: Canvas, rng: random.Random, lines: list[list[str]], regions: list[Region]) -> list[Draft]:
     words = [word for line in lines for word in line]
     drafts = [ask(rng, "read.sign", " ".join(words))]
-    # Whether "&" counts as a word is anyone's guess.
-    if "&" not in words:
+    if "&" not in words:  # it is not clear whether "&" counts as a word
         drafts += [ask(rng, "read.sign_word", word, ordinal=ORDINALS[place]) for place, word in enumerate(words)]
-        drafts += [
-            ask(rng, "read.sign_word", words[-1], ordinal="last"),
-            count(rng, "count.words", _words_of(canvas, lines, regions)),
+        drafts.append(ask(rng, "read.sign_word", words[-1], ordinal="last"))
+        counted = [
+            canvas.word(region, number, " ".join(line))
+            for line, region in zip(lines, regions, strict=True)
+            for number in range(len(line))
         ]
+        drafts.append(count(rng, "count.words", counted))
     if len(lines) > 1:
         for row, line in enumerate(lines):
             drafts.append(ask(rng, "read.sign_line", " ".join(line), number=str(row + 1), ordinal=ORDINALS[row]))
-    return drafts + word_drafts(canvas, rng, [" ".join(line) for line in lines], regions)
+    return drafts + _word_drafts(canvas, rng, [" ".join(line) for line in lines], regions)
 
 
-def _words_of(canvas: Canvas, lines: list[list[str]], regions: list[Region]) -> list[Region]:
-    return [
-        canvas.word(region, number, " ".join(line))
-        for line, region in zip(lines, regions, strict=True)
-        for number in range(len(line))
-    ]
-
-
-def word_drafts(
+def _word_drafts(
     canvas: Canvas, rng: random.Random, lines: list[str], regions: list[Region], heading: str = ""
 ) -> list[Draft]:
-    """Where each word stands that is printed only once on the page; questions leave its marks off."""
+    """Ask for the box of each word that is printed only once on the page. Questions omit its punctuation."""
     printed = [_bare(word) for line in [heading, *lines] for word in line.split(" ")]
     return [
         ask(rng, "ground.word", canvas.word(region, number, line), word=_bare(word))
@@ -125,60 +110,53 @@ def word_drafts(
 
 
 def _bare(word: str) -> str:
-    """`word` without the marks around it."""
+    """Return `word` without the punctuation around it."""
     return word.strip(".,()")
 
 
 def draw_paragraph(context: Context) -> Drawing:
-    """A block of three to seven short lines, at times below a title, at times with a number in it."""
+    """Draw a block of three to seven short lines, sometimes below a title, sometimes with a number in it."""
     layout = align, title, aspect, leading = context.layout("paragraph")
     rng = context.rng
     paper, ink = context.colours()
     canvas = Canvas(*context.aspect(aspect), paper)
     edge = context.pixels(rng.randint(14, 30))
-    heading = _heading(context) if title != "none" else ""
-    top = _print_heading(canvas, context, heading, title, edge, align, ink)
-    count, loosest = rng.randint(3, 7), 1.45 if leading == "tight" else 2.2
+    x, anchor = {"left": (edge, "l"), "centre": (canvas.width / 2, "m"), "right": (canvas.width - edge, "r")}[align]
+    heading, top = "", float(edge)
+    if title != "none":
+        roles = rng.choice((("noun",), ("adjective", "noun")))
+        heading = " ".join(context.cased(context.word(role)) for role in roles)
+        face = context.fit(heading, canvas.width - 2 * edge, 30 if title == "bold" else 44, bold=True)
+        canvas.text(heading, x, edge + face.size / 2, face, ink, anchor)
+        top = edge + face.size * 1.25 + context.pixels(rng.randint(6, 20))
+    rows, loosest = rng.randint(3, 7), 1.45 if leading == "tight" else 2.2
     room = canvas.height - edge - top
-    most = min(room / count / (loosest - 0.15), canvas.width / 11) * 384 / context.size
+    most = min(room / rows / (loosest - 0.15), canvas.width / 11) * 384 / context.size
     body = context.regular(min(rng.uniform(18, 36), most))
-    step = min(room / count, body.size * rng.uniform(loosest - 0.15, loosest))
-    lines = _paragraph_lines(context, count, canvas.width - 2 * edge, body)
-    x, anchor = _start(canvas, edge, align)
-    top += rng.uniform(0, 1) ** 2 * (room - step * count)
+    step = min(room / rows, body.size * rng.uniform(loosest - 0.15, loosest))
+    lines = _paragraph_lines(context, rows, canvas.width - 2 * edge, body)
+    top += rng.uniform(0, 1) ** 2 * (room - step * rows)
     regions = [canvas.text(line, x, top + step * (row + 0.5), body, ink, anchor) for row, line in enumerate(lines)]
-    name = f"title {heading}. " if heading else ""
     canvas.number_words(lines, regions)
-    caption = f"paragraph: {name}{' / '.join(lines)}"
+    caption = f"paragraph: {f'title {heading}. ' if heading else ''}{' / '.join(lines)}"
     return Drawing(canvas, caption, _paragraph_drafts(canvas, rng, heading, lines, regions), layout)
 
 
-def _heading(context: Context) -> str:
-    return " ".join(
-        context.cased(context.word(role)) for role in context.rng.choice((("noun",), ("adjective", "noun")))
-    )
-
-
-def _paragraph_lines(context: Context, count: int, room: float, body: Font) -> list[str]:
-    """Lines that fill `room` pixels at most, of two to five words each where they fit."""
+def _paragraph_lines(context: Context, rows: int, room: float, body: Font) -> list[str]:
+    """Return lines of up to five words and at most `room` pixels, sometimes with a number and punctuation."""
     rng = context.rng
     longest = rng.choice((2, 3, 3, 4, 4, 5))
+
+    def word() -> str:
+        return context.cased(context.word(rng.choice(("noun", "adjective", "noun", "item"))))
+
     lines: list[str] = []
-    while len(lines) < count:
-        line = context.cased(_prose_word(context))
+    while len(lines) < rows:
+        line = word()
         for _ in range(rng.randint(1, longest - 1)):
-            wider = f"{line} {context.cased(_prose_word(context))}"
+            wider = f"{line} {word()}"
             line = wider if body.width(wider) <= room else line
         lines.append(line)
-    return _punctuated(rng, lines, room, body)
-
-
-def _prose_word(context: Context) -> str:
-    return context.word(context.rng.choice(("noun", "adjective", "noun", "item")))
-
-
-def _punctuated(rng: random.Random, lines: list[str], room: float, body: Font) -> list[str]:
-    """At times a number instead of one word, a comma, a full stop."""
     if rng.random() < 0.45:
         row = rng.randrange(len(lines))
         words = lines[row].split(" ")
@@ -191,23 +169,6 @@ def _punctuated(rng: random.Random, lines: list[str], room: float, body: Font) -
     if rng.random() < 0.1:
         lines[0] = f"({lines[0]})"
     return [line if body.width(line) <= room else line.rstrip(".,") for line in lines]
-
-
-def _print_heading(
-    canvas: Canvas, context: Context, heading: str, style: str, edge: int, align: str, ink: Colour
-) -> float:
-    """Print the title, if any, and return where the body may start."""
-    if not heading:
-        return edge
-    face = context.fit(heading, canvas.width - 2 * edge, 30 if style == "bold" else 44, bold=True)
-    x, anchor = _start(canvas, edge, align)
-    canvas.text(heading, x, edge + face.size / 2, face, ink, anchor)
-    return edge + face.size * 1.25 + context.pixels(context.rng.randint(6, 20))
-
-
-def _start(canvas: Canvas, edge: float, align: str) -> tuple[float, str]:
-    places = {"left": (edge, "l"), "centre": (canvas.width / 2, "m"), "right": (canvas.width - edge, "r")}
-    return places[align]
 
 
 def _paragraph_drafts(
@@ -225,4 +186,4 @@ def _paragraph_drafts(
     numbers = [_bare(word) for line in lines for word in line.split(" ") if any(map(str.isdigit, word))]
     if len(numbers) == 1:
         drafts += [ask(rng, "read.number", numbers[0])] * 3
-    return drafts + word_drafts(canvas, rng, lines, regions, heading)
+    return drafts + _word_drafts(canvas, rng, lines, regions, heading)

@@ -1,16 +1,29 @@
-"""The words of the generated world: everyday ones by role, inventions, codes, dates and prices."""
+"""The words of the generated world: everyday words by role, invented words, codes, dates and prices."""
 
 from __future__ import annotations
 
 import random
 from functools import lru_cache
+from importlib import resources
 
-from convllava.synthetic.sections import sections
 from convllava.synthetic.splits import split_of
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 QUARTERS = ("Q1", "Q2", "Q3", "Q4")
+
+
+def sections(name: str) -> dict[str, list[str]]:
+    """Return the lines under each [heading] of a text file of this package, without empty lines and # comments."""
+    text = resources.files("convllava.synthetic").joinpath(name).read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            found[line.strip("[]")] = []
+        elif line and not line.startswith("#"):
+            found[next(reversed(found))].append(line)
+    return found
+
 
 ROLES: dict[str, tuple[str, ...]] = {
     role: tuple(" ".join(lines).split()) for role, lines in sections("words.txt").items()
@@ -23,18 +36,18 @@ _CODAS: tuple[str, ...] = ("", "", "", "", *"bdgklmnprstx", "nd", "nt", "rk", "s
 
 
 def is_open(word: str, split: str, closed: frozenset[str]) -> bool:
-    """Whether `split` may print `word` as an open word: it owns it, and no question or label uses it."""
+    """Return whether `split` may print `word` as an open word: the split owns it, and no question or label uses it."""
     return word.lower() not in closed and split_of("word", word.lower()) == split
 
 
 @lru_cache
 def pool(role: str, split: str, closed: frozenset[str], longest: int) -> tuple[str, ...]:
-    """The everyday words of a role (a key of ROLES) that `split` owns, of `longest` letters at most."""
+    """Return the everyday words of a role (a key of `ROLES`) that `split` owns, with at most `longest` letters."""
     return tuple(word for word in ROLES[role] if len(word) <= longest and is_open(word, split, closed))
 
 
 def pseudo_word(rng: random.Random, split: str, closed: frozenset[str], longest: int = 9) -> str:
-    """A pronounceable invented word of 2 to `longest` letters that `split` owns, in lower case."""
+    """Return an invented, pronounceable word of 2 to `longest` letters that `split` owns, in lower case."""
     while True:
         syllables = rng.choice((1, 2, 2, 2, 3))
         parts = [rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(syllables)]
@@ -44,7 +57,7 @@ def pseudo_word(rng: random.Random, split: str, closed: frozenset[str], longest:
 
 
 def code(rng: random.Random) -> str:
-    """A random code of one of several forms, for example "B7-421"."""
+    """Return a random code, such as "B7-421"."""
     forms = ("@#-###", "@@###", "###-@@", "@-##", "#@#@", "@@-####", "#####", "@#@-#@", "##/###")
     letters = "ABCDEFGHJKLMNPQRSTUVWXYZ"
     fill: dict[str, str] = {"@": letters, "#": "0123456789"}
@@ -52,7 +65,7 @@ def code(rng: random.Random) -> str:
 
 
 def date(rng: random.Random) -> str:
-    """A date of 1990 to 2029 in one of several formats, for example "12/03/2021"."""
+    """Return a date of 1990 to 2029 in one of several formats, such as "12/03/2021"."""
     year, month, day = rng.randint(1990, 2029), rng.randint(1, 12), rng.randint(1, 28)
     name = MONTHS[month - 1]
     forms = (
@@ -67,11 +80,11 @@ def date(rng: random.Random) -> str:
 
 
 def cents(rng: random.Random, most: int = 2500) -> int:
-    """A price in cents from 1.00 up to `most`, often ending in a nickel."""
+    """Return a price in cents from 100 up to `most`, often a multiple of 5."""
     price = rng.randint(100, most)
     return price if rng.random() < 0.6 else max(100, price // 5 * 5)
 
 
 def money(amount: int) -> str:
-    """Cents as they are printed: 350 -> "3.50"."""
+    """Return cents as they are printed: 350 -> "3.50"."""
     return f"{amount // 100}.{amount % 100:02}"

@@ -1,20 +1,21 @@
-"""The generated world: endless samples, each fixed by split, seed, settings and its index alone."""
+"""The generated world: endless samples, each determined by the split, the seed, the settings and its index."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, nearest
 from convllava.synthetic.augment import degrade
-from convllava.synthetic.canvas import Canvas, PageFullError
+from convllava.synthetic.canvas import PageFullError
 from convllava.synthetic.charts import draw_bar_chart, draw_line_chart
 from convllava.synthetic.forms import draw_form, draw_table
 from convllava.synthetic.glyph_sheets import draw_sheet
 from convllava.synthetic.questions import Draft
 from convllava.synthetic.receipts import draw_receipt, draw_ticket
-from convllava.synthetic.sample import Sample, Turn
+from convllava.synthetic.sample import Sample
 from convllava.synthetic.scenes import draw_scene
 from convllava.synthetic.splits import SPLITS
 from convllava.synthetic.style import Context, Drawing
@@ -46,19 +47,26 @@ _ATTEMPTS = 200
 
 
 class World:
-    """An endless supply of samples.
+    """Generated pages, signs, charts and scenes with captions, questions and boxes.
 
-    split: "train" or "heldout": they share no open word, no font family, no layout and no random number.
-    seed: the world's seed.
-    size: square root of the pictures' area in pixels, 256 or more (128 if `simple`); sides divide by 64.
-    kinds: relative shares of the kinds, those of `SHARES` by default.
-    simple: only big scenes, three-line tickets (as kind "receipt") and small bar charts, cleanly printed.
-    turns: the most question-answer turns of a sample.
-    grounding: share of the turns that ask for a box, where a page has things to ask for.
-    darkest: share of its light that the darkest page keeps; 1, and none is dark.
-    system_fonts: also print in fonts found on this machine; samples then depend on the machine.
+        for sample in World(split="train", seed=0):
+            sample.image, sample.caption, sample.turns
 
-    Raises InputError for a setting that cannot be met, and when the font packages are missing.
+    Args:
+        split: "train" or "heldout". The splits share no open word, no font family, no page layout and no random draw.
+        seed: Seed of the world. Two seeds of one split give different samples from the same words, fonts and layouts.
+        size: Square root of the area of the pictures, in pixels: 256 or more (128 if `simple`). The aspect ratios
+            vary; both sides are multiples of 64.
+        kinds: Relative share of each kind of page, such as {"receipt": 2, "table": 1}. By default `SHARES`.
+        simple: Generate only scenes of a few large shapes, receipts of three lines, and small bar charts, all cleanly
+            printed. A small model learns them in minutes.
+        turns: Largest number of question-answer turns of a sample.
+        system_fonts: Also use the fonts of this machine. The samples then differ between machines.
+        grounding: Share of the turns that ask for a box, if the page has something to ask for.
+        darkest: Brightness that the darkest pages keep, as a share of the original; 1 darkens no page.
+
+    Raises:
+        ConfigError: if a setting is impossible, or (from `sample`) if the font packages are missing.
     """
 
     def __init__(
@@ -73,56 +81,64 @@ class World:
         grounding: float = 0.12,
         darkest: float = 1.0,
     ) -> None:
+        shares, smallest = (SIMPLE_SHARES, SMALLEST_SIMPLE) if simple else (SHARES, SMALLEST)
         self.split, self.seed, self.size, self.simple = split, seed, size, simple
         self.turns, self.system_fonts, self.grounding, self.darkest = turns, system_fonts, grounding, darkest
-        self.kinds = dict(kinds) if kinds is not None else dict(SIMPLE_SHARES if simple else SHARES)
-        self._check()
-
-    def _check(self) -> None:
-        least = SMALLEST_SIMPLE if self.simple else SMALLEST
-        known = SIMPLE_SHARES if self.simple else SHARES
-        unknown = sorted(set(self.kinds) - set(known))
-        if self.split not in SPLITS:
-            raise InputError(f"World: split is {self.split!r}; choose one of {', '.join(SPLITS)}")
-        if self.size < least:
-            raise InputError(f"World: size {self.size} is too small to read; choose {least} or more")
-        if unknown:
-            raise InputError(f"World: kinds has {unknown[0]!r}; choose from {', '.join(known)}")
+        self.kinds = dict(shares if kinds is None else kinds)
+        if split not in SPLITS:
+            raise ConfigError(f"World: `split` is {split!r}; choose one of {', '.join(SPLITS)}")
+        if size < smallest:
+            raise ConfigError(f"World: `size` {size} is too small to read; choose {smallest} or more")
+        if unknown := sorted(set(self.kinds) - set(shares)):
+            hint = nearest(unknown[0], shares) or f"; choose from {', '.join(shares)}"
+            raise ConfigError(f"World: `kinds` has {unknown[0]!r}{hint}")
         if not self.kinds or min(self.kinds.values()) < 0 or sum(self.kinds.values()) <= 0:
-            raise InputError("World: kinds must give shares of 0 or more, and one above 0")
-        if self.turns < 0:
-            raise InputError(f"World: turns is {self.turns}; choose 0 or more")
-        if not 0 <= self.grounding < 1:
-            raise InputError(f"World: grounding is {self.grounding}; choose a share of 0 or more and below 1")
-        if not 0 < self.darkest <= 1:
-            raise InputError(f"World: darkest is {self.darkest}; choose a share above 0, at most 1")
+            raise ConfigError("World: `kinds` must give shares of 0 or more, and one above 0")
+        if turns < 0:
+            raise ConfigError(f"World: `turns` is {turns}; choose 0 or more")
+        if not 0 <= grounding < 1:
+            raise ConfigError(f"World: `grounding` is {grounding}; choose a share of 0 or more and below 1")
+        if not 0 < darkest <= 1:
+            raise ConfigError(f"World: `darkest` is {darkest}; choose a share above 0, at most 1")
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield samples 0, 1, 2, ... without end; every iteration starts again at sample 0."""
+        return map(self.sample, itertools.count())
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` of this world, whatever was asked before."""
+        """Return sample `index`. It does not depend on the samples that were drawn before."""
         rng = self._random("sample", index)
         kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
         draw = draw_ticket if self.simple and kind == "receipt" else KINDS[kind]
-        return self._finished(index, kind, draw, rng)
+        return self._draw(index, kind, draw, rng)
 
     def glyph_sheet(self, index: int) -> Sample:
-        """A page full of characters and shapes, kind "sheet", without turns: for dense pre-training."""
-        return self._finished(index, "sheet", draw_sheet, self._random("sheet", index))
+        """Return a page full of characters and shapes, without turns, for dense pre-training. Its kind is "sheet"."""
+        return self._draw(index, "sheet", draw_sheet, self._random("sheet", index))
 
     def _random(self, purpose: str, index: int) -> random.Random:
         name = f"{self.split}/{self.seed}/{purpose}/{index}"
         return random.Random(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big"))
 
-    def _finished(self, index: int, kind: str, draw: Callable[[Context], Drawing], rng: random.Random) -> Sample:
-        context, drawing = self._drawn(draw, rng)
+    def _draw(self, index: int, kind: str, draw: Callable[[Context], Drawing], rng: random.Random) -> Sample:
+        for _ in range(_ATTEMPTS):  # most pages fit at the first attempt
+            context = Context(rng, self.split, self.size, self.simple, self.system_fonts)
+            try:
+                drawing = draw(context)
+                break
+            except PageFullError:
+                continue
+        else:
+            raise ConfigError(f"World: nothing fits a picture of `size` {self.size}; choose a larger one")
         canvas = drawing.canvas
         if not self.simple:
-            degrade(canvas, rng, drawing.steepest, self.darkest)
+            degrade(canvas, rng, drawing.max_rotation, self.darkest)
         return Sample(
             index=index,
             kind=kind,
             image=canvas.image,
             caption=drawing.caption,
-            turns=_turns(rng, drawing.drafts, canvas, self.turns, self.grounding),
+            turns=tuple(draft.turn(canvas) for draft in self._choose(rng, drawing.drafts)),
             glyphs=tuple(canvas.glyphs),
             things=tuple(canvas.things),
             numbered=canvas.numbered(),
@@ -130,37 +146,21 @@ class World:
             fonts=drawing.fonts or ((context.typeface.family,) if canvas.glyphs else ()),
         )
 
-    def _drawn(self, draw: Callable[[Context], Drawing], rng: random.Random) -> tuple[Context, Drawing]:
-        """Deal pages until one fits its picture; most do at once."""
-        for _ in range(_ATTEMPTS):
-            context = Context(rng, self.split, self.size, self.simple, self.system_fonts)
-            try:
-                return context, draw(context)
-            except PageFullError:
-                continue
-        raise InputError(f"World: nothing fits a picture of size {self.size}; choose a larger size")
-
-
-def _turns(rng: random.Random, drafts: list[Draft], canvas: Canvas, most: int, grounding: float) -> tuple[Turn, ...]:
-    """Up to `most` of the drafts in random order, tasks in balance, a share `grounding` of them asking for boxes."""
-    ground = [draft for draft in drafts if draft.task == "ground"]
-    chosen = _balanced(rng, [draft for draft in drafts if draft.task != "ground"])[:most]
-    if ground and chosen:
-        # Beside the others where there is room, else in place of some of them.
-        wanted = min(len(chosen) * grounding / (1 - grounding), most * grounding)
-        boxes = min(int(wanted) + (rng.random() < wanted % 1), len(ground), most)
-        chosen = chosen[: most - boxes] + rng.sample(ground, boxes)
-    rng.shuffle(chosen)
-    return tuple(draft.turn(canvas) for draft in chosen)
-
-
-def _balanced(rng: random.Random, drafts: list[Draft]) -> list[Draft]:
-    """The drafts shuffled so that tasks take turns, no question twice."""
-    shuffled = rng.sample(drafts, len(drafts))
-    unique = list({draft.question: draft for draft in shuffled}.values())
-    seen: dict[str, int] = {}
-    ranked: list[tuple[int, int, Draft]] = []
-    for draft in unique:
-        seen[draft.task] = seen.get(draft.task, 0) + 1
-        ranked.append((seen[draft.task], len(ranked), draft))
-    return [draft for *_, draft in sorted(ranked, key=lambda entry: entry[:2])]
+    def _choose(self, rng: random.Random, drafts: list[Draft]) -> list[Draft]:
+        """Choose up to `turns` drafts in random order, with tasks in balance and a share `grounding` of boxes."""
+        ground = [draft for draft in drafts if draft.task == "ground"]
+        others = [draft for draft in drafts if draft.task != "ground"]
+        unique = list({draft.question: draft for draft in rng.sample(others, len(others))}.values())
+        rounds: dict[str, int] = {}  # how many drafts of each task came before
+        ranked: list[tuple[int, int, Draft]] = []
+        for draft in unique:
+            rounds[draft.task] = rounds.get(draft.task, 0) + 1
+            ranked.append((rounds[draft.task], len(ranked), draft))
+        chosen = [draft for *_, draft in sorted(ranked, key=lambda entry: entry[:2])][: self.turns]
+        if ground and chosen:
+            # Boxes are added if there is room for more turns; otherwise they replace other turns.
+            wanted = min(len(chosen) * self.grounding / (1 - self.grounding), self.turns * self.grounding)
+            boxes = min(int(wanted) + (rng.random() < wanted % 1), len(ground), self.turns)
+            chosen = chosen[: self.turns - boxes] + rng.sample(ground, boxes)
+        rng.shuffle(chosen)
+        return chosen
