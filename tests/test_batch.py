@@ -120,9 +120,9 @@ def test_a_file_that_cannot_be_asked_is_refused_as_a_whole(content, word, tmp_pa
 
 
 @pytest.mark.parametrize("identity", ["true", "null", "1.5", "[]"])
-def test_an_id_is_a_text_or_a_whole_number(identity, tmp_path):
+def test_an_id_is_a_string_or_an_integer(identity, tmp_path):
     line = _line(f'{{"id": {identity}, "image": "a.png", "question": "what?"}}', "line 1", tmp_path)
-    assert (line.id, line.error) == ("line 1", "line 1: the id must be a text or a whole number")
+    assert (line.id, line.error) == ("line 1", "line 1: the id must be a string or an integer")
 
 
 @given(st.text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -12,10 +11,9 @@ from conftest import picture
 
 from convllava import InputError
 from convllava.checkpoints import write
-from convllava.cli.chat import converse, paths_in
+from convllava.cli.chat import answer_lines, paths_in
 from convllava.inference import Assistant
-from convllava.inference.chat_session import Conversation
-from convllava.inference.engine import Engine
+from convllava.inference.chat_session import ChatSession
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +22,8 @@ def assistant(parts):
 
 
 @pytest.fixture
-def conversation(parts):
-    model, processor = parts
-    own = Assistant(copy.deepcopy(model), processor)
-    engine = Engine(own, slots=1)
-    engine.start()
-    yield Conversation(own, engine, max_new_tokens=6)
-    engine.close()
+def conversation(assistant):
+    return ChatSession(assistant, max_new_tokens=6)
 
 
 def offline(assistant, turns):
@@ -93,12 +86,12 @@ class Interrupted:
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
-    converse(Interrupted(), iter(["one", "two", "/quit", "three"]))  # type: ignore[arg-type]
+    answer_lines(Interrupted(), iter(["one", "two", "/quit", "three"]))  # type: ignore[arg-type]
     assert capsys.readouterr().out == "one an\ntwo an\n"
 
 
 class Failing:
-    """A conversation whose engine fails, and the next answers of which begin anew."""
+    """A conversation whose engine fails, and the next answers of which start a new one."""
 
     def say(self, text):
         if text == "one":
@@ -107,13 +100,13 @@ class Failing:
 
 
 def test_a_failed_answer_does_not_end_the_chat(capsys):
-    converse(Failing(), iter(["one", "two"]))  # type: ignore[arg-type]
+    answer_lines(Failing(), iter(["one", "two"]))  # type: ignore[arg-type]
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("two\n", "the model failed; the log says why\n")
 
 
 def test_a_conversation_that_fills_the_context_is_to_begin_anew(conversation):
-    with pytest.raises(InputError, match="fills the 512 tokens of the context; begin anew"):
+    with pytest.raises(InputError, match="fills the 512 tokens of the context; start a new one"):
         next(conversation.say("what " * 600))
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import picture
 
-from convllava.inference import Assistant
-from convllava.inference.assistant import EncodedImage
+from convllava.inference import Assistant, EncodedImage
 from convllava.inference.image_queue import FeatureCache, ImageEncoder, digest_of
 
 
@@ -39,7 +38,7 @@ def paused(assistant):
 
 @pytest.fixture
 def encoder(paused):
-    encoder = ImageEncoder(paused, batch_pixels=64 * 64 * 6)
+    encoder = ImageEncoder(paused.encode_pixels, batch_pixels=64 * 64 * 6)
     yield encoder
     paused.go.release(100)
     encoder.close()
@@ -72,7 +71,7 @@ def test_an_image_that_is_asked_for_twice_is_encoded_once(encoder, paused, assis
 
 
 def test_several_workers_have_passes_at_a_time_and_give_what_one_gives(paused, assistant):
-    encoder = ImageEncoder(paused, batch_pixels=1, workers=2)
+    encoder = ImageEncoder(paused.encode_pixels, batch_pixels=1, workers=2)
     futures = [submit(encoder, assistant, number) for number in (0, 1, 2, 1)]
     assert all(paused.entered.acquire(timeout=20) for _ in range(2))
     assert paused.passes == [1, 1]

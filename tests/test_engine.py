@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import picture, talkative
+from conftest import WORDS, picture, talkative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModel
 
 from convllava import InputError, load
-from convllava.inference import Assistant, many, ragged_attention
-from convllava.inference.answer import Event
-from convllava.inference.engine import Engine
-from convllava.inference.prompts import build_prompt
+from convllava.inference import Assistant, ragged_attention
+from convllava.inference import assistant as assistant_module
+from convllava.inference.assistant import engine_size
+from convllava.inference.engine import Engine, SequentialEngine
 from convllava.inference.ragged_model import RaggedModel
-from convllava.inference.sampling import Sampler, Sampling
-from convllava.inference.text_stream import TextStream
+from convllava.inference.sampling import Event, Sampler, Sampling, TextStream
+from convllava.model.builder import build_fresh
 
 QUESTIONS = ("what is red?", "describe the image", "what?", "what is the total at the top left of the image?")
 
@@ -33,14 +34,17 @@ class Writer:
     """An engine whose steps a test takes itself."""
 
     def __init__(self, assistant, **options):
-        self.assistant, self.engine = assistant, Engine(assistant, by_columns=False, **options)
+        self.assistant, self.engine = (
+            assistant,
+            Engine(assistant.model, assistant.processor, by_columns=False, **options),
+        )
 
     def ask(self, question, image=None, **sampling):
         """Submit a question about a picture, if any, by its number; the events arrive in the list that is returned."""
         images = [] if image is None else [self.assistant.encode(numbered(image))]
         messages = [{"role": "user", "content": question}]
         events: list[Event] = []
-        prompt = build_prompt(self.assistant, messages, images, [str(image)] * len(images))
+        prompt = self.assistant.prompt(messages, images)
         answer = self.engine.submit(prompt, Sampling(**({"max_new_tokens": 8} | sampling)), events.append)
         return answer, events
 
@@ -58,8 +62,19 @@ def text_of(events):
 
 
 def offline(assistant, question, image, count=8):
+    """The greedy answer of `generate` to one prompt."""
     images = [] if image is None else [numbered(image)]
-    return assistant.chat([{"role": "user", "content": question}], images, max_new_tokens=count)
+    content = [*({"type": "image", "image": one} for one in images), {"type": "text", "text": question}]
+    return generated(assistant, [{"role": "user", "content": content}], count)
+
+
+def generated(assistant, messages, count):
+    inputs = assistant.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    with torch.inference_mode():
+        output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=count)
+    return assistant.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_answers_of_the_random_model_tell_questions_and_images_apart(assistant):
@@ -99,7 +114,7 @@ def test_weights_by_columns_answer_the_same():
     assistant = Assistant(*talkative())
     expected = [offline(assistant, question, 1) for question in QUESTIONS]
     writer = Writer(assistant)
-    writer.engine = Engine(assistant)
+    writer.engine = Engine(assistant.model, assistant.processor)
     events = [writer.ask(question, 1)[1] for question in QUESTIONS]
     writer.finish()
     assert [text_of(found) for found in events] == expected
@@ -129,11 +144,9 @@ def test_a_second_question_reuses_the_first_one_s_keys_and_values(assistant):
         {"role": "assistant", "content": text_of(events)},
     ]
     expected = assistant.chat([*history, {"role": "user", "content": "what?"}], [numbered(1)], max_new_tokens=8)
-    images, prompt = [assistant.encode(numbered(1))], [*history, {"role": "user", "content": "what?"}]
+    prompt = assistant.prompt([*history, {"role": "user", "content": "what?"}], [numbered(1)])
     found: list[Event] = []
-    answer = writer.engine.submit(
-        build_prompt(assistant, prompt, images, ["1"]), Sampling(max_new_tokens=8), found.append
-    )
+    answer = writer.engine.submit(prompt, Sampling(max_new_tokens=8), found.append)
     writer.finish()
     assert answer.cached > 5
     assert text_of(found) == expected
@@ -236,22 +249,21 @@ def test_the_thread_writes_and_closes(assistant):
 def test_what_does_not_fit_is_refused(assistant):
     with pytest.raises(InputError, match=r"the context is 512; shorten"):
         Writer(assistant).ask("what?", max_new_tokens=510)
-    with pytest.raises(InputError, match="too few for 8 slots"):
-        Engine(assistant, step_tokens=8)
-    with pytest.raises(InputError, match="not between 2 and the model's 512"):
-        Engine(assistant, context=1000)
+    with pytest.raises(InputError, match="`step_tokens` is 8, too few for 8 slots"):
+        Engine(assistant.model, assistant.processor, step_tokens=8)
+    with pytest.raises(InputError, match="`context` is 1000; give a number between 2 and the model's 512"):
+        Engine(assistant.model, assistant.processor, context=1000)
 
 
-def test_what_a_generation_config_adds_changes_no_answer_on_any_path(parts):
+def test_answers_ignore_penalties_and_sampling_of_the_generation_config(parts):
     model = copy.deepcopy(parts[0])
     model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, temperature=0.7, do_sample=True)
     plain, other = Assistant(*parts), Assistant(model, parts[1])
     image = numbered(1)
     expected = plain.ask(image, "what?", max_new_tokens=12)
     assert other.ask(image, "what?", max_new_tokens=12) == expected
-    assert "".join(other.ask(image, "what?", stream=True, max_new_tokens=12)) == expected
+    assert "".join(other.stream(image, "what?", max_new_tokens=12)) == expected
     assert next(other.answer_many([(image, "what?")], max_new_tokens=12)) == [expected]
-    assert other.ask(image, "what?", max_new_tokens=12, repetition_penalty=5.0) != expected
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -345,22 +357,107 @@ def many_answers(assistant, asked):
     return [answer for batch in assistant.answer_many(asked, batch_size=5, max_new_tokens=8) for answer in batch]
 
 
-def test_many_answers_are_those_of_each_question_and_read_an_image_once(assistant, monkeypatch):
-    engines = []
-    monkeypatch.setattr(many, "SLOTS", 2)
-    monkeypatch.setattr(many, "Engine", lambda *args, **options: engines.append(Engine(*args, **options)) or engines[0])
-    images = [numbered(number) for number in range(3)]
-    asked = [(image, question) for image in images for question in QUESTIONS]
-    assert many_answers(assistant, asked) == [assistant.ask(*question, max_new_tokens=8) for question in asked]
-    again = sum(len(assistant.encode(image).tokens) for image in images) * (len(QUESTIONS) - 1)
-    assert engines[0].stats.cached_tokens >= again / 2
+ASKED = [(numbered(image), question) for image in range(3) for question in QUESTIONS]
 
 
-def test_many_answers_of_a_model_that_the_engine_cannot_run(assistant, monkeypatch):
-    def refuse(*args, **options):
+def test_answer_many_equals_generate_and_reads_an_image_once(parts, monkeypatch):
+    monkeypatch.setattr(assistant_module, "SLOTS", 2)
+    assistant = Assistant(*parts)
+    assert many_answers(assistant, ASKED) == [
+        offline(assistant, question, image) for image in range(3) for question in QUESTIONS
+    ]
+    again = sum(len(assistant.encode(numbered(image)).tokens) for image in range(3)) * (len(QUESTIONS) - 1)
+    assert assistant._engine.stats.cached_tokens >= again / 2
+
+
+def test_all_ways_to_ask_equal_generate(parts):
+    """Many prompts with and without images, that share beginnings, on one assistant and in any order."""
+    assistant, dice = Assistant(*parts), random.Random(0)
+    image, first = numbered(1), "what is red?"
+    history = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": first}]}]
+    for _ in range(12):
+        question, number, count = dice.choice(QUESTIONS), dice.choice([None, 0, 1, 2]), dice.randint(1, 12)
+        expected = offline(assistant, question, number, count)
+        messages, images = [{"role": "user", "content": question}], [] if number is None else [numbered(number)]
+        assert assistant.chat(messages, images, max_new_tokens=count) == expected
+        assert assistant.chat_many([(messages, images)] * 3, max_new_tokens=count) == [expected] * 3
+        if images:
+            assert assistant.ask(images[0], question, max_new_tokens=count) == expected
+            assert assistant.report(images[0], question, max_new_tokens=count)["answer"] == expected
+        longer = [*history, {"role": "assistant", "content": "the total"}, {"role": "user", "content": question}]
+        assert assistant.chat(longer, [image], max_new_tokens=count) == generated(assistant, longer, count)
+
+
+def test_streams_of_one_assistant_do_not_disturb_each_other(parts):
+    assistant = Assistant(*parts)
+    streams = [assistant.stream(numbered(number), QUESTIONS[number], max_new_tokens=8) for number in range(3)]
+    pieces = [[next(stream)] for stream in streams]
+    assert assistant.ask(numbered(0), "what?", max_new_tokens=8) == offline(assistant, "what?", 0)
+    for stream, found in zip(streams, pieces, strict=True):
+        found += stream
+    assert ["".join(found) for found in pieces] == [offline(assistant, QUESTIONS[n], n) for n in range(3)]
+
+
+def test_threads_may_share_an_assistant(parts):
+    assistant = Assistant(*parts)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda asked: assistant.ask(*asked, max_new_tokens=8), ASKED))
+    assert answers == many_answers(assistant, ASKED)
+
+
+def test_answers_follow_weights_that_change_between_calls(parts):
+    model = copy.deepcopy(parts[0])
+    assistant = Assistant(model, parts[1])
+    before = assistant.ask(numbered(1), "what?", max_new_tokens=8)
+    with torch.no_grad():
+        for weight in model.model.language_model.parameters():
+            weight.copy_(weight.flip(0))
+    found = assistant.ask(numbered(1), "what?", max_new_tokens=8)
+    assert found == offline(assistant, "what?", 1) != before
+
+
+def test_a_gpu_engine_is_as_small_as_the_calls_allow(parts, monkeypatch):
+    gpu = torch.device("cuda")
+    assert engine_size(gpu, 1, 300, 4096) == (1, 512)
+    assert engine_size(gpu, 40, 3000, 3500) == (16, 3500)
+    assert engine_size(torch.device("cpu"), 1, 300, 4096) == (16, 4096)
+    made = []
+    monkeypatch.setattr(assistant_module, "engine_size", lambda _, *rest: engine_size(gpu, *rest))
+    monkeypatch.setattr(
+        assistant_module, "Engine", lambda *args, **options: made.append(args[2:]) or Engine(*args, **options)
+    )
+    assistant = Assistant(*parts)
+    single = [assistant.ask(*asked, max_new_tokens=8) for asked in ASKED]
+    assert (
+        many_answers(assistant, ASKED)
+        == single
+        == [offline(assistant, question, n) for n in range(3) for question in QUESTIONS]
+    )
+    assert made == [(1, 16), (1, 32), (5, 32)]
+
+
+def test_a_model_that_the_engine_rejects_answers_one_by_one(assistant, monkeypatch):
+    def reject(*args, **options):
         raise InputError("keeps more than keys and values")
 
-    asked = [(numbered(number), question) for number in range(2) for question in QUESTIONS]
-    expected = many_answers(assistant, asked)
-    monkeypatch.setattr(many, "Engine", refuse)
-    assert many_answers(assistant, asked) == expected
+    expected = many_answers(assistant, ASKED)
+    monkeypatch.setattr(assistant_module, "Engine", reject)
+    other = Assistant(assistant.model, assistant.processor)
+    assert many_answers(other, ASKED) == expected
+    streams = [other.stream(*asked, max_new_tokens=8) for asked in ASKED[:2]]
+    assert next(streams[0])
+    assert ["".join(streams[1])] == expected[1:2]  # the second waits until the first is finished
+    streams[0].close()
+    assert other.ask(*ASKED[2], max_new_tokens=8) == expected[2]
+
+
+def test_a_language_model_with_capped_attention_scores_answers_as_generate_does():
+    language = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    language |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.6}
+    vision = {"depths": [1] * 5, "hidden_sizes": [8] * 5, "layer_scale_init_value": 0.5}
+    pixels = {"min_pixels": 64 * 64, "max_pixels": 256 * 256}
+    model, processor = build_fresh(vision=vision, language={"model_type": "gemma2", **language}, pixels=pixels, words=WORDS)
+    assistant = Assistant(model.eval(), processor)
+    asked = ASKED[:4]
+    assert many_answers(assistant, asked) == [offline(assistant, question, 0) for _, question in asked]
+    assert isinstance(assistant._engine, SequentialEngine)

@@ -27,8 +27,7 @@ from convllava.evaluation.results import score
 from convllava.evaluation.runner import Options, run
 from convllava.evaluation.synthetic import SYNTHETIC, as_report, text_height, world_questions
 from convllava.evaluation.synthetic_report import evaluate
-from convllava.inference import Assistant
-from convllava.inference.assistant import EncodedImage
+from convllava.inference import Assistant, EncodedImage
 from convllava.inference.likelihood import log_likelihoods
 from convllava.io import ResumableJsonl, write_json
 from convllava.synthetic import Turn, World
@@ -262,7 +261,7 @@ class Half:
     def answer_many(self, questions, batch_size):
         yield [self._answer(image, question) for image, question in questions]
 
-    def chat_each(self, conversations, max_new_tokens):
+    def chat_many(self, conversations, max_new_tokens):
         return [self._answer(image, messages[0]["content"]) for messages, (image,) in conversations]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 
 import numpy as np
 import pytest
@@ -61,16 +60,32 @@ def test_the_processor_needs_images_or_a_text(assistant):
         assistant.processor()
 
 
-def test_streamed_equals_whole(assistant):
-    pieces = list(assistant.ask(picture(64, 64), "what is red?", stream=True, **SETTINGS))
+def test_streamed_pieces_equal_the_whole_answer(assistant):
+    pieces = list(assistant.stream(picture(64, 64), "what is red?", **SETTINGS))
+    assert len(pieces) > 1
     assert "".join(pieces) == assistant.ask(picture(64, 64), "what is red?", **SETTINGS)
 
 
-def test_a_stream_that_is_left_ends_its_answer(assistant):
-    pieces = assistant.ask(picture(64, 64), "what is red?", stream=True, max_new_tokens=400)
+def test_a_closed_stream_ends_its_answer(assistant):
+    pieces = assistant.stream(picture(64, 64), "what is red?", max_new_tokens=400)
     next(pieces)
     pieces.close()
-    assert not [thread for thread in threading.enumerate() if "work" in thread.name]
+    steps = assistant._engine.stats.steps
+    assistant.ask(picture(64, 64), "what?", max_new_tokens=2)
+    assert assistant._engine.stats.steps <= steps + 3
+    assert assistant._engine.scheduler.running == 0
+
+
+def test_sampling_options_of_an_answer(assistant):
+    image = picture(64, 64)
+    whole = assistant.ask(image, "what is red?", max_new_tokens=12)
+    assert assistant.ask(image, "what is red?", max_new_tokens=12, stop=whole[2:5]) == whole[: whole.index(whole[2:5])]
+    drawn = {assistant.ask(image, "what?", temperature=2.0, seed=seed, max_new_tokens=8) for seed in (1, 1, 2)}
+    assert len(drawn) == 2
+    with pytest.raises(InputError, match="`top_p` is 0"):
+        assistant.ask(image, "what?", top_p=0)
+    with pytest.raises(TypeError, match="num_beams"):
+        assistant.ask(image, "what?", num_beams=2)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +120,17 @@ def test_chat_places_images_where_the_parts_are(assistant):
     assert isinstance(assistant.chat(plain, **SETTINGS), str)
 
 
-def test_conversations_in_one_batch_equal_single_ones():
+def test_conversations_in_one_batch_equal_single_ones_and_errors_stay_alone():
     assistant = load("tiny", device="cpu")
     first, second = (World("heldout", seed=1, size=256).sample(index).image for index in range(2))
     read = [{"role": "user", "content": "Read the page."}]
     conversations = [(read, [first, second]), ([{"role": "user", "content": "What?"}], []), (read, [second])]
-    batched = assistant.chat_many(conversations, max_new_tokens=24)
-    assert batched == [assistant.chat(messages, images, max_new_tokens=24) for messages, images in conversations]
-    assert len(set(batched)) == 3
+    wrong = [(read, [b"no image"]), ([{"role": "user", "content": "what " * 9000}], [])]
+    batched = assistant.chat_many([*conversations[:1], *wrong, *conversations[1:]], max_new_tokens=24)
+    single = [assistant.chat(messages, images, max_new_tokens=24) for messages, images in conversations]
+    assert [batched[0], *batched[3:]] == single
+    assert all(isinstance(error, InputError) for error in batched[1:3])
+    assert len(set(single)) == 3
 
 
 def test_report_measures_the_answer(assistant):
@@ -132,7 +150,7 @@ def test_bad_prompts_are_refused(assistant):
         assistant.ask(image, "what \udcff?")
     with pytest.raises(InputError, match="1 <image> mark but 2 images"):
         assistant.chat([{"role": "user", "content": [{"type": "image"}]}], [image, image])
-    with pytest.raises(InputError, match="the model's context is 512; shorten"):
+    with pytest.raises(InputError, match="the context is 512; shorten"):
         assistant.ask(image, "what " * 600)
 
 

@@ -61,8 +61,8 @@ def test_served_equals_offline_with_any_number_of_images(client, assistant):
 def test_usage_counts_the_tokens_of_text_and_images(client, assistant):
     found = ask(client, "what?", numbered(1))
     encoded = assistant.encode(numbered(1))
-    inputs = assistant.prompts([([{"role": "user", "content": "what?"}], [encoded])], 1)
-    assert found.usage.prompt_tokens == inputs["input_ids"].shape[1]
+    prompt = assistant.prompt([{"role": "user", "content": "what?"}], [encoded])
+    assert found.usage.prompt_tokens == len(prompt.keys)
     assert found.usage.prompt_tokens_details.image_tokens == len(encoded.tokens)
     assert found.usage.completion_tokens == 8 or found.choices[0].finish_reason == "stop"
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens

@@ -1,13 +1,13 @@
 """ConvLLaVA: a five-stage ConvNeXt as the only visual encoder of a large multimodal model (arXiv 2405.15738).
 
-Importing the package registers its classes with the Auto classes of transformers.
+Importing the package is fast: it imports torch and transformers when a name such as `load` is used first. That also
+registers the classes with the Auto classes of transformers. A program that uses only `AutoModelForImageTextToText`,
+`AutoProcessor` and so on imports them with `import convllava.model.auto`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -30,22 +30,10 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'convllava' has no attribute {name!r}")
+    if _HOMES[name] != "errors":
+        importlib.import_module("convllava.model.auto")
     return getattr(importlib.import_module(f"convllava.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-# transformers takes seconds to import. The command line must answer `--help` at once, so there registration waits
-# for the first command that needs a model (each imports convllava.model.auto).
-def _is_command() -> bool:
-    """Whether this is `convllava` or `python -m convllava`, where argv still begins with -m while this file is read."""
-    if sys.argv[0] != "-m":
-        return Path(sys.argv[0]).stem == "convllava"
-    words = iter(sys.orig_argv)
-    return "-m" in words and next(words, "") == __name__  # what stands behind -m
-
-
-if not _is_command():
-    importlib.import_module("convllava.model.auto")

@@ -1,4 +1,4 @@
-"""A conversation in a terminal, or through a pipe: answers on stdout, everything else on stderr.
+"""A chat in a terminal, or through a pipe: answers go to stdout, everything else to stderr.
 
 convllava chat receipt.png
 """
@@ -15,11 +15,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from convllava.errors import InputError
-from convllava.inference.assistant import load
-from convllava.inference.chat_session import Conversation
-from convllava.inference.engine import Engine
+from convllava.inference import load
+from convllava.inference.chat_session import ChatSession
+from convllava.inference.ragged_model import store_by_columns
 
-HELP = "/image PATH, or a path alone, adds a picture; /reset begins anew; /quit ends; Ctrl-C ends an answer."
+HELP = "/image PATH, or only a path, adds an image; /reset starts a new chat; /quit ends; Ctrl-C ends an answer."
 
 
 def chat(
@@ -29,91 +29,79 @@ def chat(
     pixels: Mapping[str, Any] | None = None,
     max_new_tokens: int = 256,
 ) -> None:
-    """Talk with a model until stdin ends.
+    """Chat with a model until stdin ends.
 
     Args:
-        model, pixels: As of `convllava.load`.
-        images: Paths of images to begin with.
+        model, pixels: See `convllava.load`.
+        images: Paths of the images of the first message.
         max_new_tokens: Longest answer.
 
     Raises:
-        InputError: the model or one of these images cannot be loaded.
+        InputError: if the model or one of these images cannot be loaded.
     """
     assistant = load(model, pixels=pixels)
-    engine = Engine(assistant, slots=1)
-    engine.start()
-    conversation = Conversation(assistant, engine, max_new_tokens)
-    try:
-        for path in images:
-            _add(conversation, path)
-        _note(HELP)
-        converse(conversation, _typed())
-    finally:
-        engine.close()
+    store_by_columns(assistant.model.model.language_model, assistant.model.lm_head)  # this process only decodes
+    session = ChatSession(assistant, max_new_tokens)
+    for path in images:
+        _add_image(session, path)
+    _note(HELP)
+    answer_lines(session, _typed_lines())
 
 
-def converse(conversation: Conversation, lines: Iterator[str]) -> None:
-    """Answer lines until they end, or `/quit`; what is wrong with one is said, and the next one is taken."""
-    for line in lines:
-        if line.strip() == "/quit":
-            return
+def answer_lines(session: ChatSession, lines: Iterator[str]) -> None:
+    """Obey commands and answer messages until the lines end, or `/quit`. An error is printed, and the chat goes on."""
+    for line in map(str.strip, lines):
+        command, _, rest = line.partition(" ")
         try:
-            _take(conversation, line.strip())
-        except (InputError, RuntimeError) as error:  # the second from the engine, whose next answers begin anew
+            if command == "/image":
+                for path in paths_in(rest) or [rest.strip()]:
+                    _add_image(session, path)
+            elif line == "/reset":
+                session.reset()
+            elif line == "/quit":
+                return
+            elif paths := paths_in(line):
+                for path in paths:
+                    _add_image(session, path)
+            elif command.startswith("/"):
+                _note(f"there is no {command}. {HELP}")
+            elif line:
+                for piece in session.say(line):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+        except (InputError, RuntimeError) as error:  # torch raises RuntimeError, for example if memory runs out
             _note(str(error))
         except KeyboardInterrupt:
             print(flush=True)
 
 
-def _take(conversation: Conversation, line: str) -> None:
-    command, _, rest = line.partition(" ")
-    if command == "/image":
-        for path in paths_in(rest) or [rest.strip()]:
-            _add(conversation, path)
-    elif line == "/reset":
-        conversation.reset()
-    elif paths := paths_in(line):
-        for path in paths:
-            _add(conversation, path)
-    elif command.startswith("/"):
-        _note(f"there is no {command}. {HELP}")
-    elif line:
-        for piece in conversation.say(line):
-            print(piece, end="", flush=True)
-        print(flush=True)
-
-
 def paths_in(line: str) -> list[str]:
-    """The files that a line names, as terminals write them when they are dropped or pasted: plain, quoted, with
-    backslashes, or as file: addresses. Empty where any of it is something else, such as a question."""
+    """Return the files that a line names, or nothing if a part of the line is something else, such as a question.
+
+    Terminals write a dropped or pasted file plainly, in quotes, with backslashes, or as a file: URL.
+    """
     candidates = [[line.strip()]]
-    with suppress(ValueError):  # an apostrophe, in a question
+    with suppress(ValueError):  # an apostrophe in a question
         candidates.append(shlex.split(line))
     for words in candidates:
         paths = [unquote(urlsplit(word).path) if word.startswith("file://") else word for word in words]
-        if paths and all(_is_file(path) for path in paths):
-            return paths
+        with suppress(OSError, ValueError):  # a name that is too long, or a null byte
+            # A word of a question may also be the name of a file; the name of an image has a suffix.
+            if paths and all(Path(path).suffix and Path(path).is_file() for path in paths):
+                return paths
     return []
 
 
-def _is_file(path: str) -> bool:
-    # A word of a question may be a file's name too; an image's has an ending.
-    try:
-        return bool(Path(path).suffix) and Path(path).is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _add(conversation: Conversation, path: str) -> None:
-    image = conversation.add_image(path)
+def _add_image(session: ChatSession, path: str) -> None:
+    image = session.add_image(path)
     height, width = image.size
     _note(f"{path}: seen as {width}x{height}, {len(image.tokens)} tokens")
 
 
-def _typed() -> Iterator[str]:
-    """Lines of stdin; Ctrl-C at the prompt throws the line away."""
+def _typed_lines() -> Iterator[str]:
+    """Yield the lines of stdin; Ctrl-C at the prompt discards the line."""
     if isinstance(sys.stdin, TextIOWrapper):
-        # So that a line that is not UTF-8 is refused, and no more than that line.
+        # A line that is not UTF-8 is then rejected alone, and the chat goes on.
         sys.stdin.reconfigure(errors="surrogateescape")
     is_terminal = sys.stdin.isatty()
     if is_terminal:

@@ -9,8 +9,9 @@ from convllava.errors import InputError
 from convllava.evaluation.prompts import conversation
 from convllava.evaluation.questions import Picture, Question
 from convllava.evaluation.results import Answer
-from convllava.inference.assistant import Assistant, EncodedImage, Message
+from convllava.inference.assistant import Assistant
 from convllava.inference.likelihood import log_likelihoods
+from convllava.inference.types import EncodedImage, Message
 from convllava.io import ResumableJsonl
 
 Asked = tuple[Sequence[Message], Sequence[EncodedImage]]
@@ -104,7 +105,7 @@ def _replies(ready: Sequence[tuple[Question, Asked]], asking: Asking, assistant:
     together = [item for item in ready if not _is_by_likelihood(item[0], asking)]
     found = [_answer(question, _letter(assistant, question, asked)) for question, asked in alone]
     if together:
-        replies = assistant.chat_each([asked for _, asked in together], max_new_tokens=asking.max_new_tokens)
+        replies = assistant.chat_many([asked for _, asked in together], max_new_tokens=asking.max_new_tokens)
         found += [_answer(question, reply) for (question, _), reply in zip(together, replies, strict=True)]
     return found
 

@@ -6,15 +6,15 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from convllava.errors import InputError
 from convllava.evaluation.answering import Asking, ask
 from convllava.evaluation.questions import Question
 from convllava.inference.assistant import Assistant
+from convllava.inference.sampling import Sampling
 
 
 class Efficiency(TypedDict):
@@ -47,19 +47,6 @@ _MEASURED = (
 )
 
 
-class _Clock(BaseStreamer):
-    """Notes when each token comes; the first call is of the prompt."""
-
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.moments.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def measure(assistant: Assistant, questions: Sequence[Question], asking: Asking) -> Efficiency:
     """Ask some questions one by one with a watch in hand, after one that does not count."""
     rows = []
@@ -78,16 +65,6 @@ def measure(assistant: Assistant, questions: Sequence[Question], asking: Asking)
     }
 
 
-def _moments(assistant: Assistant, inputs: dict[str, Any], max_new_tokens: int) -> list[float]:
-    """When the prompt went in, and when each token came out."""
-    clock = _Clock()
-    with torch.inference_mode():
-        assistant.model.generate(  # type: ignore[misc]  # its self is a protocol
-            **inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=clock
-        )
-    return clock.moments
-
-
 def _median(found: Sequence[float]) -> float | None:
     return round(statistics.median(found), 4) if found else None
 
@@ -96,15 +73,16 @@ def _row(assistant: Assistant, question: Question, asking: Asking) -> dict[str, 
     images = {picture: picture.load() for picture in question.pictures}
     started = time.perf_counter()
     encoded = {picture: assistant.encode(image) for picture, image in images.items()}
-    inputs = assistant.prompts([ask(question, asking.templates, encoded.__getitem__)], asking.max_new_tokens)
+    prompt = assistant.prompt(*ask(question, asking.templates, encoded.__getitem__))
     prefill = time.perf_counter()
-    _, first, *rest = _moments(assistant, inputs, asking.max_new_tokens)
+    events = assistant.write(prompt, Sampling(asking.max_new_tokens))
+    first, *rest = [time.perf_counter() for _ in events]
     row = {
         "visual_tokens": sum(len(image.tokens) for image in encoded.values()),
         "pixels": sum(image.size[0] * image.size[1] for image in encoded.values()),
-        "prompt_tokens": inputs["input_ids"].shape[1],
+        "prompt_tokens": len(prompt.keys),
         "seconds_to_first_token": first - started,
-        "prefill_tokens_per_second": inputs["input_ids"].shape[1] / (first - prefill),
+        "prefill_tokens_per_second": len(prompt.keys) / (first - prefill),
     }
     if rest:
         row["decode_tokens_per_second"] = len(rest) / (rest[-1] - first)

@@ -12,7 +12,7 @@ from convllava.evaluation.benchmarks import Benchmark
 from convllava.evaluation.questions import Picture, Question
 
 if TYPE_CHECKING:
-    from convllava.inference.assistant import Message
+    from convllava.inference.types import Message
 
 FIELDS = ("question", "options", "hint")
 

@@ -13,8 +13,7 @@ from rich.table import Table
 from convllava.display import progress_bar
 from convllava.errors import InputError
 from convllava.evaluation.metrics import box_match, exact_match, relaxed_match
-from convllava.inference import Assistant
-from convllava.inference.assistant import EncodedImage
+from convllava.inference import Assistant, EncodedImage
 from convllava.synthetic import TASKS, Sample, Turn, World
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"chart": relaxed_match, "ground": box_match}

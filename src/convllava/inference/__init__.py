@@ -1,5 +1,6 @@
-"""Asking a model about images."""
+"""Ask a model about images: `convllava.load(...)` returns an `Assistant`."""
 
-from convllava.inference.assistant import Assistant, Message, load
+from convllava.inference.assistant import Assistant, load
+from convllava.inference.types import EncodedImage, Message, Report
 
-__all__ = ["Assistant", "Message", "load"]
+__all__ = ["Assistant", "EncodedImage", "Message", "Report", "load"]

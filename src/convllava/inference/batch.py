@@ -1,12 +1,13 @@
-"""Answers to a file of questions, on disk as they come, so that a run that was killed continues.
+"""Answers to a file of questions, written to disk batch by batch, so that a killed run can continue.
 
 convllava ask --input questions.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any, TypedDict
 
 from convllava.checkpoints.tensors import weights_digest
 from convllava.display import progress_bar
-from convllava.errors import InputError
-from convllava.inference.assistant import Assistant, EncodedImage, Message, load
-from convllava.io import WEIGHTS, Entry, ResumableJsonl, parse_json
+from convllava.errors import DataError, InputError
+from convllava.inference.assistant import load
+from convllava.inference.types import EncodedImage, Message
+from convllava.io import WEIGHTS, ResumableJsonl, parse_json
 
 
 class Summary(TypedDict):
-    """What a run has come to: lines in the output with an answer and with an error, and those that were there."""
+    """Result of a run: lines in the output with an answer and with an error, and lines that were there before."""
 
     output: str
     answered: int
@@ -31,7 +33,7 @@ class Summary(TypedDict):
 
 @dataclass(frozen=True)
 class Line:
-    """One question of a file; where `error` says something, it cannot be asked."""
+    """One question of a file. If `error` is not empty, it cannot be asked."""
 
     id: str
     image: Path = Path()
@@ -48,20 +50,20 @@ def answer_file(
     max_new_tokens: int = 256,
     batch_size: int = 8,
 ) -> Summary:
-    """Answer the questions of a file; what `output` answers already is kept.
+    """Answer the questions of a file; answers that `output` holds already are kept.
 
     Args:
         questions: JSON lines, {"id"?, "image", "question"}; an image's path is relative to this file's folder. A line
-            without an id is called `line N`.
+            without an id gets the id `line N`.
         output: JSON lines in the same order, {"id", "answer"}, or {"id", "error"} for a line that cannot be answered.
-            A file beside it says how they were made.
-        model, pixels: As of `convllava.load`.
+            A file next to it stores the settings.
+        model, pixels: See `convllava.load`.
         max_new_tokens: Longest answer.
         batch_size: Questions that are answered together.
 
     Raises:
-        InputError: the file cannot be read or has no lines, an id stands there twice, the output was made from other
-            questions or otherwise, or the model cannot be loaded.
+        InputError: if the file cannot be read, has no lines or has an id twice, the output was made from other
+            questions or with other settings, or the model cannot be loaded.
     """
     started, lines = time.monotonic(), read_lines(questions)
     assistant = load(model, pixels=pixels)
@@ -75,38 +77,69 @@ def answer_file(
     }
     journal = ResumableJsonl(output.parent, settings, output.name, f"{output.name}.settings.json")
     continued = len(journal.entries)
-    _answer_rest(assistant, lines, journal, max_new_tokens, batch_size)
-    errors = sum("error" in entry for entry in journal.entries.values())
+    encoded: dict[Path, EncodedImage] = {}
+    with progress_bar("answering") as progress:
+        for start in range(0, len(lines), batch_size):
+            batch = lines[start : start + batch_size]
+            progress(start / len(lines))
+            # A batch with an open question is answered again as a whole: the last bits of an answer's numbers depend
+            # on the other questions in its batch.
+            if all(line.id in journal.entries for line in batch):
+                continue
+            encoded = {path: encoded[path] for path in {line.image for line in batch} & encoded.keys()}
+            errors: dict[str, str] = {}
+            for line in batch:
+                try:
+                    if line.error:
+                        raise InputError(line.error)
+                    encoded[line.image] = encoded.get(line.image) or assistant.encode(line.image)
+                except InputError as error:
+                    errors[line.id] = str(error)
+            ready = [line for line in batch if line.id not in errors]
+            conversations = [([Message(role="user", content=line.question)], [encoded[line.image]]) for line in ready]
+            replies = assistant.chat_many(conversations, max_new_tokens=max_new_tokens)
+            found: dict[str, Any] = {line.id: reply for line, reply in zip(ready, replies, strict=True)}
+            errors |= {name: str(reply) for name, reply in found.items() if isinstance(reply, InputError)}
+            journal.add(
+                [
+                    {"id": line.id, "error": errors[line.id]}
+                    if line.id in errors
+                    else {"id": line.id, "answer": found[line.id]}
+                    for line in batch
+                ]
+            )
+        progress(1.0)
+    failed = sum("error" in entry for entry in journal.entries.values())
     return {
         "output": str(output),
-        "answered": len(journal.entries) - errors,
-        "errors": errors,
+        "answered": len(journal.entries) - failed,
+        "errors": failed,
         "continued": continued,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The questions of a file; blank lines are left out.
+    """Read the questions of a file; blank lines are skipped.
 
     Raises:
-        InputError: it cannot be read, has no lines, or two lines have one id.
+        DataError: if the file cannot be read, has no lines, or has the same id twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     lines: dict[str, Line] = {}
     for number, content in enumerate(text.split("\n"), start=1):
         if content.strip():
             line = _line(content, f"line {number}", path.parent)
             if line.id in lines:
-                raise InputError(f"line {number} of {path}: the id {line.id!r} stands there before; give each its own")
+                raise DataError(f"line {number} of {path} repeats the id {line.id!r}; give each line its own")
             lines[line.id] = line
     if not lines:
-        raise InputError(f'{path} has no questions; write lines such as {{"image": "a.png", "question": "What?"}}')
+        raise DataError(f'{path} has no questions; write lines such as {{"image": "a.png", "question": "What?"}}')
     return list(lines.values())
 
 
@@ -116,61 +149,13 @@ def _line(content: str, where: str, folder: Path) -> Line:
     except (InputError, RecursionError) as error:
         return Line(where, error=str(error))
     if not isinstance(record, dict):
-        return Line(where, error=f"{where} is no object")
-    if any(isinstance(value, str) and _is_broken(value) for value in record.values()):
-        return Line(where, error=f"{where} has half of a surrogate pair, which is no character")
+        return Line(where, error=f"{where} is not a JSON object")
+    if any(isinstance(value, str) and re.search("[\ud800-\udfff]", value) for value in record.values()):
+        return Line(where, error=f"{where} contains half of a surrogate pair, which is not a character")
     name = record.get("id", where)
     if isinstance(name, bool) or not isinstance(name, str | int):
-        return Line(where, error=f"{where}: the id must be a text or a whole number")
+        return Line(where, error=f"{where}: the id must be a string or an integer")
     for key in ("image", "question"):
         if not isinstance(record.get(key), str) or not record[key].strip():
-            return Line(str(name), error=f"{where} lacks a text under {key!r}")
+            return Line(str(name), error=f"{where} needs a text under {key!r}")
     return Line(str(name), folder / record["image"], record["question"])
-
-
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _answer_rest(
-    assistant: Assistant, lines: Sequence[Line], journal: ResumableJsonl, max_new_tokens: int, batch_size: int
-) -> None:
-    """A batch with any question left is done again as a whole: which questions share a batch bears on the last bits
-    of their numbers."""
-    encoded: dict[Path, EncodedImage] = {}
-    with progress_bar("answering") as progress:
-        for start in range(0, len(lines), batch_size):
-            batch = lines[start : start + batch_size]
-            if any(line.id not in journal.entries for line in batch):
-                encoded = {path: encoded[path] for path in {line.image for line in batch} & encoded.keys()}
-                journal.add(_answered(assistant, batch, encoded, max_new_tokens))
-            progress((start + len(batch)) / len(lines))
-
-
-def _answered(
-    assistant: Assistant, batch: Sequence[Line], encoded: dict[Path, EncodedImage], max_new_tokens: int
-) -> list[Entry]:
-    """In the order of the batch; images that are encoded on the way are added to `encoded`."""
-    errors = {line.id: error for line in batch if (error := line.error or _encode(assistant, line.image, encoded))}
-    ready = [line for line in batch if line.id not in errors]
-    found = {entry["id"]: entry for entry in _replies(assistant, ready, encoded, max_new_tokens)}
-    return [found.get(line.id) or {"id": line.id, "error": errors[line.id]} for line in batch]
-
-
-def _encode(assistant: Assistant, path: Path, encoded: dict[Path, EncodedImage]) -> str:
-    """Encode an image that is not encoded yet; what is wrong with it, if anything."""
-    try:
-        encoded[path] = encoded.get(path) or assistant.encode(path)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
-def _replies(
-    assistant: Assistant, ready: Sequence[Line], encoded: Mapping[Path, EncodedImage], max_new_tokens: int
-) -> Iterator[Entry]:
-    if not ready:
-        return
-    asked = [([Message(role="user", content=line.question)], [encoded[line.image]]) for line in ready]
-    for line, reply in zip(ready, assistant.chat_each(asked, max_new_tokens=max_new_tokens), strict=True):
-        yield {"id": line.id} | ({"error": str(reply)} if isinstance(reply, InputError) else {"answer": reply})

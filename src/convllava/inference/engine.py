@@ -1,39 +1,39 @@
 """Continuous batching: answers join and leave a running batch between any two tokens.
 
-    engine = Engine(assistant)
+    engine = Engine(model, processor)
     engine.start()
     engine.submit(build_prompt(...), Sampling(), print)
 
-Every step is one pass of the language model over one token of each answer that is being written and a bounded number
-of tokens of prompts that are being read: nobody waits for more than one step because somebody else's prompt is long.
+A step is one pass of the language model. It contains one token of each answer that is written and a bounded number of
+tokens of prompts that are read. So nobody waits for more than one step because of the long prompt of another user.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from convllava.errors import InputError
-from convllava.inference.answer import Answer, Event
-from convllava.inference.assistant import Assistant
-from convllava.inference.prompts import Prompt
+from convllava.errors import ConfigError, InputError
+from convllava.inference.prompts import Prompt, check_context
 from convllava.inference.ragged_attention import Span
 from convllava.inference.ragged_model import RaggedModel, store_by_columns
-from convllava.inference.sampling import Sampling
-from convllava.inference.scheduler import Scheduler, Slot
-from convllava.inference.text_stream import TextStream
+from convllava.inference.sampling import Answer, Event, Sampling
+from convllava.inference.scheduler import Scheduler
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.processing import ConvLlavaProcessor
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class EngineStats:
-    """Counts since the start."""
+    """Counts since the engine was made."""
 
     steps: int = 0
     answers: int = 0
@@ -43,58 +43,60 @@ class EngineStats:
 
 
 class Engine:
-    """Writes the answers to many prompts at once.
+    """Writes the answers to many prompts at the same time.
 
     Args:
-        assistant: Whose language model; nothing else may use it while a step runs.
-        slots: Answers that are written at once. A slot keeps its keys and values, for a prompt that goes on from there.
-        context: Most tokens of prompt and answer; None takes the model's.
+        model, processor: A model and its processor. Nothing else may use the language model while a step runs.
+        slots: Number of answers that are written at the same time. A slot keeps its keys and values after the answer,
+            for a prompt that begins with the same tokens.
+        context: Most tokens of prompt and answer; None takes the model's context.
         step_tokens: Most tokens of one pass.
-        by_columns: Lay the weights out for decoding (`ragged.store_by_columns`); the model should not train afterwards.
+        by_columns: Store the weights for decoding (`ragged_model.store_by_columns`); do not train or save the model
+            afterwards.
 
     Raises:
-        InputError: the language model cannot be run this way, or a number is too small or too large.
+        InputError: if this engine does not support the language model, or a number is out of range.
     """
 
     def __init__(
         self,
-        assistant: Assistant,
+        model: ConvLlavaForConditionalGeneration,
+        processor: ConvLlavaProcessor,
         slots: int = 8,
         context: int | None = None,
         step_tokens: int = 128,
         by_columns: bool = True,
     ) -> None:
-        model = assistant.model
-        most = model.config.text_config.max_position_embeddings
-        self.context = context or most
-        _check(slots, step_tokens, self.context, most)
+        longest = model.config.text_config.max_position_embeddings
+        self.context = context or longest
+        if slots < 1 or step_tokens <= slots:
+            raise ConfigError(f"`step_tokens` is {step_tokens}, too few for {slots} slots; give at least {slots + 1}")
+        if not 2 <= self.context <= longest:
+            raise ConfigError(f"`context` is {self.context}; give a number between 2 and the model's {longest}")
         if by_columns:
             store_by_columns(model.model.language_model, model.lm_head)
         self.model = RaggedModel(model.model.language_model, model.lm_head, slots, self.context)
         self.scheduler = Scheduler(slots, step_tokens, self.model.cache.copy)
         self.stats = EngineStats()
-        self._tokenizer, self._ends = assistant.processor.tokenizer, end_tokens(assistant)
+        self._tokenizer, self._ends = processor.tokenizer, end_tokens(model, processor)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
-    def submit(self, prompt: Prompt, sampling: Sampling, deliver: Callable[[Event], None]) -> Answer:
+    def submit(
+        self, prompt: Prompt, sampling: Sampling, deliver: Callable[[Event], None] = lambda event: None
+    ) -> Answer:
         """Queue an answer.
 
         Args:
-            deliver: Called with every event, the last of which has a `finish`, from the engine's thread: it must
-                return at once and not raise.
+            deliver: Called with every event from the thread that runs the steps; the last event has a `finish`. It
+                must return at once and must not raise.
 
         Raises:
-            InputError: prompt and answer do not fit into the context, or the engine is closed.
+            InputError: if prompt and answer do not fit into the context, or the engine is closed.
         """
-        tokens = len(prompt.keys)
-        if tokens + sampling.max_new_tokens > self.context:
-            raise InputError(
-                f"the prompt has {tokens} tokens and the answer may have {sampling.max_new_tokens}, but the context is "
-                f"{self.context}; shorten the prompt, use a smaller image or ask for fewer tokens"
-            )
-        answer = Answer(prompt, sampling, TextStream(self._tokenizer, sampling.stop), deliver)
+        check_context(len(prompt.keys), sampling.max_new_tokens, self.context)
+        answer = Answer(prompt, sampling, self._tokenizer, deliver)
         with self._changed:
             if self._is_closed:
                 raise InputError("the engine is closed")
@@ -103,18 +105,22 @@ class Engine:
         return answer
 
     def cancel(self, answer: Answer) -> None:
-        """Give an answer up: its slot is free from the next step on, and no event follows the step that runs."""
+        """Give up an answer: the next step frees its slot, and no event follows the step that runs now."""
         with self._changed:
             answer.is_cancelled = True
             self._changed.notify()
 
+    def forget(self) -> None:
+        """Drop the keys and values of finished answers, so that the next prompt is read from its beginning."""
+        self.scheduler.forget()
+
     def start(self) -> None:
-        """Run steps in a thread for as long as there is something to write."""
+        """Run steps in a thread while there is something to write."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step that runs; answers that are not finished fail."""
+        """Stop after the step that runs now; unfinished answers fail."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -127,43 +133,37 @@ class Engine:
             try:
                 self.step()
             except Exception:
-                _log.exception("a step failed, and all answers with it; the next ones begin anew")
+                _log.exception("a step failed, and all unfinished answers with it; new answers start normally")
                 self._fail_all()
 
     def _wait(self) -> bool:
-        """Until there is something to do; False is the end."""
+        """Wait until there is something to do; return False if the engine is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self.scheduler.waiting or self.scheduler.running)
         return not self._is_closed
 
     def _fail_all(self) -> None:
         for answer in self.scheduler.clear():
+            answer.finish = "error"
             answer.deliver(Event("", finish="error"))
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One pass: admit who waits, read prompts, write one token of every answer whose prompt is read.
+        """Run one pass: admit waiting answers, read prompts, and write one token of each answer with a read prompt.
 
         Returns:
-            Whether there was anything to do.
+            False if there was nothing to do.
         """
         self.scheduler.release_cancelled()
         for answer in self.scheduler.admit():
-            self._count(answer)
+            self.stats.answers += 1
+            self.stats.prompt_tokens += len(answer.prompt.keys)
+            self.stats.cached_tokens += answer.cached
         plan = self.scheduler.plan()
         if not plan:
             return False
         spans = [Span(slot.index, len(slot.held), count) for slot, count in plan]
-        logits = self.model.forward(spans, self._embeddings(plan))
-        self.stats.steps += 1
-        for (slot, count), row, likeliest in zip(plan, logits, logits.argmax(-1).tolist(), strict=True):
-            slot.advance(count, self.stats.steps)
-            if not slot.unread:
-                self._write(slot, row, likeliest)
-        return True
-
-    def _embeddings(self, plan: Sequence[tuple[Slot, int]]) -> Tensor:
-        """(tokens of all slots, width): those that were picked last, which a plan has first, and those of prompts."""
+        # The plan lists the answers that are written first: their input is the token that was picked last.
         busy = [(slot, slot.answer, count) for slot, count in plan if slot.answer is not None]
         picked = torch.tensor([answer.last for slot, answer, _ in busy if not slot.unread], dtype=torch.long)
         read = [
@@ -171,33 +171,77 @@ class Engine:
             for slot, answer, count in busy
             if slot.unread
         ]
-        return torch.cat([self.model.embed(picked.to(self.model.device)), *read])
-
-    def _write(self, slot: Slot, logits: Tensor, likeliest: int) -> None:
-        answer = slot.answer
-        assert answer is not None
-        event = answer.write(logits, likeliest, self._ends)
-        self.stats.written_tokens += 1
-        if event.finish:
-            slot.answer = None
-        answer.deliver(event)
-
-    def _count(self, answer: Answer) -> None:
-        self.stats.answers += 1
-        self.stats.prompt_tokens += len(answer.prompt.keys)
-        self.stats.cached_tokens += answer.cached
+        logits = self.model.forward(spans, torch.cat([self.model.embed(picked.to(self.model.device)), *read]))
+        self.stats.steps += 1
+        for (slot, answer, count), row, likeliest in zip(busy, logits, logits.argmax(-1).tolist(), strict=True):
+            slot.advance(count, self.stats.steps)
+            if not slot.unread:
+                event = answer.write(row, likeliest, self._ends)
+                self.stats.written_tokens += 1
+                if event.finish:
+                    slot.answer = None
+                answer.deliver(event)
+        return True
 
 
-def end_tokens(assistant: Assistant) -> frozenset[int]:
-    """The tokens that end an answer, as `generate` takes them."""
-    configured = assistant.model.generation_config.eos_token_id
+class SequentialEngine:
+    """Writes one answer after another with the model's own forward pass.
+
+    For language models that `Engine` rejects, such as those that cap attention scores. It has the methods of `Engine`
+    that an `Assistant` needs. It does not batch, and it reads every prompt from its beginning.
+    """
+
+    def __init__(self, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
+        self.context = model.config.text_config.max_position_embeddings
+        self._model, self._tokenizer, self._ends = model, processor.tokenizer, end_tokens(model, processor)
+        self._waiting: deque[Answer] = deque()
+        self._cache: Any = None
+
+    def submit(
+        self, prompt: Prompt, sampling: Sampling, deliver: Callable[[Event], None] = lambda event: None
+    ) -> Answer:
+        """Queue an answer; see `Engine.submit`."""
+        check_context(len(prompt.keys), sampling.max_new_tokens, self.context)
+        self._waiting.append(Answer(prompt, sampling, self._tokenizer, deliver))
+        return self._waiting[-1]
+
+    def cancel(self, answer: Answer) -> None:
+        """Give up an answer."""
+        answer.is_cancelled = True
+
+    def forget(self) -> None:
+        """Do nothing: keys and values are not kept after an answer."""
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Write one token of the first answer in the queue.
+
+        Returns:
+            False if there was nothing to do.
+        """
+        while self._waiting and (self._waiting[0].is_cancelled or self._waiting[0].finish):
+            self._waiting.popleft()
+        if not self._waiting:
+            self._cache = None
+            return False
+        answer = self._waiting[0]
+        if answer.written:
+            last = torch.tensor([[answer.last]], device=self._model.device)
+            embeddings = self._model.get_input_embeddings()(last)
+        else:
+            self._cache, embeddings = None, answer.prompt.embeddings[None]
+        output = self._model(
+            inputs_embeds=embeddings, past_key_values=self._cache, use_cache=True, logits_to_keep=1, return_dict=True
+        )
+        self._cache = output.past_key_values
+        logits = output.logits[0, -1].float()
+        answer.deliver(answer.write(logits, int(logits.argmax()), self._ends))
+        return True
+
+
+def end_tokens(model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> frozenset[int]:
+    """Return the tokens that end an answer, as `generate` does."""
+    configured: Any = model.generation_config.eos_token_id
     if configured is None:
-        configured = assistant.processor.tokenizer.eos_token_id
+        configured = processor.tokenizer.eos_token_id
     return frozenset(configured if isinstance(configured, list) else [configured])
-
-
-def _check(slots: int, step_tokens: int, context: int, most: int) -> None:
-    if slots < 1 or step_tokens <= slots:
-        raise InputError(f"{step_tokens} tokens a step are too few for {slots} slots; give at least one more")
-    if not 2 <= context <= most:
-        raise InputError(f"a context of {context} tokens is not between 2 and the model's {most}")

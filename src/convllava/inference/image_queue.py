@@ -1,28 +1,30 @@
-"""Images on their way to tokens: encoded together where they wait together, and not again where they are known."""
+"""A queue of images for the tower: waiting images are encoded together, and recent ones are not encoded again."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
 
 from transformers import BatchFeature
 
 from convllava.errors import InputError
-from convllava.inference.assistant import Assistant, EncodedImage
+from convllava.inference.types import EncodedImage
+
+ON_CPU = {"batch_pixels": 400_000, "workers": 2}
+"""Larger images fill a core one by one. Encoded together, the first would wait for the last, and the engine for all."""
 
 
 def digest_of(data: bytes) -> str:
-    """What tells one image file from another."""
+    """Return the SHA-256 of an image file."""
     return sha256(data).hexdigest()
 
 
 class FeatureCache:
-    """The most recently used encoded images, at most so many bytes of them."""
+    """The most recently used encoded images, up to a number of bytes. Several threads may use it."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
@@ -48,7 +50,7 @@ class FeatureCache:
 
 @dataclass(eq=False)
 class _Job:
-    """One image that waits, and who waits for it."""
+    """One image in the queue, and the futures of those who wait for it."""
 
     digest: str
     pixels: BatchFeature
@@ -58,43 +60,35 @@ class _Job:
     def size(self) -> int:
         return int(self.pixels["image_sizes"].prod())
 
-    def is_given_up(self) -> bool:
-        return all(future.cancelled() for future in self.waiting)
-
-    def settle(self, settle: Callable[[Future[EncodedImage]], None]) -> None:
-        for future in self.waiting:
-            if future.set_running_or_notify_cancel():
-                settle(future)
-
 
 @dataclass
 class EncoderStats:
-    """Counts since the start."""
+    """Counts since the encoder was made."""
 
     hits: int = 0
     images: int = 0
     passes: int = 0
 
 
-ON_CPU = {"batch_pixels": 400_000, "workers": 2}
-"""Larger images fill a core one by one; together, the first would wait for the last, and the engine for them all."""
-
-
 class ImageEncoder:
-    """Runs tower and projector in threads of its own, so that answers which are being written go on meanwhile.
+    """Encodes images in its own threads, so that answers continue meanwhile.
 
     Args:
-        assistant: Whose tower.
-        cache_bytes: Of encoded images that are kept.
-        batch_pixels: Images that wait are encoded together up to so many pixels.
-        workers: Passes at a time.
+        encode: `Assistant.encode_pixels`.
+        cache_bytes: Most bytes of encoded images in the cache.
+        batch_pixels: Most pixels of images that are encoded together; a larger image is encoded alone.
+        workers: Passes of the tower at the same time.
     """
 
     def __init__(
-        self, assistant: Assistant, cache_bytes: int = 256 * 2**20, batch_pixels: int = 4_000_000, workers: int = 1
+        self,
+        encode: Callable[[Sequence[BatchFeature]], list[EncodedImage]],
+        cache_bytes: int = 256 * 2**20,
+        batch_pixels: int = 4_000_000,
+        workers: int = 1,
     ) -> None:
         self.cache, self.stats = FeatureCache(cache_bytes), EncoderStats()
-        self._assistant, self._batch_pixels = assistant, batch_pixels
+        self._encode, self._batch_pixels = encode, batch_pixels
         self._jobs: deque[_Job] = deque()
         self._running: list[_Job] = []
         self._changed = threading.Condition()
@@ -104,17 +98,17 @@ class ImageEncoder:
             thread.start()
 
     def known(self, digest: str) -> EncodedImage | None:
-        """An image that needs no encoding."""
+        """Return an image from the cache, if it is there."""
         found = self.cache.get(digest)
         self.stats.hits += found is not None
         return found
 
     def submit(self, digest: str, pixels: BatchFeature) -> Future[EncodedImage]:
-        """Encode an image; an image whose futures are all cancelled before its turn is left out.
+        """Encode an image. An image is skipped if all its futures are cancelled before its turn.
 
         Args:
-            digest: What tells it from others (`digest_of`).
-            pixels: What the image processor made of it alone.
+            digest: Identifies the image (`digest_of`).
+            pixels: The result of the image processor for this image alone.
         """
         future: Future[EncodedImage] = Future()
         with self._changed:
@@ -132,7 +126,7 @@ class ImageEncoder:
         return future
 
     def close(self) -> None:
-        """Stop after the passes that run; what waits is cancelled."""
+        """Stop after the passes that run now; waiting images are cancelled."""
         with self._changed:
             self._is_closed = True
             for job in self._jobs:
@@ -145,23 +139,27 @@ class ImageEncoder:
 
     def _run(self) -> None:
         while batch := self._take_batch():
+            images: list[EncodedImage] = []
+            failure: Exception | None = None
             try:
-                images = self._assistant.encode_pixels([job.pixels for job in batch])
-            except Exception as error:  # whatever it is, those who wait must hear of it
-                self._end_batch(batch, [partial(_fail, error=error)] * len(batch))
-            else:
+                images = self._encode([job.pixels for job in batch])
                 for job, image in zip(batch, images, strict=True):
                     self.cache.put(job.digest, image)
-                self._end_batch(batch, [partial(_give, image=image) for image in images])
-
-    def _end_batch(self, batch: list[_Job], settlements: list[Callable[[Future[EncodedImage]], None]]) -> None:
-        with self._changed:
-            for job, settle in zip(batch, settlements, strict=True):
-                job.settle(settle)
-                self._running.remove(job)
+            except Exception as error:  # any error must reach those who wait
+                failure = error
+            with self._changed:
+                for place, job in enumerate(batch):
+                    self._running.remove(job)
+                    for future in job.waiting:
+                        if not future.set_running_or_notify_cancel():
+                            continue
+                        if failure is None:
+                            future.set_result(images[place])
+                        else:
+                            future.set_exception(failure)
 
     def _take_batch(self) -> list[_Job]:
-        """Wait for images and take those of the next pass; none is the end."""
+        """Wait for images and take those of the next pass; an empty list means that the encoder is closed."""
         batch: list[_Job] = []
         with self._changed:
             while not batch and not self._is_closed:
@@ -169,18 +167,10 @@ class ImageEncoder:
                 room = self._batch_pixels
                 while self._jobs and (not batch or self._jobs[0].size <= room):
                     job = self._jobs.popleft()
-                    if not job.is_given_up():
+                    if not all(future.cancelled() for future in job.waiting):
                         batch.append(job)
                         room -= job.size
             self._running += batch
             self.stats.passes += bool(batch)
             self.stats.images += len(batch)
         return batch
-
-
-def _give(future: Future[EncodedImage], image: EncodedImage) -> None:
-    future.set_result(image)
-
-
-def _fail(future: Future[EncodedImage], error: Exception) -> None:
-    future.set_exception(error)

@@ -1,4 +1,4 @@
-"""How likely a model finds given answers: what multiple choice by likelihood is scored with."""
+"""Log probabilities of given answers, for multiple choice by likelihood."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from convllava.errors import InputError
-from convllava.inference.assistant import Assistant, EncodedImage, Message
+from convllava.inference.assistant import Assistant
+from convllava.inference.prompts import padded_inputs
+from convllava.inference.types import EncodedImage, Message
 from convllava.model.images import ImageSource
+
+_PADDING = -100
+"""Target after the end of an answer that is shorter than the longest."""
 
 
 class LogLikelihood(NamedTuple):
-    """Of one answer.
+    """Score of one answer.
 
     Attributes:
-        total: Sum of the natural logarithms of the probabilities of its tokens, among them the one that ends the turn.
-        is_greedy: Whether each of them is the likeliest: whether the model, asked, would say just this.
+        total: Sum of the natural log probabilities of its tokens, including the token that ends the turn.
+        is_greedy: True if each token is the likeliest, so that the model itself would give exactly this answer.
     """
 
     total: float
@@ -28,43 +33,30 @@ class LogLikelihood(NamedTuple):
 
 
 Request = tuple[Sequence[ImageSource | EncodedImage], Sequence[Message], str]
-"""Images, the conversation up to the answer (see `Assistant.chat`), and the answer."""
+"""Images, the conversation before the answer (see `Assistant.chat`), and the answer."""
 
 
 @torch.inference_mode()
 def log_likelihoods(assistant: Assistant, requests: Sequence[Request]) -> list[LogLikelihood]:
-    """Score answers in one batch; it gives what each would give alone.
+    """Score answers in one batch. Each score equals that of the answer alone.
 
-    The answer counts as a whole turn, its end included: without the end "1" would profit from every "15", and the
+    The score includes the end of the turn. Otherwise "1" would also get the probability of every "15", and the
     probabilities of all answers would not add up to one.
 
     Args:
-        requests: Give an image that several ask about as one `EncodedImage`, and tower and projector see it once.
+        requests: If several requests share an image, give it as one `EncodedImage`: the tower then runs once.
 
     Raises:
-        InputError: as `Assistant.chat`; or the chat template does not continue its own prompt with an answer.
+        InputError: as `Assistant.chat`, or if the chat template does not continue its own prompt with an answer.
     """
     if not requests:
         return []
     answers = [_answer_ids(assistant, answer) for _, _, answer in requests]
     conversations = [(messages, [assistant.encode(image) for image in images]) for images, messages, _ in requests]
-    inputs = assistant.prompts(conversations, [len(answer) for answer in answers])
+    inputs = padded_inputs(assistant.model, assistant.processor, conversations, [len(answer) for answer in answers])
     # Prompts are padded on the left, so that all answers begin in the same column.
-    targets = pad_sequence(answers, batch_first=True, padding_value=_NOTHING).to(assistant.model.device)
-    logits = _logits(assistant, inputs, targets)
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=_NOTHING, reduction="none")
-    hits = (logits.argmax(-1) == targets) | (targets == _NOTHING)
-    totals = (-losses.double().sum(-1)).tolist()
-    return [LogLikelihood(total, greedy) for total, greedy in zip(totals, hits.all(-1).tolist(), strict=True)]
-
-
-_NOTHING = -100
-"""In place of a token where an answer is shorter than the longest."""
-
-
-def _logits(assistant: Assistant, inputs: dict[str, Any], targets: Tensor) -> Tensor:
-    """(batch, answer, vocabulary) in float32: what the model expects at each place of an answer."""
-    exists = targets != _NOTHING
+    targets = pad_sequence(answers, batch_first=True, padding_value=_PADDING).to(assistant.model.device)
+    exists = targets != _PADDING
     mask = torch.cat([inputs["attention_mask"], exists.to(inputs["attention_mask"])], dim=1)
     output = assistant.model(
         input_ids=torch.cat([inputs["input_ids"], targets.masked_fill(~exists, 0)], dim=1),
@@ -74,13 +66,17 @@ def _logits(assistant: Assistant, inputs: dict[str, Any], targets: Tensor) -> Te
         logits_to_keep=targets.shape[1] + 1,
         use_cache=False,
     )
-    return output.logits[:, :-1].float()
+    logits = output.logits[:, :-1].float()  # (batch, answer, vocabulary)
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=_PADDING, reduction="none")
+    hits = (logits.argmax(-1) == targets) | ~exists
+    totals = (-losses.double().sum(-1)).tolist()
+    return [LogLikelihood(total, greedy) for total, greedy in zip(totals, hits.all(-1).tolist(), strict=True)]
 
 
 def _answer_ids(assistant: Assistant, answer: str) -> Tensor:
-    """The tokens with which the chat template writes an answer and ends the turn.
+    """Return the tokens of an answer and of the end of its turn, as the chat template writes them.
 
-    Seen where they follow a prompt, for there are tokenizers that begin every text of its own with a space.
+    They are taken after a prompt, because some tokenizers put a space before every text that stands alone.
     """
     question: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": "?"}]}
     turn: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": answer}]}

@@ -1,4 +1,4 @@
-"""Who is written next: slots, the queue before them, and how the tokens of a step are shared out."""
+"""Slots, the queue in front of them, and the tokens that each slot adds in the next step."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from convllava.inference.answer import Answer
 from convllava.inference.prompts import Key
-
-Copy = Callable[[int, int, int], None]
+from convllava.inference.sampling import Answer
 
 
 @dataclass
 class Slot:
-    """A row of the cache: the tokens it holds, and who uses it.
+    """One row of the cache: the tokens that it holds, and the answer that uses it.
 
     Attributes:
-        held: Tokens whose keys and values it holds; they stay when its answer is finished.
-        used: The step in which it was used last.
+        held: Tokens whose keys and values are in the cache. They stay when the answer is finished.
+        used: Number of the step that used it last.
     """
 
     index: int
@@ -29,14 +27,11 @@ class Slot:
 
     @property
     def unread(self) -> int:
-        """Tokens of the prompt that are not held yet."""
+        """Tokens of the prompt that the cache does not hold yet."""
         return 0 if self.answer is None else max(0, len(self.answer.prompt.keys) - len(self.held))
 
-    def is_reading(self, keys: Sequence[Key]) -> bool:
-        return self.answer is not None and self.unread > 0 and self.answer.prompt.keys == keys
-
     def advance(self, count: int, step: int) -> None:
-        """Hold so many tokens more: of the prompt, or the one that was picked last."""
+        """Note that the cache holds `count` more tokens: of the prompt, or the token that was picked last."""
         assert self.answer is not None
         held = len(self.held)
         self.held += self.answer.prompt.keys[held : held + count] if self.unread else (self.answer.last,)
@@ -44,15 +39,17 @@ class Slot:
 
 
 class Scheduler:
-    """Slots and their queue. `submit` and `cancel` may come from any thread, all else from the one that runs steps.
+    """Assigns answers to slots and tokens to steps.
+
+    `submit` may be called from any thread, everything else only from the thread that runs the steps.
 
     Args:
-        slots: How many answers are written at once.
-        step_tokens: Most tokens of a step, more than there are slots.
-        copy: Gives one slot (by its number) the first tokens of another: called with source, target and count.
+        slots: Number of answers that are written at the same time.
+        step_tokens: Most tokens of a step; more than `slots`.
+        copy: Copies the first tokens of one slot to another; called with source, target and count.
     """
 
-    def __init__(self, slots: int, step_tokens: int, copy: Copy) -> None:
+    def __init__(self, slots: int, step_tokens: int, copy: Callable[[int, int, int], None]) -> None:
         self.slots = [Slot(index) for index in range(slots)]
         self._step_tokens, self._copy = step_tokens, copy
         self._waiting: deque[Answer] = deque()
@@ -60,12 +57,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Answers that have no slot yet."""
+        """Number of answers without a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Answers that have one."""
+        """Number of answers with a slot."""
         return sum(slot.answer is not None for slot in self.slots)
 
     def submit(self, answer: Answer) -> None:
@@ -79,8 +76,12 @@ class Scheduler:
         with self._lock:
             self._waiting = deque(answer for answer in self._waiting if not answer.is_cancelled)
 
+    def forget(self) -> None:
+        """Empty the slots that no answer uses."""
+        self.slots = [slot if slot.answer is not None else Slot(slot.index) for slot in self.slots]
+
     def clear(self) -> list[Answer]:
-        """Forget everything and return the answers that were not finished."""
+        """Empty the queue and all slots, and return the answers that were not finished."""
         with self._lock:
             answers = [*self._waiting, *(slot.answer for slot in self.slots if slot.answer)]
             self._waiting.clear()
@@ -88,34 +89,36 @@ class Scheduler:
         return answers
 
     def admit(self) -> list[Answer]:
-        """Give slots to those who wait, in their order; the same prompt twice waits until it has been read once."""
+        """Give slots to waiting answers, in order. An answer waits while a slot still reads the same prompt."""
         admitted: list[Answer] = []
         with self._lock:
             for answer in list(self._waiting):
                 free = [slot for slot in self.slots if slot.answer is None]
                 if not free:
                     break
-                if not any(slot.is_reading(answer.prompt.keys) for slot in self.slots):
+                reading = [slot.answer.prompt.keys for slot in self.slots if slot.answer is not None and slot.unread]
+                if answer.prompt.keys not in reading:
                     self._waiting.remove(answer)
-                    self._seat(answer, free)
+                    self._assign(answer, free)
                     admitted.append(answer)
         return admitted
 
-    def _seat(self, answer: Answer, free: Sequence[Slot]) -> None:
-        """Choose a slot and reuse the longest beginning of the prompt that any slot holds."""
+    def _assign(self, answer: Answer, free: Sequence[Slot]) -> None:
+        """Choose a slot and reuse the longest prefix of the prompt that any slot holds."""
         keys = answer.prompt.keys
-        shared = [_common(slot.held, keys) for slot in self.slots]
+        shared = [_common_prefix(slot.held, keys) for slot in self.slots]
         donor = max(self.slots, key=lambda slot: shared[slot.index])
-        count = min(shared[donor.index], len(keys) - 1)  # the last token is read again, to predict what follows
-        # A slot that would lose most of what it holds keeps it, for its own conversation may go on.
-        goes_on = donor.answer is None and 2 * count >= len(donor.held)
-        target = donor if goes_on else min(free, key=lambda slot: slot.used)
+        count = min(shared[donor.index], len(keys) - 1)  # the last token is read again, to predict the first new one
+        # A slot that would lose most of its tokens keeps them: its own conversation may continue.
+        continues = donor.answer is None and 2 * count >= len(donor.held)
+        target = donor if continues else min(free, key=lambda slot: slot.used)
         if count and target is not donor:
             self._copy(donor.index, target.index, count)
         target.held, target.answer, answer.cached = list(keys[:count]), answer, count
 
     def plan(self) -> list[tuple[Slot, int]]:
-        """Slots and how many tokens each adds: one of each answer, then equal shares of the rest for each prompt."""
+        """Return slots with the tokens that each adds: first one for each answer that is written, then equal shares of
+        the rest for the prompts that are read."""
         busy = [slot for slot in self.slots if slot.answer is not None]
         plan = [(slot, 1) for slot in busy if not slot.unread]
         reading = sorted((slot for slot in busy if slot.unread), key=lambda slot: slot.unread)
@@ -127,7 +130,7 @@ class Scheduler:
         return plan
 
 
-def _common(held: Sequence[Key], keys: Sequence[Key]) -> int:
-    """How many tokens two sequences have in common from the beginning."""
+def _common_prefix(held: Sequence[Key], keys: Sequence[Key]) -> int:
+    """Return the number of equal tokens at the beginning of both sequences."""
     limit = min(len(held), len(keys))
     return next((place for place in range(limit) if held[place] != keys[place]), limit)

@@ -1,7 +1,7 @@
 """Our models in lmms-eval: `lmms-eval --model convllava --model_args pretrained=MODEL --tasks ...` (docs/harnesses.md).
 
-lmms-eval knows two kinds of model. A chat model is given the messages of a task; a simple one is given a text and
-pictures. Answers are scored (`loglikelihood`) with simple models alone: `--force_simple`.
+lmms-eval has two kinds of model. A chat model gets the messages of a task; a simple model gets a text and images.
+Only simple models can score given answers (`loglikelihood`): use `--force_simple`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,38 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.progress import make_progress
 
-from convllava.errors import InputError
-from convllava.inference import Message, load
-from convllava.inference.assistant import EncodedImage
+from convllava.errors import ConfigError, DataError, InputError
+from convllava.inference import EncodedImage, Message, load
 from convllava.inference.likelihood import log_likelihoods
+from convllava.inference.prompts import padded_inputs
 
 Result = TypeVar("Result")
 Conversation = tuple[list[Message], list[EncodedImage]]
-_PASSED_ON = ("num_beams", "repetition_penalty")
-_OF_SAMPLING = ("temperature", "top_p", "top_k")
+_SEARCH = ("num_beams", "repetition_penalty")
+_SAMPLING = ("temperature", "top_p", "top_k")
+
+_GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Overrides the model's generation_config.json, which the engine does not read either."""
 
 
 class _ConvLlava(lmms):
-    """What both kinds have in common.
+    """Common base of both kinds of model.
 
     Args:
         pretrained: `tiny`, a folder or a hub id.
         batch_size: Requests that are answered together.
-        device: Where to run; None takes this process's accelerator, or the CPU.
-        max_batch_size: Of lmms-eval's automatic batch sizes, which there are none of here.
-        pixels: Settings of the image processor in place of the checkpoint's, such as mode=short_side,side=1536.
+        device: Device of the model; None takes this process's accelerator, or the CPU.
+        max_batch_size: Ignored; lmms-eval passes it for automatic batch sizes, which are not supported.
+        pixels: Settings of the image processor instead of the checkpoint's, such as mode=short_side,side=1536.
 
     Raises:
-        InputError: nothing loadable goes by that name, or a setting is bad.
+        InputError: if nothing with that name can be loaded, or a setting is wrong.
     """
 
     def __init__(
@@ -52,38 +56,38 @@ class _ConvLlava(lmms):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or not int(batch_size):
-            raise InputError(f"batch_size={batch_size}: give the number of requests that are answered together")
+            raise ConfigError(f"`batch_size` is {batch_size}; give the number of requests that are answered together")
         self.batch_size = int(batch_size)
         self.assistant = load(pretrained, device=device or str(PartialState().device), pixels=pixels)
         self._encoded: tuple[Any, list[EncodedImage]] = (None, [])
 
     @property
     def device(self) -> Any:
-        """Where lmms-eval gathers the results of several processes."""
+        """The device on which lmms-eval gathers the results of several processes."""
         return self.assistant.model.device
 
     @abstractmethod
     def _generation_kwargs(self, request: Instance) -> dict[str, Any]:
-        """The settings with which a task wants its answer."""
+        """Return the generation settings of a task."""
 
     @abstractmethod
     def _conversation(self, request: Instance) -> Conversation:
-        """What is asked."""
+        """Return messages and encoded images."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answers, up to the first of the texts that a task names in `until`."""
+        """Return the answers, up to the first of the texts that a task lists in `until`."""
         return self._in_batches(requests, self._generation_kwargs, self._generate)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
-        """Of each answer, minus the sum of its tokens' log probabilities, and whether the model would say it.
+        """Return the loss of each given answer, and whether it is the model's own greedy answer.
 
-        lmms-eval's models return losses here, of which its tasks take the smallest.
+        The loss is minus the sum of its tokens' log probabilities; lmms-eval's tasks choose the smallest.
         """
         return self._in_batches(requests, lambda request: {}, self._score)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Raise InputError."""
-        raise InputError("tasks of several rounds (generate_until_multi_round) are not supported")
+        """Raise ConfigError: tasks of several rounds are not supported."""
+        raise ConfigError("tasks of several rounds (generate_until_multi_round) are not supported")
 
     def _in_batches(
         self,
@@ -91,7 +95,7 @@ class _ConvLlava(lmms):
         settings_of: Callable[[Instance], dict[str, Any]],
         work: Callable[[list[Instance], dict[str, Any]], list[Result]],
     ) -> list[Result]:
-        """Results in the order of the requests; a batch has one set of settings."""
+        """Return results in the order of the requests; all requests of a batch have the same settings."""
         results: dict[int, Result] = {}
         with make_progress(len(requests), "answering", disable=self.rank != 0) as bar:
             for settings, batch in _batches(list(map(settings_of, requests)), self.batch_size):
@@ -101,15 +105,28 @@ class _ConvLlava(lmms):
 
     def _generate(self, requests: list[Instance], settings: dict[str, Any]) -> list[str]:
         conversations = [self._conversation(request) for request in requests]
-        answers = self.assistant.chat_many(conversations, **_generation(settings))
-        return [_cut(answer, settings.get("until")) for answer in answers]
+        until, options = settings.get("until"), _generation(settings)
+        longest = options.pop("max_new_tokens")
+        if not options["do_sample"] and all(options.get(name, 1) == 1 for name in _SEARCH):
+            answers = self.assistant.chat_many(conversations, max_new_tokens=longest)
+            for answer in answers:
+                if isinstance(answer, InputError):
+                    raise answer
+            return [_cut(str(answer), until) for answer in answers]
+        # The engine has no beams, penalties or top_k, and lmms-eval seeds the random generator that `generate` uses.
+        model, processor = self.assistant.model, self.assistant.processor
+        inputs = padded_inputs(model, processor, conversations, [longest] * len(conversations))
+        with torch.inference_mode():
+            output: Any = model.generate(**inputs, **{**_GREEDY, **options}, max_new_tokens=longest)  # type: ignore[misc]
+        texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_cut(text, until) for text in texts]
 
     def _score(self, requests: list[Instance], settings: dict[str, Any]) -> list[Any]:
         items = []
         for request in requests:
             messages, images = self._text_and_images(request)
             items.append((images, messages, self._answer(request)))
-        # lmms-eval makes a string of any tuple that does not come as a GenerationResult.
+        # lmms-eval turns any tuple into a string unless it is a GenerationResult.
         return [GenerationResult((-score.total, score.is_greedy)) for score in log_likelihoods(self.assistant, items)]
 
     def _answer(self, request: Instance) -> str:
@@ -121,23 +138,24 @@ class _ConvLlava(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _text_and_images(self, request: Instance) -> Conversation:
-        """Of a request in the simple form: text, something, doc_to_visual, doc_id, task, split."""
+        """Read a request of the simple form: text, settings, doc_to_visual, doc_id, task, split."""
         if len(request.args) < 6:
-            raise InputError(f"{request.task_name}: answers without their question (acc_mutual_info) are not scored")
+            raise DataError(f"{request.task_name}: answers without their question (acc_mutual_info) are not scored")
         text, _, doc_to_visual, *place = request.args
         images = self._encode(place, lambda: doc_to_visual(self._doc(request)) if doc_to_visual else [])
         parts = _interleave(text, self.assistant.processor.image_token, len(images))
         return [Message(role="user", content=parts)], images
 
     def _encode(self, place: Sequence[Any], images: Callable[[], Sequence[Any] | None]) -> list[EncodedImage]:
-        """Encode the images of a document once for all requests in a row that ask about it."""
+        """Encode the images of a document once for all successive requests about it."""
         if self._encoded[0] != place:
             self._encoded = (place, [self.assistant.encode(image) for image in images() or ()])
         return self._encoded[1]
 
 
 class ConvLlavaSimple(_ConvLlava):
-    """A text and pictures; the pictures stand where the text has as many `<image>` marks, else before it."""
+    """Model for a text and images. The images take the places of the `<image>` marks in the text if their numbers are
+    equal; otherwise they precede the text."""
 
     is_simple = True
 
@@ -149,7 +167,7 @@ class ConvLlavaSimple(_ConvLlava):
 
 
 class ConvLlavaChat(_ConvLlava):
-    """Messages whose parts are texts and images."""
+    """Model for messages whose parts are texts and images."""
 
     is_simple = False
 
@@ -165,7 +183,7 @@ class ConvLlavaChat(_ConvLlava):
 
 
 def _batches(settings: Sequence[dict[str, Any]], size: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Settings and the indices of at most `size` requests that share them."""
+    """Yield settings, and the indices of at most `size` requests that share them."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, own in enumerate(settings):
         groups[json.dumps(own, sort_keys=True)].append(index)
@@ -175,32 +193,32 @@ def _batches(settings: Sequence[dict[str, Any]], size: int) -> Iterator[tuple[di
 
 
 def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """lmms-eval's settings as `generate` takes them; as with its own models, a temperature above 0 means sampling."""
+    """Translate lmms-eval's settings for `generate`. As with its own models, a temperature above 0 means sampling."""
     samples = settings.get("do_sample") is not False and float(settings.get("temperature") or 0) > 0
-    names = (*_PASSED_ON, *(_OF_SAMPLING if samples else ()))
+    names = (*_SEARCH, *(_SAMPLING if samples else ()))
     passed = {name: settings[name] for name in names if settings.get(name) is not None}
     return {**passed, "do_sample": samples, "max_new_tokens": int(settings.get("max_new_tokens") or 256)}
 
 
 def _cut(answer: str, until: str | Sequence[str] | None) -> str:
-    """What stands before the first of the texts that end an answer."""
+    """Return the text before the first of the texts that end an answer."""
     for end in [until] if isinstance(until, str) else until or ():
         answer = answer.partition(end)[0] if end else answer
     return answer
 
 
 def _parts(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """lmms-eval's parts of a message as transformers writes them.
+    """Translate the parts of a message from lmms-eval's form to that of transformers.
 
     Raises:
-        InputError: a part is neither text nor an image.
+        DataError: if a part is neither text nor an image.
     """
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     parts: list[dict[str, Any]] = []
     for part in content:
         if part["type"] not in ("text", "image"):
-            raise InputError(f"the task asks about {part['type']}; the model takes text and images")
+            raise DataError(f"the task asks about {part['type']}; the model takes text and images")
         if part["type"] == "image":
             parts.append({"type": "image", "image": part["url"]})
         elif part["text"].strip():
@@ -209,7 +227,7 @@ def _parts(content: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _interleave(text: str, mark: str, images: int) -> list[dict[str, Any]]:
-    """A text as parts, images where its marks are, or all before it where it does not have as many marks."""
+    """Split a text at its image marks and put images there; if their numbers differ, put all images before the text."""
     pieces = text.split(mark)
     if len(pieces) - 1 != images:
         pieces = [""] * images + [text]

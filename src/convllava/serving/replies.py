@@ -10,8 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 from uuid import uuid4
 
-from convllava.inference.answer import Event
-from convllava.inference.sampling import TokenLogprob
+from convllava.inference.sampling import Event, TokenLogprob
 from convllava.serving.api_error import ApiError
 from convllava.serving.service import Prepared, Service
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from convllava.inference.assistant import Message
 from convllava.inference.sampling import Sampling
+from convllava.inference.types import Message
 from convllava.serving.api_error import ApiError
 
 

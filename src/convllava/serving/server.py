@@ -119,8 +119,9 @@ def make_server(
     if api_key is not None and not api_key.strip():
         raise ConfigError("`api_key` is empty; give a key or leave it out")
     limits = limits or Limits()
-    engine = Engine(assistant, slots, context, step_tokens)
-    encoder = ImageEncoder(assistant, cache_bytes, **(ON_CPU if assistant.model.device.type == "cpu" else {}))
+    engine = Engine(assistant.model, assistant.processor, slots, context, step_tokens)
+    on_cpu = ON_CPU if assistant.model.device.type == "cpu" else {}
+    encoder = ImageEncoder(assistant.encode_pixels, cache_bytes, **on_cpu)
     service = Service(assistant, name, engine, encoder, limits, allow_urls)
     app = create_app(service, api_key, ui)
     own_name = [host] if is_loopback(host) else []

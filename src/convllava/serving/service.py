@@ -14,10 +14,11 @@ from jinja2 import TemplateError
 from transformers import BatchFeature
 
 from convllava.errors import ImageError, InputError
-from convllava.inference.assistant import Assistant, EncodedImage
+from convllava.inference.assistant import Assistant
 from convllava.inference.engine import Engine
 from convllava.inference.image_queue import ImageEncoder, digest_of
-from convllava.inference.prompts import Prompt, build_prompt
+from convllava.inference.prompts import Prompt
+from convllava.inference.types import EncodedImage
 from convllava.model.images import check_header, load_image
 from convllava.serving.api_error import ApiError
 from convllava.serving.fetching import Fetcher
@@ -116,8 +117,8 @@ class Service:
             raise ApiError(400, f"{param}: {error}", "invalid_request", param) from None
         return request
 
-    async def _image(self, url: str, number: int, max_pixels: int | None) -> tuple[str, EncodedImage]:
-        """Return the digest of an image and its features, from the cache if possible."""
+    async def _image(self, url: str, number: int, max_pixels: int | None) -> EncodedImage:
+        """Return the features of an image, from the cache if possible."""
         try:
             if url.startswith("data:"):
                 data = await _run_in(self._checking, _decode_data_uri, url)
@@ -126,12 +127,12 @@ class Service:
             digest = await _run_in(self._checking, digest_of, data)
             digest += f" within {max_pixels} pixels" if max_pixels else ""
             if cached := self.encoder.known(digest):
-                return digest, cached
+                return cached
             await _run_in(self._checking, self._check_header, data)
             pixels = await _run_in(self._decoding, self._decode, data, max_pixels)
         except InputError as error:
             raise ApiError(422, f"image {number}: {error}", "invalid_image", "messages") from None
-        return digest, await asyncio.wrap_future(self.encoder.submit(digest, pixels))
+        return await asyncio.wrap_future(self.encoder.submit(digest, pixels))
 
     def _check_header(self, data: bytes) -> None:
         kind = check_header(data, max_image_pixels=self.limits.image_pixels)
@@ -143,12 +144,10 @@ class Service:
         image = load_image(data, max_image_pixels=self.limits.image_pixels)
         return processor(image, return_tensors="pt", **processor.within(max_pixels))
 
-    def _build_prompt(self, request: ChatRequest, images: list[tuple[str, EncodedImage]]) -> Prepared:
+    def _build_prompt(self, request: ChatRequest, images: list[EncodedImage]) -> Prepared:
         messages = [message.as_message() for message in request.messages]
         try:
-            prompt = build_prompt(
-                self.assistant, messages, [image for _, image in images], [digest for digest, _ in images]
-            )
+            prompt = self.assistant.prompt(messages, images)
         except (InputError, TemplateError) as error:  # a template may reject an order of messages
             raise ApiError(400, str(error), "invalid_prompt", "messages") from None
         tokens, context = len(prompt.keys), self.engine.context

@@ -18,8 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from convllava.data.collate import IGNORE, supervise_first
 from convllava.display import AnsweredImage, draw_answers
 from convllava.errors import InputError
-from convllava.inference import Assistant
-from convllava.inference.assistant import Message
+from convllava.inference import Assistant, Message
 from convllava.training.averaging import save_weights
 from convllava.training.datasets import Question
 from convllava.training.recipe import Evaluation, Stage
@@ -99,7 +98,7 @@ class SampleAnswers(TrainerCallback):
         images = [part["image"] for part in parts if part["type"] == "image"]
         asked = [Message(role=message["role"], content=message["content"]) for message in messages]
         try:
-            answer = str(self.assistant.chat(asked, images, max_new_tokens=_LONGEST))
+            answer = self.assistant.chat(asked, images, max_new_tokens=_LONGEST)
         except InputError:
             return None  # an illustration stops no training
         question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
