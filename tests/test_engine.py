@@ -456,7 +456,9 @@ def test_a_language_model_with_capped_attention_scores_answers_as_generate_does(
     language |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.6}
     vision = {"depths": [1] * 5, "hidden_sizes": [8] * 5, "layer_scale_init_value": 0.5}
     pixels = {"min_pixels": 64 * 64, "max_pixels": 256 * 256}
-    model, processor = build_fresh(vision=vision, language={"model_type": "gemma2", **language}, pixels=pixels, words=WORDS)
+    model, processor = build_fresh(
+        vision=vision, language={"model_type": "gemma2", **language}, pixels=pixels, words=WORDS
+    )
     assistant = Assistant(model.eval(), processor)
     asked = ASKED[:4]
     assert many_answers(assistant, asked) == [offline(assistant, question, 0) for _, question in asked]
