@@ -1,4 +1,4 @@
-"""Measure speed and memory next to a named baseline: `python -m benchmarks tower`."""
+"""The command `python -m benchmarks SUITE`."""
 
 from __future__ import annotations
 
@@ -7,78 +7,54 @@ from typing import Annotated
 
 import typer
 
+from benchmarks import SUITES
 from convllava.cli import main
 from convllava.cli.options import AsJson, is_given, numbers, show, squares
 from convllava.errors import InputError
 
-_TOWERS = {"towers", "sides", "repeats"}
-_USED = {
-    "tower": _TOWERS,
-    "training": _TOWERS,
-    "mixed": _TOWERS,
-    "steps": {*_TOWERS, "language"},
-    "features": {*_TOWERS, "language"},
-    "batches": {"sides", "repeats"},
-    "scale": {"repeats"},
-    "first-token": {*_TOWERS, "language", "peers"},
-    "pixels": {"sides", "repeats"},
-    "decoding": {"language", "repeats"},
-    "serving": {*_TOWERS, "language", "peers", "vllm", "tokens"},
-    "data": {"repeats"},
-}
-"""Options that mean something to a suite, beside those that do to all."""
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+HELP = "Measure speed and memory side by side with a baseline.\n\n\b\nSuites:\n" + "\n".join(
+    f"  {name:<16} {suite.help}" for name, suite in SUITES.items()
+)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command()
+@app.command(help=HELP)
 def bench(
     context: typer.Context,
-    suite: Annotated[
-        str,
-        typer.Argument(
-            help="tower, training, steps, batches, features, mixed, scale, first-token, pixels, decoding, "
-            "serving or data."
-        ),
-    ],
-    towers: Annotated[str, typer.Option(help="Of tiny, T, S, B, L, separated by commas.")] = "T",
-    sides: Annotated[str, typer.Option(help="Of square images, separated by commas.")] = "768",
-    language: Annotated[str, typer.Option(help="Shape of the language model: tiny, 135m, 0.5b, 7b.")] = "135m",
-    peers: Annotated[bool, typer.Option("--peers", help="first-token, serving: what others do, too.")] = False,
+    suite: Annotated[str, typer.Argument(help="One of the suites above.")],
+    towers: Annotated[str, typer.Option(help="tiny, T, S, B, L, separated by commas.")] = "T",
+    sides: Annotated[str, typer.Option(help="Sides of square images in pixels, separated by commas.")] = "768",
+    language: Annotated[str, typer.Option(help="Size of the language model: tiny, 135m, 0.5b, 7b.")] = "135m",
+    peers: Annotated[bool, typer.Option("--peers", help="Measure other models or servers too.")] = False,
     vllm: Annotated[
-        Path | None, typer.Option(help="serving: the python of an environment with vLLM, whose server is measured too.")
+        Path | None, typer.Option(help="Python of an environment with vLLM, to measure its server too.")
     ] = None,
-    tokens: Annotated[str, typer.Option(help="serving: lengths of answers, separated by commas.")] = "32",
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each, taken in turns.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="Of one operation.")] = 1,
+    tokens: Annotated[str, typer.Option(help="Lengths of answers, separated by commas.")] = "32",
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each function; the median counts.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one operation.")] = 1,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for its files, and for what a killed run has measured.")
+        Path | None, typer.Option(help="Folder for the report; a run that was killed continues there.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure speed and memory side by side with a baseline."""
-    _refuse_unused(context, suite)
+    if suite not in SUITES:
+        raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
+    used = SUITES[suite].options
+    for name in sorted(frozenset().union(*(other.options for other in SUITES.values())) - used):
+        if is_given(context, name):
+            takes = ", ".join(f"`{option}`" for option in sorted({*used, "repeats"}))
+            raise InputError(f"`{name}` has no effect on {suite}, which takes {takes}")
+    for name in ("towers", "sides"):
+        if suite == "serving" and "," in str(context.params[name]):
+            raise InputError(f"serving measures one model; give `{name}` one value")
+    from benchmarks.measure import Settings
     from benchmarks.report import run, tables_of
-    from benchmarks.settings import Settings
 
     settings = Settings(
         towers.split(","), squares(sides), language, peers, vllm, numbers("--tokens", tokens), repeats, threads
     )
     report = run(suite, settings, output)
     show(report, as_json, lambda: tables_of(report))
-
-
-def _refuse_unused(context: typer.Context, suite: str) -> None:
-    used = _USED.get(suite, set().union(*_USED.values()))  # an unknown suite is told by itself
-    for name in sorted(set().union(*_USED.values()) - used):
-        if is_given(context, name):
-            raise InputError(
-                f"--{name} means nothing to {suite}, which takes {', '.join(f'--{n}' for n in sorted(used))}"
-            )
-    for name in ("towers", "sides"):
-        if suite == "serving" and "," in str(context.params[name]):
-            raise InputError(f"serving measures one model; give --{name} one value")
 
 
 if __name__ == "__main__":

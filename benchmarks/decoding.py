@@ -1,60 +1,60 @@
-"""What a token costs: a pass over many texts beside transformers' `generate`, a bare loop, and reading the weights."""
+"""Cost of one decoding step: the engine next to `generate`, a plain loop, and reading the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from benchmarks.timing import Work, side_by_side
+from benchmarks.measure import Row, Settings, Work, side_by_side
 from convllava.checkpoints.inspection import language_models
 from convllava.inference.ragged_attention import Span
 from convllava.inference.ragged_model import RaggedModel, store_by_columns
 
 PROMPT, TOKENS = 16, 16
+"""Tokens of the prompt and of the answer."""
 BATCHES = (1, 2, 4, 8)
-_ROW = 512
 
 
-def decoding(language: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step that writes one token of each text, and how many times that of reading all weights once.
+def decoding(settings: Settings) -> list[Row]:
+    """Measure milliseconds of a step that writes one token of each text, and compare with reading all weights once.
 
-    Every way writes the same tokens after the same prompt; `generate` reads the prompt too, of a few tokens.
+    All ways write the same tokens after the same prompt. `generate` also reads the prompt of a few tokens. `rows` and
+    `columns` are the engine with its weights stored by rows and by columns.
     """
-    config = LlamaConfig(**language_models()[language])
+    config = LlamaConfig(**language_models()[settings.language])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     prompts = torch.randint(0, config.vocab_size, (max(BATCHES), PROMPT))
-    works: dict[tuple[str, int], Work] = {("generate", 1): _generate(model, prompts[:1])}
-    works["loop", 1] = _loop(model, prompts[:1])
-    works |= {("rows", texts): _steps(model, prompts[:texts]) for texts in BATCHES}
-    columns = AutoModelForCausalLM.from_config(config).eval()
-    columns.load_state_dict(model.state_dict())
-    store_by_columns(columns)
-    works |= {("columns", texts): _steps(columns, prompts[:texts]) for texts in BATCHES}
-    written = [work()[0] for work in works.values()]
-    seconds = side_by_side({("floor", 1): _reading(model)} | works, repeats)
+    by_columns = AutoModelForCausalLM.from_config(config).eval()
+    by_columns.load_state_dict(model.state_dict())
+    store_by_columns(by_columns)
+    works: dict[tuple[str, int], Work] = {
+        ("generate", 1): _generate(model, prompts[:1]),
+        ("loop", 1): _loop(model, prompts[:1]),
+        **{("rows", texts): _engine(model, prompts[:texts]) for texts in BATCHES},
+        **{("columns", texts): _engine(by_columns, prompts[:texts]) for texts in BATCHES},
+    }
+    first_answers = [work()[0] for work in works.values()]
+    # The least that a step can do is to read each weight once (a tied head is the embedding). A matrix-vector product
+    # reads as fast as anything does.
+    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
+    matrix, vector = torch.zeros(weights // 512, 512), torch.randn(512)
+    seconds = side_by_side({("floor", 1): lambda: matrix @ vector} | works, settings.repeats)
     floor = seconds.pop(("floor", 1))
-    for (way, texts), taken in seconds.items():
-        yield {
+    return [
+        {
             "way": way,
             "texts": texts,
             "ms_per_step": round(1e3 * taken / TOKENS, 1),
             "ms_per_token": round(1e3 * taken / TOKENS / texts, 1),
             "step_over_floor": round(taken / TOKENS / floor, 2),
-            "same_tokens": all(tokens == written[0] for tokens in written),
+            "same_tokens": all(tokens == first_answers[0] for tokens in first_answers),
         }
-
-
-def _reading(model: nn.Module) -> Work:
-    """The least that a step can do: read every weight of a product once (a tied head is the embedding). A product with
-    a vector reads as fast as anything does."""
-    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
-    matrix, vector = torch.zeros(weights // _ROW, _ROW), torch.randn(_ROW)
-    return lambda: matrix @ vector
+        for (way, texts), taken in seconds.items()
+    ]
 
 
 def _generate(model: Any, prompts: Tensor) -> Work:
@@ -80,7 +80,7 @@ def _loop(model: Any, prompts: Tensor) -> Work:
     return work
 
 
-def _steps(model: Any, prompts: Tensor) -> Work:
+def _engine(model: Any, prompts: Tensor) -> Work:
     ragged = RaggedModel(model.base_model, model.get_output_embeddings(), len(prompts), PROMPT + TOKENS)
 
     def spans(start: int, count: int) -> list[Span]:

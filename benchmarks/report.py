@@ -1,9 +1,9 @@
-"""Runs a suite, shows progress, and writes what it found as JSON, as a table and as a picture."""
+"""Run a suite and write its report: JSON, tables for the terminal, pictures."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,53 +13,26 @@ import torch
 import transformers
 from rich.table import Table
 
-from benchmarks import decoding, serving, suites
-from benchmarks.batches import batches
-from benchmarks.features import features
-from benchmarks.reading import reading
-from benchmarks.settings import Settings
-from benchmarks.steps import steps
-from benchmarks.timing import Progress
+from benchmarks import SUITES, data, decoding, first_token, serving, tower, training
+from benchmarks.measure import Progress, Row, Settings
 from convllava import __version__
-from convllava.display import check_can_draw, progress_bar
+from convllava.display import ACCENT, INK, MUTED, axes_on, check_can_draw, progress_bar
 from convllava.errors import InputError
-from convllava.geometry import Size
 from convllava.io import ResumableJsonl, make_output, write_json
 
-SCALE = (Size(512, 512), Size(1024, 1024), Size(2048, 2048), Size(4096, 4096), Size(8192, 8192), Size(16384, 4096))
-SUITES = (
-    "tower",
-    "training",
-    "steps",
-    "batches",
-    "features",
-    "mixed",
-    "scale",
-    "first-token",
-    "pixels",
-    "decoding",
-    "serving",
-    "data",
-)
-Case = Callable[[Progress], Iterator[suites.Row]]
-"""Measures some rows, and tells the share that is done where it takes long."""
-_BY_TOWER: dict[str, Callable[..., Iterator[suites.Row]]] = {
-    "tower": suites.tower,
-    "training": suites.training,
-    "mixed": suites.mixed,
-    "steps": steps,
-    "features": features,
+PER_TOWER_AND_SIDE: dict[str, Callable[[str, int, Settings], list[Row]]] = {
+    "tower": tower.tower,
+    "mixed-shapes": tower.mixed_shapes,
+    "training": training.training,
+    "packing": training.packing,
+    "frozen-features": training.frozen_features,
 }
-"""Suites that are measured for one tower and one side after the other."""
-_WITH_LANGUAGE = ("steps", "features")
-"""Those of them that train a language model too."""
-_BY_SIDE: dict[str, Callable[..., Iterator[suites.Row]]] = {"pixels": suites.pixels, "batches": batches}
-_JOURNAL, _SETTINGS = "{}.jsonl", "{}.settings.json"
-"""What a suite has measured so far, and how."""
-_COLUMNS = 4
+PER_SIDE: dict[str, Callable[[int, Settings], list[Row]]] = {"pixels": data.pixels, "batching": training.batching}
+JOURNAL, SETTINGS = "{}.jsonl", "{}.settings.json"
+"""Files of an unfinished suite: what it has measured so far, and its settings."""
+WITH_PICTURE = ("scale", "first-token")
+ROWS_PER_TABLE = 4
 """Rows side by side in a terminal of 80 characters."""
-DRAWN = ("scale", "first-token")
-"""Suites of which there is a picture."""
 
 
 def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str, Any]:
@@ -67,28 +40,36 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
 
     Args:
         suite: One of `SUITES`.
-        settings: What is measured, and how.
-        output: Folder for SUITE.json and SUITE.png, and for what a run that is killed has measured: the same command
-            continues it.
+        settings: What to measure and how often.
+        output: Folder for SUITE.json and SUITE.png. A run that was killed continues there if its settings are the same.
 
     Returns:
         The machine, the settings and the rows.
 
     Raises:
-        InputError: an unknown suite, tower or language model; a folder that cannot be, or that holds the beginnings of
-            a run with other settings; or no matplotlib to draw with.
+        InputError: if the suite, a tower or the language model is unknown, a package is missing, or `output` cannot be
+            a folder or holds an unfinished run with other settings.
     """
     if suite not in SUITES:
         raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
     settings.check()
-    _check_packages(suite, output)
+    if suite in WITH_PICTURE and output is not None:
+        check_can_draw("bench")
+    if suite == "data" and find_spec("pyarrow") is None:
+        raise InputError("the suite data needs pyarrow; pip install 'convllava[data]'")
     if output is not None:
         make_output(output)
     torch.set_num_threads(settings.threads)
     versions = {"convllava": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     described = settings.as_json() | {"versions": versions}
-    journal = ResumableJsonl(output, described, _JOURNAL.format(suite), _SETTINGS.format(suite))
-    rows = _measured(suite, journal, _cases(suite, settings, journal))
+    journal = ResumableJsonl(output, described, JOURNAL.format(suite), SETTINGS.format(suite))
+    with progress_bar(f"measuring {suite}") as progress:
+        cases = _cases(suite, settings, journal, progress)
+        for number, (name, measure) in enumerate(cases.items(), start=1):
+            if name not in journal.entries:
+                journal.add([{"id": name, "rows": measure()}])
+            progress(number / len(cases))
+    rows = [row for name in cases for row in journal.entries[name]["rows"]]
     capability = torch.backends.cpu.get_cpu_capability()
     report: dict[str, Any] = {
         "suite": suite,
@@ -98,68 +79,52 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
         "rows": rows,
     }
     if suite == "scale":
-        report["exponent"] = suites.exponent(rows)
+        report["exponent"] = tower.exponent(rows)
     if output is not None:
-        _write(report, output)
+        write_json(output / f"{suite}.json", report)
+        for name in (JOURNAL, SETTINGS):  # the next run measures everything again
+            (output / name.format(suite)).unlink(missing_ok=True)
+        if suite in WITH_PICTURE:
+            draw(report, output / f"{suite}.png")
     return report
 
 
-def _measured(suite: str, journal: ResumableJsonl, cases: Mapping[str, Case]) -> list[suites.Row]:
-    """The rows of all cases in their order; those of a run that was killed are not measured again."""
-    with progress_bar(f"measuring {suite}") as progress:
-        for number, (name, measure) in enumerate(cases.items()):
-            if name not in journal.entries:
-                share = partial(_within, progress, number, len(cases))
-                journal.add([{"id": name, "rows": list(measure(share))}])
-            progress((number + 1) / len(cases))
-    return [row for name in cases for row in journal.entries[name]["rows"]]
-
-
-def _within(progress: Progress, number: int, cases: int, share: float) -> None:
-    progress((number + share) / cases)
-
-
-def _cases(suite: str, settings: Settings, journal: ResumableJsonl) -> dict[str, Case]:
-    """What a suite measures, in the parts that a killed run keeps, by their names."""
-    names, sides, repeats = settings.towers, settings.sides, settings.repeats
-    if suite in _BY_TOWER:
-        measure, rest = _BY_TOWER[suite], (settings.language,) if suite in _WITH_LANGUAGE else ()
-        pairs = [(name, side) for name in names for side in sides]
-        return {f"{name} at {side}": _plain(measure, [name], [side], repeats, *rest) for name, side in pairs}
+def _cases(suite: str, settings: Settings, journal: ResumableJsonl, progress: Progress) -> dict[str, Callable[[], list[Row]]]:
+    """Return the parts of a suite by name. A run that was killed continues after its last finished part."""
+    if suite in PER_TOWER_AND_SIDE:
+        measure, pairs = (
+            PER_TOWER_AND_SIDE[suite],
+            [(name, side) for name in settings.towers for side in settings.sides],
+        )
+        return {f"{name} at {side}": partial(measure, name, side, settings) for name, side in pairs}
+    if suite in PER_SIDE:
+        return {str(side): partial(PER_SIDE[suite], side, settings) for side in settings.sides}
     if suite == "scale":
-        return {f"{size.width}x{size.height}": _plain(suites.scale, [size], repeats) for size in SCALE}
-    if suite in _BY_SIDE:
-        return {str(side): _plain(_BY_SIDE[suite], [side], repeats) for side in sides}
-    whole: dict[str, Case] = {
-        "first-token": lambda share: suites.first_token(
-            names, sides, repeats, settings.language, settings.peers, journal, share
-        ),
-        "data": _plain(reading, repeats),
-        "decoding": _plain(decoding.decoding, settings.language, repeats),
-        "serving": _plain(serving.serving, settings, journal),
+        return {f"{size.width}x{size.height}": partial(tower.scale, size, settings) for size in tower.SCALE}
+    # These suites are one part each. Two of them store single times in the journal, since their works take turns.
+    whole: dict[str, Callable[[], list[Row]]] = {
+        "first-token": partial(first_token.first_token, settings, journal, progress),
+        "serving": partial(serving.serving, settings, journal),
+        "data": partial(data.data, settings),
+        "decoding": partial(decoding.decoding, settings),
     }
     return {suite: whole[suite]}
 
 
-def _plain(measure: Callable[..., Iterator[suites.Row]], *arguments: Any) -> Case:
-    return lambda share: measure(*arguments)
-
-
 def tables_of(report: dict[str, Any]) -> list[Table]:
-    """The rows for the terminal, a column each, and as many tables as it takes for columns to be read."""
+    """Return tables for the terminal. Each row of the report is a column, and a table holds a few of them."""
     ending = f"; time grows with pixels^{report['exponent']}" if "exponent" in report else ""
-    title = f"{report['suite']}: {report['machine']}{ending}"
-    starts = range(0, len(report["rows"]), _COLUMNS)
-    return [_table(report["rows"][start : start + _COLUMNS], None if start else title) for start in starts]
-
-
-def _table(rows: Sequence[suites.Row], title: str | None) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for index in range(len(rows) + 1):
-        table.add_column(justify="right" if index else "left")
-    for key in rows[0]:
-        table.add_row(key.replace("_", " "), *(_cell(row[key]) for row in rows))
-    return table
+    title: str | None = f"{report['suite']}: {report['machine']}{ending}"
+    tables = []
+    for start in range(0, len(report["rows"]), ROWS_PER_TABLE):
+        rows = report["rows"][start : start + ROWS_PER_TABLE]
+        table = Table(title=title if start == 0 else None, title_justify="left", show_header=False)
+        for index in range(len(rows) + 1):
+            table.add_column(justify="right" if index else "left")
+        for key in rows[0]:
+            table.add_row(key.replace("_", " "), *(_cell(row[key]) for row in rows))
+        tables.append(table)
+    return tables
 
 
 def _cell(value: Any) -> str:
@@ -168,19 +133,40 @@ def _cell(value: Any) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,}"
 
 
-def _check_packages(suite: str, output: Path | None) -> None:
-    """Refuse before a measurement what would fail after it."""
-    if suite in DRAWN and output is not None:
-        check_can_draw("bench")
-    if suite == "data" and find_spec("pyarrow") is None:
-        raise InputError("bench data needs pyarrow; pip install 'convllava[data]'")
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw a report of the suite `scale` or `first-token` as PNG."""
+    with axes_on(path, report["machine"]) as axes:
+        (_draw_scale if report["suite"] == "scale" else _draw_first_token)(axes, report)
 
 
-def _write(report: dict[str, Any], output: Path) -> None:
-    write_json(output / f"{report['suite']}.json", report)
-    for left in (_JOURNAL, _SETTINGS):  # what is finished is measured anew the next time
-        (output / left.format(report["suite"])).unlink(missing_ok=True)
-    if report["suite"] in DRAWN:
-        from benchmarks.plot import draw
+def _draw_scale(axes: Any, report: dict[str, Any]) -> None:
+    """Plot seconds and memory against megapixels on logarithmic axes."""
+    rows = sorted(report["rows"], key=lambda row: row["height"] * row["width"])
+    pixels = [row["height"] * row["width"] / 1e6 for row in rows]
+    axes.loglog(pixels, [row["seconds"] for row in rows], "o-", color=ACCENT, label="CPU seconds")
+    axes.loglog(pixels, [row["mb"] / 1000 for row in rows], "s--", color=MUTED, label="GB of memory")
+    for x, row in zip(pixels, rows, strict=True):
+        label, place = f"{row['width']}x{row['height']}", (x, row["seconds"])
+        axes.annotate(label, place, (0, 7), textcoords="offset points", fontsize=7)
+    axes.set_xlabel(f"megapixels (time grows with pixels^{report['exponent']})")
+    axes.legend(frameon=False)
 
-        draw(report, output / f"{report['suite']}.png")
+
+def _draw_first_token(axes: Any, report: dict[str, Any]) -> None:
+    """Plot visual tokens against seconds to the first token; other models in grey."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    for row in report["rows"]:
+        ours = row["encoder"].startswith("ConvLLaVA ")
+        place = (row["first_token_seconds"], row["visual_tokens"])
+        axes.loglog(*place, "o", color=ACCENT if ours else MUTED)
+        label = row["encoder"].removeprefix("ConvLLaVA ").replace(" at ", " ")
+        settings = {"ha": "center", "textcoords": "offset points", "fontsize": 7, "color": INK}
+        axes.annotate(label, place, (0, -13) if ours else (0, 6), **settings)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xticks([2, 5, 10, 20, 50])
+    axes.set_yticks([100, 200, 500, 1000, 2000, 4000])
+    axes.set_xlabel("CPU seconds to the first token (blue: ConvLLaVA's towers by size and side)")
+    axes.set_ylabel("visual tokens")

@@ -1,4 +1,4 @@
-"""Servers of one model in processes of their own: ours, transformers' and vLLM's, with equal threads."""
+"""Servers of one model, each in its own process and with equal threads: ours, transformers' and vLLM's."""
 
 from __future__ import annotations
 
@@ -13,98 +13,107 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
+import psutil
 import torch
 
 from convllava.errors import InputError
 
 SLOTS = 8
-"""Answers that are written at once."""
-_STARTING_SECONDS = 600
-"""vLLM compiles the model first."""
-_ENDING_SECONDS = 30.0
+"""Answers that a server writes at the same time."""
+START_SECONDS = 600.0
+"""Time limit for the start; vLLM compiles the model first."""
+STOP_SECONDS = 30.0
+"""Time between SIGTERM and SIGKILL."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """How one is started.
+    """How to start a server.
 
     Attributes:
-        command: With its arguments.
-        port: Where it will listen.
-        model: By which name it knows its model.
-        environment: Beside that of this process.
-        asked: What a request must say besides, for an answer to be as long as it may be.
+        command: The program and its arguments.
+        port: Port on 127.0.0.1.
+        model: The model's name in requests.
+        environment: Additional environment variables.
+        request: Additional fields of a request, so that answers do not end early.
     """
 
     command: list[str]
     port: int
     model: str
     environment: Mapping[str, str] = field(default_factory=dict)
-    asked: Mapping[str, bool] = field(default_factory=dict)
+    request: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server: its address, the name of its model, its process, and `Server.asked`."""
+class RunningServer:
+    """A started server: host and port, the model's name, the process id, and `Server.request`."""
 
     url: str
     model: str
     pid: int
-    asked: Mapping[str, bool] = field(default_factory=dict)
+    request: Mapping[str, bool] = field(default_factory=dict)
 
     def cpu_seconds(self) -> float:
-        """Of the process and those that it has started, so far (man 5 proc; counted in hundredths)."""
-        return sum(map(_cpu_seconds, _family(self.pid)))
+        """Return the CPU time so far of the process and all its descendants that still run."""
+        seconds = 0.0
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            for one in (process, *process.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+                    times = one.cpu_times()
+                    seconds += times.user + times.system
+        return seconds
 
 
-def ours(folder: Path) -> Server:
-    """`convllava serve` of a model's folder."""
-    port = _free_port()
+def convllava_serve(folder: Path) -> Server:
+    """Return `convllava serve` for a model's folder."""
+    port = free_port()
     options = ["--port", str(port), "--slots", str(SLOTS), "--threads", str(torch.get_num_threads())]
     return Server([sys.executable, "-m", "convllava", "serve", "--model", str(folder), *options], port, folder.name)
 
 
-def stock(folder: Path) -> Server:
-    """`transformers serve`.
+def transformers_serve(folder: Path) -> Server:
+    """Return `transformers serve`.
 
     Raises:
-        InputError: something that it imports is not here.
+        InputError: if a package that it needs is missing.
     """
     if find_spec("requests") is None or find_spec("openai") is None:
-        raise InputError("--peers needs transformers serve; pip install 'transformers[serving]' requests")
-    port = _free_port()
+        raise InputError("`peers` starts transformers serve; pip install 'transformers[serving]' requests")
+    port = free_port()
     options = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    return Server([sys.executable, "-m", "benchmarks.stock_server", *options], port, str(folder))
+    return Server([sys.executable, "-m", "benchmarks.transformers_server", *options], port, str(folder))
 
 
-def vllm(folder: Path, python: Path) -> Server:
-    """What `vllm serve` starts.
+def vllm_serve(folder: Path, python: Path) -> Server:
+    """Return vLLM's OpenAI server.
 
     Args:
-        python: Of an environment that has vLLM for CPUs and convllava.
+        folder: The model's folder.
+        python: The Python executable of an environment that has vLLM for CPUs and convllava.
 
     Raises:
-        InputError: there is no such program.
+        InputError: if `python` is not an executable file.
     """
     if python.is_dir() or not os.access(python, os.X_OK):
-        raise InputError(f"--vllm {python} is no program; give the python of an environment that has vLLM")
-    port = _free_port()
+        raise InputError(f"`vllm` {python} is not a program; give the python of an environment that has vLLM")
+    port = free_port()
     options = ["--model", str(folder), *f"--served-model-name model --host 127.0.0.1 --port {port}".split()]
     options += f"--dtype float32 --max-num-seqs {SLOTS} --max-model-len 2048".split()
-    # By itself it would take all processors but one, whatever the others may.
+    # Without "nobind" vLLM would use all processors except one.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     command = [str(python), "-m", "vllm.entrypoints.launchers.api_server.entry", *options]
     return Server(command, port, "model", environment, {"ignore_eos": True})
 
 
 @contextmanager
-def started(server: Server) -> Iterator[Running]:
-    """A server in a process of its own, with as many threads of one operation as here.
+def started(server: Server) -> Iterator[RunningServer]:
+    """Start a server with as many threads per operation as this process has, and stop it at the end of the block.
 
     Raises:
-        InputError: it does not start; with the end of what it said.
+        InputError: if it does not start; the message has the end of its output.
     """
     equal = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment = {**os.environ, **equal, **server.environment}
@@ -113,54 +122,28 @@ def started(server: Server) -> Iterator[Running]:
         subprocess.Popen(server.command, stdout=log, stderr=log, env=environment) as process,
     ):
         try:
-            _await(process, server.port, log)
-            yield Running(f"127.0.0.1:{server.port}", server.model, process.pid, server.asked)
+            deadline = time.monotonic() + START_SECONDS
+            while not _accepts(server.port):
+                if time.monotonic() > deadline or process.poll() is not None:
+                    process.kill()
+                    log.seek(0)
+                    raise InputError(f"the server does not start: {log.read()[-300:].decode(errors='replace')}")
+                time.sleep(0.2)
+            yield RunningServer(f"127.0.0.1:{server.port}", server.model, process.pid, server.request)
         finally:
-            _end(process)
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def _await(process: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> None:
-    deadline = time.monotonic() + _STARTING_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    process.kill()
-    log.seek(0)
-    raise InputError(f"the server does not start: {log.read()[-300:].decode(errors='replace')}")
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_ENDING_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _family(pid: int) -> Iterator[int]:
-    yield pid
-    with suppress(FileNotFoundError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in _read(task / "children").split():
-                yield from _family(int(child))
-
-
-def _cpu_seconds(pid: int) -> float:
-    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
-
-
-def _read(path: Path) -> str:
-    """What the system says of a process or thread; nothing of one that has ended meanwhile."""
-    try:
-        return path.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""

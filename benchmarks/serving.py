@@ -1,4 +1,4 @@
-"""What a server does for many clients at once, beside one `generate` after the other and other servers."""
+"""Time in which a server answers many clients at once, next to one `ask` after another and to other servers."""
 
 from __future__ import annotations
 
@@ -9,139 +9,128 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.servers import Running, Server, ours, started, stock, vllm
-from benchmarks.settings import Settings
+from benchmarks.measure import Row, Settings
+from benchmarks.servers import RunningServer, Server, convllava_serve, started, transformers_serve, vllm_serve
 from convllava import checkpoints
 from convllava.checkpoints.inspection import language_models, towers
 from convllava.errors import InputError
-from convllava.inference import Assistant, load
+from convllava.inference import load
 from convllava.io import ResumableJsonl
 from convllava.model.builder import build_fresh
 
 CLIENTS = (1, 4, 8)
 QUESTION = "what does it say"
+CLOCK_TICK = 0.01
+"""Resolution in seconds of the CPU time of other processes."""
 
-_TICK = 0.01
-"""Seconds in which the system counts the time of other processes: what is shorter counts as nothing."""
 
-
-@dataclass(frozen=True)
-class _Taken:
-    """What some work took: seconds by the clock, and of processors in the processes that did it."""
+class Seconds(NamedTuple):
+    """Wall time, and CPU time in the processes that did the work."""
 
     wall: float
     cpu: float
 
 
-_Work = Callable[[], _Taken]
-_Key = tuple[int, int]
+Case = tuple[int, int]
 """Clients, and tokens of an answer."""
+Times = dict[Case, Seconds]
 
 
-def serving(settings: Settings, journal: ResumableJsonl) -> Iterator[dict[str, Any]]:
-    """Seconds in which so many clients, who all ask at once about an image of their own, have all been answered.
+def serving(settings: Settings, journal: ResumableJsonl) -> list[Row]:
+    """Measure the time until all clients, who ask at the same time about different images, have their answers.
 
-    The model has random weights, and its answers do not end before they are as long as they may be. One server runs at
-    a time; `generate` answers one request.
+    The model has random weights and never ends an answer early. One server runs at a time. The baseline `generate`
+    answers one request in this process.
 
     Args:
-        settings: Its first tower and side count; the median of `repeats`.
-        journal: Keeps what each way took, for a run that is killed.
+        settings: The first tower and the first side count.
+        journal: Stores the times of each way; a run that was killed continues after the last one.
 
     Raises:
-        InputError: a server cannot be started, or does not answer as it should; or the system does not tell what
-            other processes take.
+        InputError: if a server cannot be started, or does not answer as expected.
     """
-    _check_machine()
-    tower, side = settings.towers[0], settings.sides[0]
+    if find_spec("fastapi") is None:
+        raise InputError("serving starts our server; pip install 'convllava[serve]'")
+    side = settings.sides[0]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        servers = _servers(model, settings)
-        _write(model, tower, settings.language, side)
-        alone = _kept(journal, "generate", partial(_generated, model, side, settings))
-        yield from _rows("generate", alone, alone)
-        for name, server in servers.items():
-            yield from _rows(name, _kept(journal, name, partial(_asked, server, side, settings)), alone)
-
-
-def _check_machine() -> None:
-    """Refuse before anything is measured."""
-    if not Path("/proc/self/task").is_dir():
-        raise InputError("bench serving counts the processor time of servers by /proc, which this system has not")
-    if find_spec("fastapi") is None:
-        raise InputError("bench serving starts our server; pip install 'convllava[serve]'")
-
-
-def _kept(journal: ResumableJsonl, way: str, measure: Callable[[], dict[_Key, _Taken]]) -> dict[_Key, _Taken]:
-    """What a way took, measured where the journal does not have it."""
-    name = f"taken by {way}"
-    if name not in journal.entries:
-        journal.add([{"id": name, "taken": [[*key, one.wall, one.cpu] for key, one in measure().items()]}])
-    return {(clients, tokens): _Taken(wall, cpu) for clients, tokens, wall, cpu in journal.entries[name]["taken"]}
-
-
-def _servers(model: Path, settings: Settings) -> dict[str, Server]:
-    servers = {"convllava serve": ours(model)}
-    if settings.peers:
-        servers["transformers serve"] = stock(model)
-    if settings.vllm:
-        servers["vLLM"] = vllm(model, settings.vllm)
-    return servers
-
-
-def _generated(model: Path, side: int, settings: Settings) -> dict[_Key, _Taken]:
-    assistant = load(str(model))
-    return _measured({(1, tokens): _generating(assistant, side, tokens) for tokens in settings.tokens}, settings)
-
-
-def _asked(server: Server, side: int, settings: Settings) -> dict[_Key, _Taken]:
-    keys = [(clients, tokens) for tokens in settings.tokens for clients in CLIENTS]
-    with started(server) as running:
-        return _measured({key: _asking(running, side, *key) for key in keys}, settings)
-
-
-def _measured(works: Mapping[_Key, _Work], settings: Settings) -> dict[_Key, _Taken]:
-    """Medians of works that take turns, after a call of each that does not count."""
-    for work in works.values():
-        work()
-    found: dict[_Key, list[_Taken]] = {key: [] for key in works}
-    for _ in range(settings.repeats):
-        for key, work in works.items():
-            found[key].append(work())
-    return {
-        key: _Taken(statistics.median(one.wall for one in taken), statistics.median(one.cpu for one in taken))
-        for key, taken in found.items()
-    }
-
-
-def _rows(way: str, taken: Mapping[_Key, _Taken], alone: Mapping[_Key, _Taken]) -> Iterator[dict[str, Any]]:
-    for (clients, tokens), found in taken.items():
-        one = taken[1, tokens]
-        yield {
+        servers = {"convllava serve": convllava_serve(model)}
+        if settings.peers:
+            servers["transformers serve"] = transformers_serve(model)
+        if settings.vllm:
+            servers["vLLM"] = vllm_serve(model, settings.vllm)
+        _write_model(model, settings.towers[0], settings.language, side)
+        times = {"generate": times_of(journal, "generate", partial(_ask_here, model, side, settings))}
+        for way, server in servers.items():
+            times[way] = times_of(journal, way, partial(_ask_server, server, side, settings))
+    return [
+        {
             "way": way,
             "tokens": tokens,
             "clients": clients,
             "seconds": round(found.wall, 2),
             "cpu_seconds": round(found.cpu, 2),
-            "over_one_client": round(found.wall / one.wall, 2),
-            "cpu_over_one_client": round(found.cpu / max(one.cpu, _TICK), 2),
-            "cpu_per_request_over_generate": round(found.cpu / clients / max(alone[1, tokens].cpu, _TICK), 2),
-            "tokens_per_cpu_second": round(clients * tokens / max(found.cpu, _TICK), 1),
+            "over_one_client": round(found.wall / cases[1, tokens].wall, 2),
+            "cpu_over_one_client": round(found.cpu / max(cases[1, tokens].cpu, CLOCK_TICK), 2),
+            "cpu_per_request_over_generate": round(
+                found.cpu / clients / max(times["generate"][1, tokens].cpu, CLOCK_TICK), 2
+            ),
+            "tokens_per_cpu_second": round(clients * tokens / max(found.cpu, CLOCK_TICK), 1),
         }
+        for way, cases in times.items()
+        for (clients, tokens), found in cases.items()
+    ]
 
 
-def _write(folder: Path, tower: str, language: str, side: int) -> None:
+def times_of(journal: ResumableJsonl, way: str, measure: Callable[[], Times]) -> Times:
+    """Return the times that the journal stores for this way; measure and store them if there are none."""
+    name = f"taken by {way}"
+    if name not in journal.entries:
+        journal.add([{"id": name, "taken": [[*case, *seconds] for case, seconds in measure().items()]}])
+    return {(clients, tokens): Seconds(wall, cpu) for clients, tokens, wall, cpu in journal.entries[name]["taken"]}
+
+
+def _ask_here(model: Path, side: int, settings: Settings) -> Times:
+    """Measure single requests in this process, one after another."""
+    assistant = load(str(model))
+
+    def work(tokens: int) -> Seconds:
+        image = _random_image(side)
+        wall, cpu = time.perf_counter(), time.process_time()
+        assistant.ask(image, QUESTION, max_new_tokens=tokens)
+        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+    return _medians({(1, tokens): partial(work, tokens) for tokens in settings.tokens}, settings.repeats)
+
+
+def _ask_server(server: Server, side: int, settings: Settings) -> Times:
+    cases = [(clients, tokens) for tokens in settings.tokens for clients in CLIENTS]
+    with started(server) as running:
+        return _medians({case: partial(_ask_all, running, side, *case) for case in cases}, settings.repeats)
+
+
+def _medians(works: Mapping[Case, Callable[[], Seconds]], repeats: int) -> Times:
+    """Return the medians of functions that take turns, after one warm-up call of each."""
+    for work in works.values():
+        work()
+    found: dict[Case, list[Seconds]] = {case: [] for case in works}
+    for _ in range(repeats):
+        for case, work in works.items():
+            found[case].append(work())
+    return {case: Seconds(*map(statistics.median, zip(*taken, strict=True))) for case, taken in found.items()}
+
+
+def _write_model(folder: Path, tower: str, language: str, side: int) -> None:
     shape = towers()[tower]
     model, processor = build_fresh(
         vision={"depths": shape.depths, "hidden_sizes": shape.hidden_sizes},
@@ -150,53 +139,37 @@ def _write(folder: Path, tower: str, language: str, side: int) -> None:
         words=QUESTION.split(),
     )
     assert model.generation_config is not None
-    model.generation_config.eos_token_id = model.config.text_config.vocab_size  # none that could be written
+    model.generation_config.eos_token_id = model.config.text_config.vocab_size  # a token that is never written
     checkpoints.write(model.eval(), processor, folder)
 
 
-def _generating(assistant: Assistant, side: int, tokens: int) -> _Work:
-    def work() -> _Taken:
-        image = _image(side)
-        wall, cpu = time.perf_counter(), time.process_time()
-        assistant.ask(image, QUESTION, max_new_tokens=tokens)
-        return _Taken(time.perf_counter() - wall, time.process_time() - cpu)
-
-    return work
-
-
-def _asking(server: Running, side: int, clients: int, tokens: int) -> _Work:
-    """As many clients as there are, each with an image that the server has not seen."""
-
-    def work() -> _Taken:
-        bodies = [_body(server, _image(side), tokens) for _ in range(clients)]
-        with ThreadPoolExecutor(clients) as pool:
-            wall, cpu = time.perf_counter(), server.cpu_seconds()
-            written = list(pool.map(lambda body: _answer(server.url, body), bodies))
-            taken = _Taken(time.perf_counter() - wall, server.cpu_seconds() - cpu)
-        if set(written) != {tokens}:
-            raise InputError(f"{server.model} at {server.url} wrote {written} tokens in place of {tokens}")
-        return taken
-
-    return work
+def _ask_all(server: RunningServer, side: int, clients: int, tokens: int) -> Seconds:
+    """Let many clients ask at the same time, each about a new image."""
+    requests = []
+    for _ in range(clients):
+        buffer = io.BytesIO()
+        _random_image(side).save(buffer, "PNG")
+        uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": QUESTION}]
+        request = {"model": server.model, "messages": [{"role": "user", "content": content}]}
+        requests.append(json.dumps({**request, "max_tokens": tokens, "temperature": 0, **server.request}).encode())
+    with ThreadPoolExecutor(clients) as pool:
+        wall, cpu = time.perf_counter(), server.cpu_seconds()
+        written = list(pool.map(lambda request: _tokens_written(server.url, request), requests))
+        taken = Seconds(time.perf_counter() - wall, server.cpu_seconds() - cpu)
+    if set(written) != {tokens}:
+        raise InputError(f"{server.model} at {server.url} wrote {written} tokens instead of {tokens}")
+    return taken
 
 
-def _image(side: int) -> Image.Image:
+def _random_image(side: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng().integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def _body(server: Running, image: Image.Image, tokens: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": QUESTION}]
-    request = {"model": server.model, "messages": [{"role": "user", "content": content}]}
-    return json.dumps({**request, "max_tokens": tokens, "temperature": 0, **server.asked}).encode()
-
-
-def _answer(url: str, body: bytes) -> int:
-    """The number of tokens that were written."""
+def _tokens_written(url: str, request: bytes) -> int:
+    """Send a chat request and return the number of tokens of the answer."""
     connection = http.client.HTTPConnection(url, timeout=600)
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/chat/completions", request, {"Content-Type": "application/json"})
     response = connection.getresponse()
     text = response.read()
     connection.close()

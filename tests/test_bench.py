@@ -1,4 +1,4 @@
-"""Measurements: counts that are exact, and reports that programs can read. No test looks at a time."""
+"""Benchmarks: exact counts, reports that programs can read, runs that continue. No test depends on a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import fresh
@@ -22,12 +23,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig
 from typer.testing import CliRunner
 
-from benchmarks import batches, decoding, fastvit, peers, report, servers, serving, steps, suites
-from benchmarks import reading as data
-from benchmarks.__main__ import _USED, app
-from benchmarks.fastvit import FastVitHD
-from benchmarks.settings import Settings
-from benchmarks.timing import live_memory, peak_memory, side_by_side
+from benchmarks import (
+    SUITES,
+    data,
+    decoding,
+    encoders,
+    fastvithd,
+    first_token,
+    report,
+    servers,
+    serving,
+    tower,
+    training,
+)
+from benchmarks.__main__ import app
+from benchmarks.fastvithd import FastVitHD
+from benchmarks.measure import Settings, live_memory, peak_memory, side_by_side
 from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError, load
 from convllava.checkpoints.inspection import language_models, towers
 from convllava.data.collate import collate
@@ -40,7 +51,7 @@ from convllava.synthetic import World
 
 @pytest.mark.parametrize("name", ["T", "S", "B", "L"])
 @pytest.mark.parametrize("size", [Size(64, 64), Size(768, 1024)])
-def test_operations_of_towers_are_those_that_torch_counts(name, size):
+def test_tower_flops_equal_torchs_count(name, size):
     with torch.device("meta"):
         model = ConvLlavaVisionModel(towers()[name])
         pixels = torch.empty(1, 3, *size)
@@ -49,19 +60,15 @@ def test_operations_of_towers_are_those_that_torch_counts(name, size):
     assert tower_flops(towers()[name], size) == counter.get_total_flops()
 
 
-def test_every_suite_says_which_options_it_uses():
-    assert set(_USED) == set(report.SUITES)
-
-
-def test_servers_that_were_measured_are_not_measured_again(tmp_path):
-    taken, calls = {(1, 2): serving._Taken(1.5, 0.5)}, []
+def test_serving_times_of_a_killed_run_are_reused(tmp_path):
+    taken, calls = {(1, 2): serving.Seconds(1.5, 0.5)}, []
     for _ in range(2):
-        found = serving._kept(ResumableJsonl(tmp_path, {}), "generate", lambda: calls.append(1) or taken)
+        found = serving.times_of(ResumableJsonl(tmp_path, {}), "generate", lambda: calls.append(1) or taken)
         assert found == taken
     assert len(calls) == 1
 
 
-def test_packages_that_are_missing_are_told_before_anything_is_measured(monkeypatch):
+def test_missing_packages_are_reported_before_measuring(monkeypatch):
     for module in (report, serving):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     for suite, extra in (("data", "data"), ("serving", "serve")):
@@ -69,7 +76,7 @@ def test_packages_that_are_missing_are_told_before_anything_is_measured(monkeypa
             report.run(suite, Settings())
 
 
-def test_operations_of_six_stages_and_of_other_patches():
+def test_tower_flops_of_six_stages_and_patch_size_2_equal_torchs_count():
     config = ConvLlavaVisionConfig(depths=[1, 2, 1, 1, 1, 1], hidden_sizes=[8, 8, 8, 16, 16, 16], patch_size=2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ConvLlavaVisionModel(config)(torch.zeros(1, 3, 128, 64))
@@ -77,7 +84,7 @@ def test_operations_of_six_stages_and_of_other_patches():
 
 
 @pytest.mark.parametrize("name", ["135m", "0.5b", "7b"])
-def test_operations_of_language_models_are_those_that_torch_counts(name):
+def test_prefill_flops_equal_torchs_count(name):
     config = LlamaConfig(**language_models()[name])
     with torch.device("meta"):
         model = AutoModel.from_config(config)
@@ -88,7 +95,7 @@ def test_operations_of_language_models_are_those_that_torch_counts(name):
     assert prefill_flops(config, 40) == counter.get_total_flops()
 
 
-def test_operations_of_tower_and_projector():
+def test_flops_of_tower_and_projector_equal_torchs_count():
     model: ConvLlavaForConditionalGeneration = fresh(row_separator=False, coordinate_embedding=False)[0]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.get_image_features(torch.zeros(1, 3, 128, 128))
@@ -97,7 +104,7 @@ def test_operations_of_tower_and_projector():
 
 
 @pytest.mark.parametrize(("side", "gflop"), [(768, 266), (1024, 473), (1536, 1064)])
-def test_fast_vit_hd_has_its_published_parameters_and_operations(side, gflop):
+def test_fast_vit_hd_has_its_published_size(side, gflop):
     with torch.device("meta"):
         model, pixels = FastVitHD(), torch.empty(1, 3, side, side)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -105,31 +112,31 @@ def test_fast_vit_hd_has_its_published_parameters_and_operations(side, gflop):
     attention = sum(4 * depth * (side // cell) ** 4 * width for depth, width, cell in ((4, 768, 32), (2, 1536, 64)))
     assert features.shape == (1, 3072, side // 64, side // 64)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 123
-    # timm's count, as that of torch on a CPU, leaves attention out
+    # timm's reparameterised fastvit_mci3 has the same layers; its published count leaves attention out
     assert round((counter.get_total_flops() - attention) / 1e9) == gflop
 
 
-def test_an_encoders_attention_is_counted_though_it_is_fused(monkeypatch):
-    monkeypatch.setattr(fastvit, "DEPTHS", (1, 1, 1, 1, 1))
+def test_gflop_of_encoders_include_fused_attention(monkeypatch):
+    monkeypatch.setattr(fastvithd, "DEPTHS", (1, 1, 1, 1, 1))
     with torch.device("meta"):
         model = FastVitHD()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 64, 64, device="meta"))
-    peers._fast_vit_hd.cache_clear()
-    encoder = peers.fast_vit_hd(64)
-    peers._fast_vit_hd.cache_clear()
+    encoders._fast_vit_hd.cache_clear()
+    encoder = encoders.fast_vit_hd(64)
+    encoders._fast_vit_hd.cache_clear()
     assert encoder.gflop == counter.get_total_flops() / 1e9
     assert encoder.tokens == 1
 
 
-def test_turns_are_taken_and_the_first_call_does_not_count():
+def test_works_take_turns_after_a_warm_up_call():
     calls = []
     found = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
     assert set(found) == {"a", "b"}
 
 
-def test_times_that_a_killed_run_has_taken_are_not_taken_again(tmp_path):
+def test_times_of_a_killed_run_are_reused(tmp_path):
     calls, shares = [], []
 
     def killed():
@@ -149,16 +156,16 @@ def test_times_that_a_killed_run_has_taken_are_not_taken_again(tmp_path):
     assert shares[-1] == 1
 
 
-def test_a_killed_suite_continues_and_a_finished_one_begins_anew(monkeypatch, tmp_path):
+def test_killed_suite_continues_and_finished_suite_starts_again(monkeypatch, tmp_path):
     measured = []
 
-    def tower(names, sides, repeats):
-        measured.append((*names, *sides))
+    def measure(name, side, settings):
+        measured.append((name, side))
         if len(measured) == 2:
             raise KeyboardInterrupt
-        yield {"tower": names[0], "side": sides[0]}
+        return [{"tower": name, "side": side}]
 
-    monkeypatch.setitem(report._BY_TOWER, "tower", tower)
+    monkeypatch.setitem(report.PER_TOWER_AND_SIDE, "tower", measure)
     settings = Settings(towers=("T", "S"), sides=(64, 128), repeats=1)
     with pytest.raises(KeyboardInterrupt):
         report.run("tower", settings, tmp_path)
@@ -171,14 +178,14 @@ def test_a_killed_suite_continues_and_a_finished_one_begins_anew(monkeypatch, tm
     assert len(measured) == 9
 
 
-def test_peak_memory_sees_what_is_freed_again():
+def test_peak_memory_includes_freed_tensors():
     def work() -> None:
         torch.ones(50 * 2**20 // 4)
 
     assert 45 < peak_memory(work) < 60
 
 
-def test_live_memory_is_the_highest_sum_of_what_lives_together():
+def test_live_memory_is_the_largest_sum_of_simultaneous_tensors():
     megabyte = torch.zeros(250_000)
 
     def work() -> None:
@@ -191,20 +198,19 @@ def test_live_memory_is_the_highest_sum_of_what_lives_together():
 
 
 @torch.no_grad()
-def test_the_tower_holds_a_fraction_of_what_the_stock_tower_does():
+def test_tower_holds_a_fraction_of_the_stock_towers_activations():
     config = ConvLlavaVisionConfig(depths=[3, 3, 9, 3, 3], hidden_sizes=[32, 64, 128, 256, 512])
     model, image = ConvLlavaVisionModel(config).eval(), torch.zeros(1, 3, 1024, 1024)
-    stock = peers.stock(config)
+    stock = encoders.stock_convnext(config)
     whole = live_memory(lambda: stock.encoder(stock.embeddings(image)))
     assert live_memory(lambda: model(image)) <= 0.3 * whole
     assert live_memory(lambda: model(image, band_rows=64)) <= 0.13 * whole
 
 
-def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
+def test_every_suite_writes_a_report(monkeypatch, tmp_path):
     small = ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8] * 5)
-    monkeypatch.setattr(suites, "towers", lambda: {"T": small})
-    monkeypatch.setattr(suites, "SMALL", small)
-    monkeypatch.setattr(report, "SCALE", (Size(64, 64), Size(128, 128), Size(256, 64)))
+    monkeypatch.setattr(tower, "SMALL", small)
+    monkeypatch.setattr(tower, "SCALE", (Size(64, 64), Size(128, 128), Size(256, 64)))
     tiny = {
         "model_type": "llama",
         "vocab_size": 32,
@@ -213,19 +219,25 @@ def test_every_suite_fills_its_rows(monkeypatch, tmp_path):
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    for module in (suites, decoding, serving, steps):
+    for module in (first_token, decoding, serving, training):
         monkeypatch.setattr(module, "language_models", lambda: {"135m": tiny, "0.5b": tiny, "7b": tiny})
     monkeypatch.setattr(decoding, "BATCHES", (1, 3))
-    for module in (serving, steps):
+    for module in (encoders, serving, tower, training):
         monkeypatch.setattr(module, "towers", lambda: {"T": small})
-    monkeypatch.setattr(steps, "SAMPLES", 4)
-    monkeypatch.setattr(batches, "SAMPLES", 16)
+    monkeypatch.setattr(training, "PACKED_SAMPLES", 4)
+    monkeypatch.setattr(training, "BATCHED_SAMPLES", 16)
     monkeypatch.setattr(serving, "CLIENTS", (1, 2))
     monkeypatch.setattr(serving, "started", started_here)
-    monkeypatch.setattr(suites, "_photograph", lambda *_: suites_photograph())
-    for name, value in (("RECORDS", 24), ("ROW_GROUP", 8), ("_PAGES", 2), ("_SIDE", 256), ("_FEW", 4)):
+    for name, value in (
+        ("RECORDS", 24),
+        ("ROW_GROUP", 8),
+        ("PAGES", 2),
+        ("PAGE_SIDE", 256),
+        ("FEW", 4),
+        ("PHOTOGRAPH", (200, 150)),
+    ):
         monkeypatch.setattr(data, name, value)
-    for suite in report.SUITES:
+    for suite in SUITES:
         found = report.run(suite, Settings(sides=(128,), tokens=(2, 3), repeats=1), tmp_path)
         assert found["rows"]
         assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == found["rows"]
@@ -248,16 +260,9 @@ def printed(tables: list[Table]) -> str:
 
 @contextmanager
 def started_here(server):
-    """A server of this process in place of one that would have to start."""
+    """Serve from this process instead of starting another one."""
     with serving_here(load(server.command[server.command.index("--model") + 1]), name=server.model) as running:
-        yield servers.Running(running.url.removeprefix("http://"), server.model, os.getpid())
-
-
-original_photograph = suites._photograph
-
-
-def suites_photograph() -> bytes:
-    return original_photograph(200, 150)
+        yield servers.RunningServer(running.url.removeprefix("http://"), server.model, os.getpid())
 
 
 @pytest.mark.parametrize(
@@ -268,19 +273,19 @@ def suites_photograph() -> bytes:
         (("tower", "--sides", "100"), "give multiples of 64"),
         (("first-token", "--language", "9b"), "there is no language model '9b'"),
         (("serving", "--tokens", "32,0"), "--tokens 32,0: give whole numbers above 0"),
-        (("tower", "--peers"), "--peers means nothing to tower, which takes --repeats"),
-        (("serving", "--towers", "T,S"), "give --towers one value"),
-        (("scale", "--sides", "2048"), "--sides means nothing to scale, which takes --repeats"),
-        (("serving", "--vllm", "/nowhere/python"), "--vllm /nowhere/python is no program"),
+        (("tower", "--peers"), "`peers` has no effect on tower, which takes `repeats`, `sides`, `towers`"),
+        (("serving", "--towers", "T,S"), "give `towers` one value"),
+        (("scale", "--sides", "2048"), "`sides` has no effect on scale, which takes `repeats`"),
+        (("serving", "--vllm", "/nowhere/python"), "`vllm` /nowhere/python is not a program"),
     ],
 )
-def test_unknown_names_are_one_line(arguments, message):
+def test_bad_options_are_one_line(arguments, message):
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
 
 
-def test_the_shape_of_the_weights_in_the_package_is_theirs():
+def test_preset_tiny_has_the_shape_of_the_bundled_weights():
     config = load("tiny").model.config
     assert towers()["tiny"].depths == config.vision_config.depths
     assert towers()["tiny"].hidden_sizes == config.vision_config.hidden_sizes
@@ -288,16 +293,17 @@ def test_the_shape_of_the_weights_in_the_package_is_theirs():
     assert shape == {name: getattr(config.text_config, name) for name in shape}
 
 
-def test_processor_time_of_a_server_counts_those_it_has_started():
+def test_cpu_seconds_of_a_server_include_its_child_processes():
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = sum(range(10**7)); input()'])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
-        until(lambda: servers.Running("", "", process.pid).cpu_seconds() > servers._cpu_seconds(process.pid) + 0.1)
+        own = psutil.Process(process.pid)
+        until(lambda: servers.RunningServer("", "", own.pid).cpu_seconds() > sum(own.cpu_times()[:2]) + 0.1)
         process.communicate(b"\n")
 
 
-def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(monkeypatch):
-    monkeypatch.setattr(servers, "_ENDING_SECONDS", 0.1)
-    port = servers._free_port()
+def test_server_that_ignores_sigterm_is_killed(monkeypatch):
+    monkeypatch.setattr(servers, "STOP_SECONDS", 0.1)
+    port = servers.free_port()
     ignoring = "import signal, socket; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     listening = f"place = socket.create_server(('127.0.0.1', {port})); signal.pause()"
     with servers.started(servers.Server([sys.executable, "-c", ignoring + listening], port, "")) as running:
@@ -305,13 +311,13 @@ def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(monkeypatch):
     assert not Path(f"/proc/{running.pid}").exists()
 
 
-def test_a_folder_with_a_space_is_one_argument():
+def test_folder_with_a_space_is_one_argument():
     folder = Path("with a space")
-    for server in (servers.ours(folder), servers.vllm(folder, Path(sys.executable))):
+    for server in (servers.convllava_serve(folder), servers.vllm_serve(folder, Path(sys.executable))):
         assert str(folder) in server.command
 
 
-def test_a_server_that_does_not_start_says_why():
+def test_server_that_does_not_start_reports_its_output():
     command = [sys.executable, "-c", "raise SystemExit('no such port')"]
     with (
         pytest.raises(InputError, match="does not start: no such port"),
@@ -320,18 +326,18 @@ def test_a_server_that_does_not_start_says_why():
         pass
 
 
-def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path):
+def test_bad_output_is_rejected_before_measuring(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be a folder"):
         report.run("scale", Settings(), tmp_path / "file")
 
 
-def test_a_budget_fills_passes_within_what_fixed_ones_need(parts, monkeypatch):
-    monkeypatch.setattr(batches, "SAMPLES", 40)
-    items = batches._items(World("train", size=128, simple=True), parts[1])
-    fixed = [collate(items[first : first + 4], 0) for first in range(0, 40, 4)]
-    filled = [collate(chosen, 0) for chosen in batches._filled(items, fixed)]
-    before, after = batches._figures(fixed), batches._figures(filled)
+def test_micro_batches_filled_to_a_budget_waste_less(parts, monkeypatch):
+    monkeypatch.setattr(training, "BATCHED_SAMPLES", 40)
+    samples = training.mixed_samples(World("train", size=128, simple=True), parts[1])
+    fixed = [collate(samples[first : first + 4], 0) for first in range(0, 40, 4)]
+    filled = [collate(chosen, 0) for chosen in training.filled_to_budget(samples, fixed)]
+    before, after = training.fill_of(fixed), training.fill_of(filled)
     assert after["useful_tokens"] > before["useful_tokens"]
     assert after["fullest"] <= before["fullest"]
     assert sum(len(batch["labels"]) for batch in filled) >= 40

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks import encoders
 from convllava.model import depthwise
 from convllava.model.config import ConvLlavaVisionConfig
 from convllava.model.depthwise import DepthwiseConv2d
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_torch_for_any_shape_and_layout(shape, size, last
 def test_gradients_of_the_tower_are_those_of_the_stock_tower():
     torch.manual_seed(0)
     config = ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8, 12, 16, 20, 24], layer_scale_init_value=0.5)
-    model, stock = ConvLlavaVisionModel(config).train(), peers.stock(config).train()
+    model, stock = ConvLlavaVisionModel(config).train(), encoders.stock_convnext(config).train()
     stock.load_state_dict(model.state_dict(), strict=False)
     image = torch.randn(2, 3, 128, 192)
     model(image).last_hidden_state.square().mean().backward()

@@ -1,9 +1,6 @@
-"""`transformers serve` with our model made known to it.
+"""`transformers serve` for our model: registers the classes, which that command looks up in transformers alone.
 
-It looks models up by name in transformers alone, and leaves data: URIs to the image processor, where ours takes none:
-here they are read as for its own models.
-
-    python -m benchmarks.stock_server serve MODEL --port 8000
+python -m benchmarks.transformers_server serve MODEL --port 8000
 """
 
 from __future__ import annotations
@@ -20,6 +17,6 @@ if __name__ == "__main__":
     name = ConvLlavaForConditionalGeneration.__name__
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["convllava"] = name
     setattr(transformers, name, ConvLlavaForConditionalGeneration)
-    # That server hands over addresses of images, which ours does not fetch.
+    # That server passes addresses of images to the processor. Ours fetches none; the one of transformers does.
     ConvLlavaImageProcessorPil.fetch_images = PilBackend.fetch_images  # type: ignore[method-assign]
     main()
