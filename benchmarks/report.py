@@ -89,7 +89,9 @@ def run(suite: str, settings: Settings, output: Path | None = None) -> dict[str,
     return report
 
 
-def _cases(suite: str, settings: Settings, journal: ResumableJsonl, progress: Progress) -> dict[str, Callable[[], list[Row]]]:
+def _cases(
+    suite: str, settings: Settings, journal: ResumableJsonl, progress: Progress
+) -> dict[str, Callable[[], list[Row]]]:
     """Return the parts of a suite by name. A run that was killed continues after its last finished part."""
     if suite in PER_TOWER_AND_SIDE:
         measure, pairs = (
