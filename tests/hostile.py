@@ -1,4 +1,4 @@
-"""Requests that must be refused, and how."""
+"""Requests that the server must reject, with the status, code and parameter of the error."""
 
 from __future__ import annotations
 

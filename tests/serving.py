@@ -1,4 +1,4 @@
-"""A server in this process, and what tests say to it."""
+"""A server in this process, and helpers to send it requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATH = "/v1/chat/completions"
 
 
 class Running:
-    """A server on a free port and the ways to talk to it."""
+    """A running server on a free port."""
 
     def __init__(self, server: DrainingServer) -> None:
         self.server, self.url = server, server.address
@@ -32,7 +32,7 @@ class Running:
         return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
 
     def send(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """Status, JSON and headers of a raw request."""
+        """Return status, JSON and headers of a raw request."""
         connection = self.connect()
         connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
         response = connection.getresponse()
@@ -47,24 +47,24 @@ class Running:
 
 @contextmanager
 def serving(assistant: Assistant, name: str = "test", **options: Any) -> Iterator[Running]:
-    """A running server; it is drained in the end."""
+    """Run a server and drain it at the end."""
     server = make_server(assistant, name, port=0, **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started or not thread.is_alive())
     try:
         yield Running(server)
-    finally:  # also of a test that fails, which would else wait for the thread for ever
+    finally:  # also if a test fails, which would otherwise wait for the thread forever
         server.drain()
         thread.join(30)
     assert not thread.is_alive()
 
 
 def until(condition: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait for something another thread does."""
+    """Wait for something that another thread does."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.005)
 
 
@@ -83,7 +83,7 @@ def part(data: bytes) -> dict[str, Any]:
 
 
 def question(text: str, *images: bytes) -> list[dict[str, Any]]:
-    """One user message with its images first."""
+    """Return one user message with its images first."""
     return [{"role": "user", "content": [*map(part, images), {"type": "text", "text": text}]}]
 
 

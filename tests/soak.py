@@ -1,10 +1,9 @@
-"""Minutes of good, hostile and vanishing clients at once, against the server as it is started by anybody.
+"""Minutes of good, hostile and disconnecting clients at the same time, against a server in a process of its own.
 
     make soak MINUTES=5
 
-Good answers must equal those of the same weights offline, every request must be answered, hostile ones with the error
-they deserve and all but a few within a second, and the server's memory must not grow after the first fifth of the time.
-Ends in a line of JSON.
+Good answers must equal those of the same weights offline. Every hostile request must get its error, almost always
+within a second. The memory of the server must not grow after the first fifth of the time. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
+import psutil
 from conftest import picture
 from hostile import BAD
 from serving import PATH, png, request
@@ -42,24 +42,24 @@ OPTIONS = {
     "--max-queue": 40,
 }
 NOT_BAD = ("many answers", "many pixels")
-"""What the limits of the command line and the model let through."""
+"""Requests that the limits of this server and model allow."""
 MOST_GROWTH_MB = 64
 MOST_SECONDS = 1.0
 MOST_LATE = 0.02
-"""Share of the refusals that may take longer, for the machine may have other things to do."""
+"""Share of the errors that may take longer, because the machine may be busy."""
 
 
 class Soak:
-    """What all clients share: where the server is, what is right, and what has been seen."""
+    """State shared by all clients: address of the server, right answers, and results."""
 
     def __init__(self, url: str, answers: dict[tuple[int, str], str], end: float) -> None:
         self.url, self.answers, self.end = url, answers, end
         self.counts: Counter[str] = Counter()
-        self.refusals: list[float] = []
+        self.rejection_seconds: list[float] = []
         self.faults: list[str] = []
 
     def good(self, seed: int) -> None:
-        """Questions, streamed or not, whose answers are known."""
+        """Ask questions with known answers, streamed or not."""
         dice = random.Random(seed)
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=20)
         while time.monotonic() < self.end:
@@ -67,10 +67,10 @@ class Soak:
             found = _answer(client, request(text, png(numbered(number)), max_tokens=24), dice.random() < 0.5)
             self.counts["good"] += 1
             if found != expected:
-                self.faults.append(f"image {number}, {text}: {found!r} in place of {expected!r}")
+                self.faults.append(f"image {number}, {text}: {found!r} instead of {expected!r}")
 
     def hostile(self, seed: int) -> None:
-        """Requests that must be refused, at once."""
+        """Send requests that must be rejected at once."""
         dice = random.Random(seed)
         names = [name for name in BAD if name not in NOT_BAD]
         while time.monotonic() < self.end:
@@ -78,14 +78,14 @@ class Soak:
             content, status, _, _ = BAD[name]
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
             started, found = time.monotonic(), self._status(body)
-            self.refusals.append(time.monotonic() - started)
+            self.rejection_seconds.append(time.monotonic() - started)
             self.counts["hostile"] += 1
             if found not in (status, 429):
-                self.faults.append(f"{name}: {found} in place of {status}")
+                self.faults.append(f"{name}: {found} instead of {status}")
             time.sleep(dice.random() / 10)
 
-    def vanishing(self, seed: int) -> None:
-        """Requests whose clients go away before, during or after the body, or in the middle of the answer."""
+    def disconnecting(self, seed: int) -> None:
+        """Disconnect before, during or after the body, or in the middle of the answer."""
         dice = random.Random(seed)
         while time.monotonic() < self.end:
             image = png(picture(64, 64 * dice.randint(1, 4), dice.randint(0, 10_000)))
@@ -95,14 +95,14 @@ class Soak:
                 time.sleep(dice.random() / 2)
                 connection.setblocking(False)
                 connection.recv(dice.randint(1, 2000))
-            self.counts["vanished"] += 1
+            self.counts["disconnected"] += 1
 
     def _connect(self) -> socket.socket:
         parts = urlsplit(self.url)
         return socket.create_connection((parts.hostname, parts.port), timeout=60)
 
     def _status(self, body: bytes) -> int | str:
-        """Or what came in its place: a connection that is closed without an answer is a fault as well."""
+        """Return the status, or the error of a connection that was closed without an answer, which is a fault too."""
         try:
             with self._connect() as connection:
                 connection.sendall(_head(len(body)) + body)
@@ -131,15 +131,14 @@ def numbered(number: int):
 
 
 def offline_answers() -> dict[tuple[int, str], str]:
-    """What is right, by image and question."""
+    """Return the right answers by image and question."""
     assistant = load("tiny")
     keys = [(number, text) for number in range(12) for text in TEXTS]
     return {(number, text): str(assistant.ask(numbered(number), text, max_new_tokens=24)) for number, text in keys}
 
 
 def megabytes(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+    return psutil.Process(pid).memory_info().rss / 2**20
 
 
 def start(folder: Path) -> tuple[subprocess.Popen[str], str]:
@@ -156,8 +155,8 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], str]:
 
 
 def attack(soak: Soak, pid: int, seconds: float) -> list[float]:
-    """All clients until the end; the server's memory, sampled from the first fifth of the time on."""
-    clients = [soak.good] * 4 + [soak.hostile] * 2 + [soak.vanishing] * 3
+    """Run all clients until the end; return the server's memory, sampled from the first fifth of the time on."""
+    clients = [soak.good] * 4 + [soak.hostile] * 2 + [soak.disconnecting] * 3
     threads = [threading.Thread(target=client, args=(seed,)) for seed, client in enumerate(clients)]
     for thread in threads:
         thread.start()
@@ -180,20 +179,20 @@ def main() -> int:
         memory = attack(soak, server.pid, seconds)
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
-    # Of both halves the highest, for memory goes up and down with what is being decoded.
+    # Compare the maxima of both halves, because memory goes up and down with the images being decoded.
     growth = max(memory[len(memory) // 2 :]) - max(memory[: len(memory) // 2])
-    late = sum(taken > MOST_SECONDS for taken in soak.refusals)
+    late = sum(taken > MOST_SECONDS for taken in soak.rejection_seconds)
     report = {
         **soak.counts,
         "wrong": len(soak.faults),
-        "refusals_later_than_a_second": late,
-        "slowest_refusal": round(max(soak.refusals), 3),
+        "errors_later_than_a_second": late,
+        "slowest_error": round(max(soak.rejection_seconds), 3),
         "memory_mb": round(max(memory), 1),
         "growth_mb": round(growth, 1),
         "exit_code": code,
     }
     print(*soak.faults[:20], json.dumps(report), sep="\n")
-    is_late = late > MOST_LATE * len(soak.refusals)
+    is_late = late > MOST_LATE * len(soak.rejection_seconds)
     return int(bool(soak.faults) or growth > MOST_GROWTH_MB or is_late or code != 0)
 
 

@@ -1,4 +1,4 @@
-"""Connections that only stay: each way to hold one without asking for anything has an end."""
+"""Time limits of connections: nobody can hold one without sending a request or reading an answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def server(parts):
 
 @pytest.fixture
 def connect(server):
-    """Connections that are closed in the end, and gone."""
+    """Open connections that are closed after the test."""
     opened: list[socket.socket] = []
 
     def connect(sent: bytes = b"") -> socket.socket:
@@ -46,14 +46,14 @@ def held(server):
 
 
 def answer(client: socket.socket) -> tuple[bytes, dict]:
-    """Header and JSON of all that comes until the connection ends."""
+    """Return the header and JSON of everything until the connection ends."""
     found = b"".join(iter(lambda: client.recv(10_000), b""))
     header, _, body = found.partition(b"\r\n\r\n")
     return header, json.loads(body)
 
 
 def trickle(client: socket.socket, seconds: float = 5) -> float:
-    """Send a byte now and then until the other side ends it; the seconds it took."""
+    """Send single bytes until the server closes the connection; return the seconds it took."""
     started = time.monotonic()
     with suppress(ConnectionError):
         while time.monotonic() - started < seconds:
@@ -68,14 +68,14 @@ def post(length: int, key: str = "key") -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", HEALTH[:20], HEALTH + HEALTH[:20]], ids=["nothing", "half", "after an answer"])
-def test_a_header_must_come_in_time(server, connect, monkeypatch, sent):
+def test_connection_without_a_header_in_time_is_closed(server, connect, monkeypatch, sent):
     monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
     connect(sent)
     until(lambda: held(server), 5)
     until(lambda: not held(server), 4)
 
 
-def test_what_trickles_in_gives_no_time(connect, monkeypatch):
+def test_slow_bytes_do_not_extend_the_time(connect, monkeypatch):
     monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
     assert trickle(connect(HEALTH[:20])) < 4
     refused = connect(post(10_000, "another"))
@@ -83,7 +83,7 @@ def test_what_trickles_in_gives_no_time(connect, monkeypatch):
     assert trickle(refused) < 4
 
 
-def test_a_request_that_is_answered_later_is_not_cut(connect, monkeypatch):
+def test_time_for_the_header_does_not_cut_off_a_slow_body(connect, monkeypatch):
     monkeypatch.setattr(connection, "HEADER_SECONDS", 0.2)
     body = json.dumps(request()).encode()
     client = connect(post(len(body)))
@@ -92,18 +92,18 @@ def test_a_request_that_is_answered_later_is_not_cut(connect, monkeypatch):
     assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
 
-def test_answers_must_be_read(server, connect, monkeypatch):
+def test_client_that_does_not_read_is_disconnected(server, connect, monkeypatch):
     monkeypatch.setattr(connection, "UNREAD_SECONDS", 0.4)
     client = connect()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(2)
     with suppress(OSError):
-        while True:  # until nothing is taken any more
-            client.sendall(HEALTH.replace(b"health", b"x" * 10_000))  # a refusal tells the place
+        while True:  # until the buffers are full
+            client.sendall(HEALTH.replace(b"health", b"x" * 10_000))  # the error repeats the path
     until(lambda: not held(server), 5)
 
 
-def test_connections_beyond_the_limit_are_refused_as_all_is(server, connect, monkeypatch):
+def test_connections_beyond_the_limit_get_an_api_error(server, connect, monkeypatch):
     monkeypatch.setattr(connection, "CONNECTIONS", 2)
     first = connect(HEALTH[:20])
     connect(HEALTH[:20])
@@ -116,7 +116,7 @@ def test_connections_beyond_the_limit_are_refused_as_all_is(server, connect, mon
     assert first.recv(1000).startswith(b"HTTP/1.1 200")
 
 
-def test_what_is_no_http_is_refused_as_all_is(connect):
+def test_bytes_that_are_not_http_get_an_api_error(connect):
     for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: " + b"x" * 100_000):
         header, body = answer(connect(sent))
         assert header.startswith(b"HTTP/1.1 400")

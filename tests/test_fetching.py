@@ -1,4 +1,4 @@
-"""Images behind URLs: from named hosts, at public addresses, whatever names, answers and redirects say."""
+"""Images behind URLs: only from allowed hosts and public addresses, also with hostile DNS, redirects and servers."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from convllava.serving.fetching import Fetcher, is_public
         ("2002:7f00:1::", False),
     ],
 )
-def test_only_the_open_internet_is_public(address, public):
+def test_only_addresses_of_the_internet_are_public(address, public):
     assert is_public(address) is public
 
 
 @given(st.ip_addresses(v=4))
-def test_an_address_of_ipv4_is_as_public_in_the_clothes_of_ipv6(address):
+def test_ipv4_address_is_as_public_inside_ipv6(address):
     assert is_public(f"::ffff:{address}") == is_public(str(address))
     assert not is_public(f"64:ff9b::{address}")
 
@@ -71,7 +71,7 @@ class _Pages(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site():
-    """A site of this machine."""
+    """A web server on this machine."""
     server = HTTPServer(("127.0.0.1", 0), _Pages)
     server.asked, server.pages = [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -82,7 +82,7 @@ def site():
 
 @pytest.fixture
 def fetcher(site, monkeypatch):
-    """One that may fetch from `good.example` and `moved.example`, which are names of the site."""
+    """A fetcher that may fetch from `good.example` and `moved.example`, which are names of the site."""
     port = site.server_address[1]
     monkeypatch.setattr(fetching, "_PORTS", {"http": port, "https": port})
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
@@ -101,7 +101,7 @@ def resolve(monkeypatch, names):
 
 @pytest.fixture
 def connected(monkeypatch):
-    """Where connections go: to addresses and never to names, since a name could mean something else by then."""
+    """Targets of connections. They must be addresses, because a name could resolve differently by then."""
     original, places = fetching.socket.create_connection, []
 
     def create_connection(address, *rest):
@@ -112,14 +112,14 @@ def connected(monkeypatch):
     return places
 
 
-def test_an_image_is_fetched_in_the_name_of_its_host(fetcher, site, connected):
+def test_request_has_the_host_name_and_goes_to_the_checked_address(fetcher, site, connected):
     site.pages["/a.png?b=c"] = (200, b"image", {})
     assert fetcher.fetch("http://good.example/a.png?b=c") == b"image"
     assert connected == ["127.0.0.1"]
     assert site.asked[0][1].partition(":")[0] == "good.example"
 
 
-def test_redirects_lead_to_allowed_hosts_only(fetcher, site, connected):
+def test_redirects_are_followed_to_allowed_hosts_only(fetcher, site, connected):
     site.pages["/"] = (200, b"image", {})
     site.pages["/moved"] = (302, b"", {"Location": "http://moved.example/"})
     site.pages["/local"] = (302, b"", {"Location": "http://127.0.0.1/"})
@@ -135,7 +135,7 @@ def test_redirects_lead_to_allowed_hosts_only(fetcher, site, connected):
     assert set(connected) == {"127.0.0.1"}
 
 
-def test_names_with_any_address_that_is_not_public_are_refused(fetcher, site, monkeypatch):
+def test_host_with_any_non_public_address_is_rejected(fetcher, site, monkeypatch):
     resolve(monkeypatch, {"bad.example": ["10.0.0.1"], "mixed.example": ["127.0.0.1", "::1"]})
     for host in ("bad.example", "mixed.example"):
         with pytest.raises(InputError, match="its address is not public"):
@@ -145,7 +145,7 @@ def test_names_with_any_address_that_is_not_public_are_refused(fetcher, site, mo
     assert not site.asked
 
 
-def test_bad_answers_are_refused(fetcher, site):
+def test_bad_answers_are_errors(fetcher, site):
     site.pages["/large"] = (200, b"x" * 1001, {})
     site.pages["/absent"] = (404, b"", {})
     site.pages["/short"] = (200, b"x", {"Content-Length": "50"})
@@ -154,7 +154,7 @@ def test_bad_answers_are_refused(fetcher, site):
             fetcher.fetch(f"http://good.example/{path}")
 
 
-def test_without_hosts_nothing_is_fetched():
+def test_without_allowed_hosts_nothing_is_fetched():
     with pytest.raises(InputError, match="send the image as data:"):
         Fetcher([], 1000, 1).fetch("https://example.org/a.png")
     with pytest.raises(InputError, match="malformed"):
@@ -163,7 +163,7 @@ def test_without_hosts_nothing_is_fetched():
 
 @pytest.fixture
 def slow(fetcher, monkeypatch):
-    """What the sites of the fetcher begin their answers with; after that a byte now and then, for three seconds."""
+    """First bytes of the answers of a slow server, which then sends single bytes for three seconds."""
     beginnings: list[bytes] = []
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -201,17 +201,17 @@ _OK = b"HTTP/1.1 200 OK\r\n"
     ],
     ids=["status", "header", "body", "body without a length", "chunk", "handshake"],
 )
-def test_what_trickles_in_gives_no_time(fetcher, slow, scheme, beginning):
+def test_slow_bytes_do_not_extend_the_time(fetcher, slow, scheme, beginning):
     slow.append(beginning)
     assert_late(fetcher, f"{scheme}://good.example/")
 
 
-def test_redirects_share_the_time(fetcher, slow):
+def test_redirects_share_one_deadline(fetcher, slow):
     slow.append(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n")
     assert_late(fetcher, "http://good.example/")
 
 
-def test_a_name_that_is_not_resolved_in_time_is_given_up(fetcher, monkeypatch):
+def test_slow_name_resolution_is_abandoned(fetcher, monkeypatch):
     fetcher.seconds, late = 0.2, threading.Event()
     monkeypatch.setattr(fetching.socket, "getaddrinfo", lambda *_, **__: late.wait(3) and [])
     assert_late(fetcher, "http://good.example/")

@@ -1,4 +1,4 @@
-"""The server, asked by OpenAI's own client: what it serves is what the model answers offline."""
+"""The server with OpenAI's client: served answers equal those of `Assistant`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def offline(assistant, text, *images, count=8):
     return assistant.chat([{"role": "user", "content": text}], images, max_new_tokens=count)
 
 
-def test_served_equals_offline_with_any_number_of_images(client, assistant):
+def test_served_answers_equal_offline_with_any_number_of_images(client, assistant):
     for images in ([], [numbered(0)], [numbered(1), numbered(2)]):
         found = ask(client, "what is red?", *images)
         assert found.choices[0].message.content == offline(assistant, "what is red?", *images)
@@ -58,7 +58,7 @@ def test_served_equals_offline_with_any_number_of_images(client, assistant):
         assert found.model == "test"
 
 
-def test_usage_counts_the_tokens_of_text_and_images(client, assistant):
+def test_usage_counts_text_and_visual_tokens(client, assistant):
     found = ask(client, "what?", numbered(1))
     encoded = assistant.encode(numbered(1))
     prompt = assistant.prompt([{"role": "user", "content": "what?"}], [encoded])
@@ -68,7 +68,7 @@ def test_usage_counts_the_tokens_of_text_and_images(client, assistant):
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
 
 
-def test_streamed_equals_whole(client):
+def test_streamed_answer_equals_whole(client):
     whole = ask(client, "describe the image", numbered(2), logprobs=True)
     chunks = list(
         ask(
@@ -90,7 +90,7 @@ def test_streamed_equals_whole(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_eight_clients_at_once_get_what_they_would_get_alone(client, assistant):
+def test_answers_of_eight_clients_at_once_equal_those_alone(client, assistant):
     asked = [(TEXTS[number % 4], number, 3 + number) for number in range(8)]
 
     def served(text, number, count):
@@ -102,7 +102,7 @@ def test_eight_clients_at_once_get_what_they_would_get_alone(client, assistant):
     assert found == [offline(assistant, text, numbered(number), count=count) for text, number, count in asked]
 
 
-def test_a_conversation_reuses_its_beginning_and_its_image(client, server, assistant):
+def test_conversation_reuses_its_prompt_and_image(client, server, assistant):
     first = ask(client, "what is red?", numbered(4))
     images, hits = server.service.encoder.stats.images, server.service.encoder.stats.hits
     history = [
@@ -120,7 +120,7 @@ def test_a_conversation_reuses_its_beginning_and_its_image(client, server, assis
     assert (server.service.encoder.stats.images, server.service.encoder.stats.hits) == (images, hits + 1)
 
 
-def test_fewer_pixels_are_another_image(client, parts):
+def test_pixel_budget_of_a_request_equals_that_of_the_processor(client, parts):
     model, processor = parts
     fewer = copy.deepcopy(processor)
     fewer.image_processor.change(max_pixels=128**2)
@@ -132,7 +132,7 @@ def test_fewer_pixels_are_another_image(client, parts):
         assert found.usage.prompt_tokens_details.image_tokens == tokens
 
 
-def test_choices_of_one_seed_differ_and_come_again(client):
+def test_choices_differ_and_repeat_with_the_seed(client):
     drawn = [ask(client, "what?", n=3, seed=5, temperature=1.0, max_tokens=12) for _ in range(2)]
     texts = [[choice.message.content for choice in found.choices] for found in drawn]
     assert texts[0] == texts[1]
@@ -142,7 +142,7 @@ def test_choices_of_one_seed_differ_and_come_again(client):
     assert [choice.index for choice in greedy.choices] == [0, 1]
 
 
-def test_stops_end_an_answer_before_them(client, assistant):
+def test_answer_ends_before_a_stop_text(client, assistant):
     whole = offline(assistant, "what is red?", count=40)
     stop = whole[len(whole) // 2 :][:2]
     found = ask(client, "what is red?", max_tokens=40, stop=[stop, "never said"])
@@ -150,12 +150,12 @@ def test_stops_end_an_answer_before_them(client, assistant):
     assert found.choices[0].finish_reason == "stop"
 
 
-def test_max_completion_tokens_is_obeyed(client):
+def test_max_completion_tokens_limits_the_answer(client):
     found = ask(client, "what?", max_completion_tokens=3, max_tokens=openai.omit)
     assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (3, "length")
 
 
-def test_logprobs_are_those_of_the_tokens_shown(client):
+def test_logprobs_belong_to_the_tokens_of_the_answer(client):
     found = ask(client, "what is red?", logprobs=True, top_logprobs=2)
     choice = found.choices[0]
     assert len(choice.logprobs.content) == found.usage.completion_tokens - (choice.finish_reason == "stop")
@@ -166,7 +166,7 @@ def test_logprobs_are_those_of_the_tokens_shown(client):
 
 
 @pytest.mark.parametrize("text", ["red top", "abc 12.5", "it's [0.12, 0.50]"])
-def test_texts_of_tokens_are_their_parts_of_the_text(assistant, text):
+def test_token_texts_add_up_to_the_text(assistant, text):
     tokenizer = assistant.processor.tokenizer
     pieces = map(TokenTexts(tokenizer), tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
     assert "".join(pieces) == f" {text}"
@@ -179,13 +179,13 @@ def test_models_are_listed(client):
         client.models.retrieve("gpt")
 
 
-def test_who_looks_after_the_server_needs_no_key_but_for_the_metrics(server):
+def test_health_and_ready_need_no_key_but_metrics_do(server):
     assert server.send("GET", "/health")[:2] == (200, {"status": "alive"})
     assert server.send("GET", "/ready")[:2] == (200, {"status": "ready"})
     assert server.send("GET", "/metrics")[0] == 401
 
 
-def test_metrics_count_what_happened(server, client):
+def test_metrics_count_requests_and_tokens(server, client):
     def value(name, *otherwise):
         connection = server.connect()
         connection.request("GET", "/metrics", headers={"Authorization": "Bearer key"})
@@ -204,7 +204,7 @@ def test_metrics_count_what_happened(server, client):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(server, stream):
+def test_disconnected_client_frees_its_slot(server, stream):
     connection = server.connect()
     body = json.dumps(request("describe the image " * 20, max_tokens=300, stream=stream))
     headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
@@ -218,7 +218,7 @@ def test_a_client_that_goes_away_frees_its_slot(server, stream):
     assert server.service.engine.stats.written_tokens - written < 300
 
 
-def test_a_picture_in_the_middle_of_a_message_stays_there(client, assistant):
+def test_image_in_the_middle_of_a_message_stays_there(client, assistant):
     content = [{"type": "text", "text": "red"}, part(png(numbered(1))), {"type": "text", "text": "what?"}]
     found = ask(client, "", messages=[{"role": "user", "content": content}])
     marked = [content[0], {"type": "image"}, content[2]]
@@ -226,25 +226,25 @@ def test_a_picture_in_the_middle_of_a_message_stays_there(client, assistant):
     assert found.choices[0].message.content == expected
 
 
-def test_what_runs_is_finished_and_what_comes_is_refused(assistant, parts):
+def test_draining_server_finishes_running_requests_and_rejects_new_ones(assistant, parts):
     own = Assistant(copy.deepcopy(parts[0]), parts[1])
     with serving(own, slots=1, step_tokens=8) as running, ThreadPoolExecutor(1) as pool:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
         slow = pool.submit(ask, client, "describe the image", max_tokens=150)
         until(lambda: running.service.engine.stats.written_tokens)
         running.server.drain()
-        assert_refuses(running, client)
+        assert_rejects(running, client)
         assert slow.result(30).choices[0].message.content == offline(assistant, "describe the image", count=150)
 
 
-def assert_refuses(running: Running, client) -> None:
+def assert_rejects(running: Running, client) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
         ask(client, "what?")
     assert (caught.value.status_code, caught.value.code) == (503, "draining")
     assert running.send("GET", "/ready")[:2] == (503, {"status": "draining"})
 
 
-def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(server):
+def test_taken_address_is_an_error_before_the_model_is_loaded(server):
     port = int(server.url.rsplit(":", 1)[1])
     with pytest.raises(InputError, match=f"`port` {port}: Address already in use; choose another"):
         serve("no such model", port=port)
@@ -252,6 +252,6 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(server):
         serve("no such model", host="192.0.2.1")
 
 
-def test_an_empty_key_is_refused(assistant):
+def test_empty_key_is_an_error(assistant):
     with pytest.raises(InputError, match="`api_key` is empty"):
         make_server(assistant, "test", api_key=" ")

@@ -1,4 +1,4 @@
-"""What a server must survive: each hostile request is answered with OpenAI's kind of error while others go on."""
+"""Hostile requests: each gets OpenAI's error object, and good requests go on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def server(parts):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests_get_an_error_that_says_why(server, name):
+def test_bad_request_gets_its_status_code_and_parameter(server, name):
     content, status, code, parameter = BAD[name]
     found, body, _ = server.post(content)
     assert (found, body["error"]["code"], body["error"]["param"]) == (status, code, parameter)
@@ -63,17 +63,17 @@ def test_bad_requests_get_an_error_that_says_why(server, name):
         ("image mark", "leave it out of the text, beside which images are parts of their own"),
     ],
 )
-def test_an_error_names_what_is_wrong_and_how_to_mend_it(server, name, message):
+def test_error_says_what_is_wrong_and_how_to_fix_it(server, name, message):
     assert message in server.post(BAD[name][0])[1]["error"]["message"]
 
 
-def test_nothing_of_the_machine_is_in_an_error(server):
+def test_errors_contain_no_paths_of_the_machine(server):
     for name in ("local file", "path", "no image", "cut image"):
         message = server.post(BAD[name][0])[1]["error"]["message"]
         assert "/" not in message.replace("data:image/png", "").replace("http(s)://", "")
 
 
-def test_openai_clients_raise_their_own_errors(server):
+def test_openai_client_raises_its_own_errors(server):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
     with pytest.raises(openai.UnprocessableEntityError, match="image 1"):
         client.chat.completions.create(model="test", messages=question("what?", b"hello"))
@@ -83,7 +83,7 @@ def test_openai_clients_raise_their_own_errors(server):
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_large_body_is_refused_and_the_answer_can_be_read(server, declared):
+def test_error_for_a_large_body_can_be_read(server, declared):
     body = b"x" * (LIMITS.body_bytes + 1_000_000)
     connection = server.connect()
     headers = {"Content-Type": "application/json"}
@@ -92,7 +92,7 @@ def test_a_large_body_is_refused_and_the_answer_can_be_read(server, declared):
     assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "body_too_large")
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(server):
+def test_slow_body_is_an_error(server):
     connection = server.connect()
     connection.putrequest("POST", PATH)
     connection.putheader("Content-Type", "application/json")
@@ -102,18 +102,18 @@ def test_a_body_that_does_not_come_is_not_waited_for(server):
     assert (response.status, json.loads(response.read())["error"]["code"]) == (408, "body_too_slow")
 
 
-def test_a_form_of_a_web_page_is_refused(server):
+def test_form_of_a_web_page_is_rejected(server):
     found = server.send("POST", PATH, json.dumps(request()).encode(), **{"Content-Type": "text/plain"})
     assert (found[0], found[1]["error"]["code"]) == (400, "invalid_content_type")
 
 
-def test_unknown_places_are_errors_of_the_same_kind(server):
+def test_unknown_paths_are_api_errors(server):
     assert server.send("GET", "/v1/files")[0] == 404
     status, body, _ = server.send("GET", PATH)
     assert (status, body["error"]["code"]) == (405, "unknown_url")
 
 
-def test_too_many_at_once_are_told_to_come_again(server):
+def test_too_many_requests_get_retry_after(server):
     streams = []
     for number in range(3):
         connection = server.connect()
@@ -130,7 +130,7 @@ def test_too_many_at_once_are_told_to_come_again(server):
     assert server.post(request())[0] == 200
 
 
-def test_an_answer_that_takes_too_long_is_given_up(parts):
+def test_answer_beyond_the_deadline_is_cancelled(parts):
     own = Assistant(copy.deepcopy(parts[0]), parts[1])
     with serving(own, slots=1, step_tokens=4, limits=Limits(seconds=0.05)) as running:
         slow = request("describe the image " * 60, max_tokens=300, stop=["never said"])
@@ -147,7 +147,7 @@ def test_an_answer_that_takes_too_long_is_given_up(parts):
         until(lambda: running.service.engine.scheduler.running == 0)
 
 
-def test_the_key_is_asked_for(parts):
+def test_requests_need_the_key(parts):
     own = Assistant(copy.deepcopy(parts[0]), parts[1])
     with serving(own, slots=1, api_key="sécret") as running:
         for header in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic sécret"}):
@@ -159,7 +159,7 @@ def test_the_key_is_asked_for(parts):
         assert running.send("GET", "/v1/models")[0] == 401
 
 
-def test_a_failed_step_is_a_server_error_and_the_next_request_is_served(server, monkeypatch):
+def test_failed_step_is_a_server_error_and_the_next_request_works(server, monkeypatch):
     monkeypatch.setattr(server.service.engine.model, "forward", lambda *_: 1 / 0)
     status, body, _ = server.post(request())
     assert (status, body["error"]["type"]) == (500, "server_error")
@@ -168,7 +168,7 @@ def test_a_failed_step_is_a_server_error_and_the_next_request_is_served(server, 
     assert server.post(request())[0] == 200
 
 
-def test_good_answers_go_on_among_bad_requests(server, parts):
+def test_bad_requests_do_not_change_a_running_answer(server, parts):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
     text, length = "describe the image", 200
     pieces = client.chat.completions.create(**request(text, max_tokens=length, stream=True))
@@ -179,12 +179,12 @@ def test_good_answers_go_on_among_bad_requests(server, parts):
     assert served == Assistant(*parts).chat([{"role": "user", "content": text}], max_new_tokens=length)
 
 
-def test_what_the_chat_template_refuses_is_the_client_s_to_mend(server, monkeypatch):
-    refusing = "{{ raise_exception('a system message stands first') }}"
+def test_error_of_the_chat_template_is_a_client_error(server, monkeypatch):
+    refusing = "{{ raise_exception('a system message must be first') }}"
     monkeypatch.setattr(server.service.assistant.processor, "chat_template", refusing)
     status, body, _ = server.post(request())
     assert (status, body["error"]["code"]) == (400, "invalid_prompt")
-    assert "stands first" in body["error"]["message"]
+    assert "must be first" in body["error"]["message"]
 
 
 _FIELDS = [*ChatRequest.model_fields, "role", "content", "type", "text", "image_url", "url", "other"]
@@ -195,7 +195,7 @@ _VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 @given(
     st.recursive(_VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_FIELDS), inner))
 )
-def test_no_json_whatever_breaks_the_parser(content):
+def test_parser_survives_any_json(content):
     valid = {"model": "test", "messages": question("what?")}
     for body in (content, valid | content if isinstance(content, dict) else content):
         assert outcome(body) in (200, 400)
@@ -204,6 +204,6 @@ def test_no_json_whatever_breaks_the_parser(content):
 def outcome(content: object) -> int:
     try:
         parse(json.dumps(content).encode())
-    except ApiError as refusal:
-        return refusal.status if "\n" not in refusal.message else 0
+    except ApiError as error:
+        return error.status if "\n" not in error.message else 0
     return 200
