@@ -1,4 +1,4 @@
-"""Small files in the published layouts of benchmarks, for the tests."""
+"""Small data files in the published layouts of benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow.parquet import write_table
 
 patient = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-"""For properties: a busy machine is no failure."""
+"""Settings of property tests that do not fail on a busy machine."""
 
 
 def png(seed: int = 0, height: int = 64, width: int = 64) -> bytes:
@@ -31,7 +31,7 @@ def base64_png(seed: int = 0) -> str:
 
 
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """As pandas writes the TSV files of VLMEvalKit."""
+    """Write a TSV file as VLMEvalKit does with pandas."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
@@ -40,7 +40,7 @@ def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def parquet_image(seed: int = 0) -> dict[str, Any]:
-    """An image as the datasets library stores it."""
+    """Return an image as the datasets library stores it."""
     return {"bytes": png(seed), "path": None}
 
 

@@ -1,4 +1,4 @@
-"""Files in the layouts that people have, as questions; and what is wrong with a file in one line."""
+"""Data files in the published layouts become questions; errors in a file are one line."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convllava import InputError
-from convllava.evaluation.benchmarks import BENCHMARKS
-from convllava.evaluation.questions import NoPicture
-from convllava.evaluation.readers.rows import listed
-from convllava.evaluation.readers.sources import find_benchmarks, load_questions
+from convllava.evaluation.benchmarks import BENCHMARKS, find_benchmarks
+from convllava.evaluation.columns import load_questions
+from convllava.evaluation.questions import MissingPicture
+from convllava.evaluation.readers import listed
 
 
 def load(name, path, **settings):
@@ -36,7 +36,7 @@ def same(question, seed):
     return np.array_equal(np.asarray(question.pictures[0].load()), np.asarray(picture(64, 64, seed)))
 
 
-def test_a_tsv_file_keeps_images_in_the_file_and_follows_references(tmp_path):
+def test_tsv_images_are_read_from_the_file_and_by_reference(tmp_path):
     first, second, third, fourth = load("mmbench", write_tsv(tmp_path / "MMBench_DEV_EN.tsv", circular_rows()))
     assert (first.id, first.options, first.letters, first.truths) == ("7", ("dog", "cat"), "AB", ("A",))
     assert first.categories == ("object", "perception")
@@ -47,14 +47,14 @@ def test_a_tsv_file_keeps_images_in_the_file_and_follows_references(tmp_path):
     assert same(fourth, 2)
 
 
-def test_a_cell_larger_than_the_csv_modules_limit_is_read(tmp_path):
+def test_cell_above_the_csv_modules_limit_is_read(tmp_path):
     rows = [{"index": 1, "question": "q" * 200_000, "A": "x", "B": "y", "answer": "A", "image": base64_png()}]
     (question,) = load("seedbench", write_tsv(tmp_path / "seed.tsv", rows))
     assert len(question.text) == 200_000
     assert same(question, 0)
 
 
-def test_texts_with_tabs_quotes_and_line_ends_do_not_shift_the_images(tmp_path):
+def test_tabs_quotes_and_line_breaks_in_texts_do_not_shift_images(tmp_path):
     rows = [
         {"index": n, "question": 'a\t"b"\nc é', "A": "x", "B": "y", "answer": "A", "image": base64_png(n)}
         for n in (3, 4)
@@ -66,7 +66,7 @@ def test_texts_with_tabs_quotes_and_line_ends_do_not_shift_the_images(tmp_path):
 
 
 @pytest.mark.parametrize("indices", [("0", "0"), ("", "")])
-def test_rows_that_share_an_index_keep_their_own_images(tmp_path, indices):
+def test_rows_with_the_same_index_keep_their_own_images(tmp_path, indices):
     rows = [
         {"index": index, "question": "q", "A": "x", "B": "y", "answer": "A", "image": base64_png(number)}
         for number, index in enumerate(indices)
@@ -78,31 +78,31 @@ def test_rows_that_share_an_index_keep_their_own_images(tmp_path, indices):
     if indices[0]:
         assert same(third, 0)
     else:
-        assert third.pictures == (NoPicture("row 3 of seed.tsv: no image"),)
+        assert third.pictures == (MissingPicture("row 3 of seed.tsv: no image"),)
 
 
 @pytest.mark.parametrize("answers", [{"answer": None}, {"answers": [""] * 10}, {"answers": ["nan", ""]}])
-def test_a_row_whose_answer_is_nothing_is_refused(tmp_path, answers):
+def test_row_without_an_answer_is_rejected(tmp_path, answers):
     path = write_parquet(tmp_path / "t.parquet", [{"question": "q", "image": parquet_image(), **answers}])
     with pytest.raises(InputError, match=r"row 1 of t.parquet has no answer"):
         load("textvqa", path)
 
 
 @pytest.mark.parametrize("change", [{"bbox": ["a", 1, 2, 3]}, {"bbox": [None, 1, 2, 3]}, {"height": "tall"}])
-def test_boxes_and_sizes_that_are_no_numbers_are_refused(tmp_path, change):
+def test_boxes_and_sizes_must_be_numbers(tmp_path, change):
     row = {"question": "q", "bbox": [0, 1, 2, 3], "height": 4, "width": 4, "image": "a.png"} | change
     (tmp_path / "val.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match=r"val.jsonl: (bbox|height or width) must be numbers; got"):
         load("refcoco", tmp_path / "val.jsonl")
 
 
-def test_a_size_that_is_not_told_is_that_of_the_image(tmp_path):
+def test_missing_size_is_left_to_the_image(tmp_path):
     row = {"question": "q", "bbox": [0, 1, 2, 3], "height": None, "width": None, "image": "a.png"}
     (tmp_path / "val.jsonl").write_text(json.dumps(row))
     assert load("refcoco", tmp_path / "val.jsonl")[0].details["size"] is None
 
 
-def test_an_image_in_place_of_its_name_is_a_picture_that_is_not_there(tmp_path):
+def test_image_instead_of_its_name_is_a_missing_picture(tmp_path):
     row = {"questionId": 1, "question": "q", "answers": ["a"], "image": "A" * 100_000}
     (tmp_path / "val.json").write_text(json.dumps({"data": [row]}))
     (question,) = load("docvqa", tmp_path / "val.json")
@@ -110,7 +110,7 @@ def test_an_image_in_place_of_its_name_is_a_picture_that_is_not_there(tmp_path):
         question.pictures[0].load()
 
 
-def test_a_list_of_answers_in_a_cell_is_several_truths(tmp_path):
+def test_list_in_a_cell_is_several_right_answers(tmp_path):
     rows = [{"index": 1, "question": "q", "answer": "['a', \"b's\"]", "image": base64_png()}]
     assert load("docvqa", write_tsv(tmp_path / "d.tsv", rows))[0].truths == ("a", "b's")
 
@@ -124,19 +124,19 @@ def test_a_list_of_answers_in_a_cell_is_several_truths(tmp_path):
         ("ocrbench", "[77]", ("77",)),
     ],
 )
-def test_an_answer_in_brackets_is_one_truth_where_cells_are_no_lists(name, answer, truths, tmp_path):
+def test_answer_in_brackets_is_one_answer_unless_the_benchmark_has_lists(name, answer, truths, tmp_path):
     rows = [{"index": 1, "question": "q", "answer": answer, "image": base64_png()}]
     assert load(name, write_tsv(tmp_path / "d.tsv", rows))[0].truths == truths
 
 
 @patient
 @given(st.lists(st.text(max_size=8), max_size=4), st.text(max_size=12))
-def test_a_written_list_is_read_back_and_any_other_text_is_itself(items, text):
+def test_written_list_is_read_back_and_other_texts_are_unchanged(items, text):
     assert listed(repr(items)) == items
     assert listed(text) == [text] or text.startswith("[")
 
 
-def test_mme_in_parquet_pairs_questions_by_the_image_and_tells_them_apart(tmp_path):
+def test_mme_pairs_questions_by_image_and_gives_unique_ids(tmp_path):
     questions = load("mme", write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", mme_rows()).parent.parent)
     assert [question.id for question in questions[:3]] == ["existence/1.png", "existence/1.png#2", "existence/2.png"]
     assert questions[0].group == questions[1].group != questions[2].group
@@ -145,7 +145,7 @@ def test_mme_in_parquet_pairs_questions_by_the_image_and_tells_them_apart(tmp_pa
     assert same(questions[4], 2)
 
 
-def test_seedbench_in_parquet_has_a_list_of_images_and_types_by_number(tmp_path):
+def test_seedbench_parquet_has_lists_of_images_and_types_by_number(tmp_path):
     rows = [
         {
             "question_id": "101",
@@ -166,7 +166,7 @@ def test_seedbench_in_parquet_has_a_list_of_images_and_types_by_number(tmp_path)
     assert question.pictures[2].load().size == (64, 64)
 
 
-def test_mmmu_in_parquet_puts_the_images_it_names_into_the_question(tmp_path):
+def test_mmmu_parquet_takes_the_images_that_the_question_names(tmp_path):
     common = {"image_1": parquet_image(1), "image_2": parquet_image(2), "image_3": None}
     rows = [
         {
@@ -195,7 +195,7 @@ def test_mmmu_in_parquet_puts_the_images_it_names_into_the_question(tmp_path):
     assert same(sum_of, 2)
 
 
-def test_mmmu_in_a_tsv_file_has_a_list_of_images_in_one_cell(tmp_path):
+def test_mmmu_tsv_has_a_list_of_images_in_one_cell(tmp_path):
     images = repr([base64_png(1), base64_png(2)])
     row = {"index": 5, "question": "Is <image 2> red?", "A": "yes", "B": "no", "answer": "A", "image": images}
     (question,) = load("mmmu", write_tsv(tmp_path / "MMMU_DEV_VAL.tsv", [row]))
@@ -204,14 +204,14 @@ def test_mmmu_in_a_tsv_file_has_a_list_of_images_in_one_cell(tmp_path):
     assert same(question, 2)
 
 
-def test_a_limit_keeps_rotations_and_pairs_together(tmp_path):
+def test_limit_keeps_rotations_and_pairs_together(tmp_path):
     choices = write_tsv(tmp_path / "MMBench.tsv", circular_rows())
     assert [question.id for question in load("mmbench", choices, limit=1)] == ["7", "1000007"]
     pairs = write_parquet(tmp_path / "MME.parquet", mme_rows())
     assert len(load("mme", pairs, limit=2)) == 4
 
 
-def test_textvqa_docvqa_infovqa_and_chartqa_come_as_json_beside_a_folder(tmp_path):
+def test_published_json_of_textvqa_docvqa_infovqa_and_chartqa_is_read(tmp_path):
     for number, name in enumerate(("train_images/abc.jpg", "documents/d.png", "i.jpeg", "png/c.png")):
         write_image(tmp_path / name, number)
     text = {"question": "q", "image_id": "abc", "question_id": 3, "answers": ["a"] * 10}
@@ -248,7 +248,7 @@ def test_pope_has_a_file_for_each_kind_and_its_images_elsewhere(tmp_path):
     assert load("pope", tmp_path / "pope" / "coco_pope_random.json")[0].id == "1"
 
 
-def test_refcoco_has_corners_in_json_lines_and_sides_in_parquet(tmp_path):
+def test_refcoco_boxes_are_corners_in_json_lines_and_sides_in_parquet(tmp_path):
     line = {"image": "a.png", "sent": "the left one", "bbox": [10, 20, 30, 60], "height": 80, "width": 100}
     (question,) = load("refcoco", write_lines(tmp_path / "refcoco_val.jsonl", [line]))
     assert question.text == "the left one"
@@ -267,7 +267,7 @@ def test_refcoco_has_corners_in_json_lines_and_sides_in_parquet(tmp_path):
     assert left.details["box"] == dog.details["box"] == (10, 20, 30, 60)
 
 
-def test_ocrbench_and_realworldqa_and_mmvet_bring_what_their_rules_need(tmp_path):
+def test_details_for_the_rules_of_ocrbench_realworldqa_and_mmvet_are_read(tmp_path):
     ocr = [
         {
             "dataset": "HME100k",
@@ -291,12 +291,12 @@ def test_ocrbench_and_realworldqa_and_mmvet_bring_what_their_rules_need(tmp_path
     assert (question.id, question.categories) == ("v1_0", ("ocr", "math"))
 
 
-def test_splits_shards_and_limits_choose_what_is_read(tmp_path):
+def test_split_and_limit_choose_questions_and_shards_are_joined(tmp_path):
     for split in ("test", "validation"):
         for shard in (0, 1):
             rows = [{"questionId": f"{split}{shard}", "question": "q", "answers": ["a"], "image": parquet_image()}]
             write_parquet(tmp_path / f"{split}-0000{shard}-of-00002.parquet", rows)
-    with pytest.raises(InputError, match=r"holds test, validation; choose one with --split"):
+    with pytest.raises(InputError, match=r"holds test, validation; choose one with `split`"):
         load("docvqa", tmp_path)
     found = load("docvqa", tmp_path, split="validation")
     assert [question.id for question in found] == ["validation0", "validation1"]
@@ -305,7 +305,7 @@ def test_splits_shards_and_limits_choose_what_is_read(tmp_path):
         load("docvqa", tmp_path, split="train")
 
 
-def test_all_finds_benchmarks_by_the_beginnings_of_names(tmp_path):
+def test_benchmarks_in_a_folder_are_found_by_how_names_begin(tmp_path):
     for name in ("MMBench_DEV_EN.tsv", "MME.tsv", "SEED-Bench", "refcoco+_val.jsonl", "InfographicVQA", "notes.txt"):
         (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).touch()
     assert list(find_benchmarks(tmp_path)) == ["mme", "mmbench", "seedbench", "refcoco+", "infovqa"]
@@ -331,12 +331,12 @@ def broken_rows(**changes):
         (broken_rows(answer=""), r"row 2 of m.tsv"),
     ],
 )
-def test_a_bad_row_is_named_with_what_is_wrong(tmp_path, rows, message):
+def test_error_names_the_row_and_the_problem(tmp_path, rows, message):
     with pytest.raises(InputError, match=message):
         load("mmbench", write_tsv(tmp_path / "m.tsv", rows))
 
 
-def test_damaged_files_are_one_line(tmp_path):
+def test_damaged_file_is_a_one_line_error(tmp_path):
     path = write_tsv(tmp_path / "m.tsv", circular_rows())
     path.write_bytes(path.read_bytes()[:-40].rsplit(b"\t", 1)[0] + b"\n")
     with pytest.raises(InputError, match=r"row 4 of m.tsv has .* is the file cut short"):
@@ -360,7 +360,7 @@ def test_damaged_files_are_one_line(tmp_path):
         load("mmbench", tmp_path / "z.csv")
 
 
-def test_a_category_without_questions_is_named_with_those_there_are(tmp_path):
+def test_unknown_category_lists_the_known_ones(tmp_path):
     path = write_tsv(tmp_path / "m.tsv", circular_rows())
     with pytest.raises(InputError, match=r"category 'objects'; known: object, perception, scene"):
         load("mmbench", path, categories=("objects",))
@@ -370,7 +370,7 @@ def test_a_category_without_questions_is_named_with_those_there_are(tmp_path):
         load("mme", write_parquet(tmp_path / "mme.parquet", rows))
 
 
-def test_a_damaged_image_is_found_when_it_is_looked_at_and_tells_its_row(tmp_path):
+def test_damaged_image_fails_when_loaded_and_names_its_row(tmp_path):
     rows = broken_rows(image=base64_png(2)[:4000])
     questions = load("mmbench", write_tsv(tmp_path / "m.tsv", [*rows, circular_rows()[0] | {"index": 9, "image": "5"}]))
     assert questions[0].pictures[0].load()

@@ -1,4 +1,4 @@
-"""Results compared and drawn, and the generated world swept and disturbed."""
+"""Comparisons and plots of results; reading by text height; robustness."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from convllava import InputError
-from convllava.cli import app
-from convllava.evaluation.compare import compare
-from convllava.evaluation.perturbations import DISTURBANCES, SEVERITIES, reworded
-from convllava.evaluation.plots import plot_results
+from convllava.cli import app, with_options
+from convllava.evaluation.perturbations import PERTURBATIONS, SEVERITIES, reworded
+from convllava.evaluation.report import plot_results
+from convllava.evaluation.results import Result, compare, read_result
 from convllava.evaluation.robustness import robustness
 from convllava.evaluation.sweep import sweep
 from convllava.inference import Assistant
@@ -43,7 +43,20 @@ def result(folder, scores, **changes):
     return folder
 
 
-def test_a_comparison_pairs_questions_and_tells_the_categories_apart(tmp_path):
+def plot(folders, output):
+    plot_results({str(folder): read_result(folder) for folder in folders}, output)
+
+
+def test_result_is_a_mapping_with_the_content_of_its_file(tmp_path):
+    read = read_result(result(tmp_path / "a", [0, 1, 1]))
+    assert isinstance(read, Result)
+    assert read.score == read["score"] == pytest.approx(2 / 3)
+    read.save(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == read.content == dict(read)
+    assert dict(read_result(tmp_path / "again.json")) == dict(read)
+
+
+def test_comparison_pairs_questions_by_category(tmp_path):
     a = result(tmp_path / "a", [0] * 20 + [1] * 20)
     b = result(tmp_path / "b", [1] * 20 + [1] * 19 + [0])
     found = compare(a, b)
@@ -58,14 +71,14 @@ def test_a_comparison_pairs_questions_and_tells_the_categories_apart(tmp_path):
     assert swapped["interval"][0] == pytest.approx(-found["overall"]["interval"][1], abs=0.05)
 
 
-def test_equal_results_differ_by_nothing(tmp_path):
+def test_equal_results_have_no_difference(tmp_path):
     a, b = result(tmp_path / "a", [0, 1, 1, 0]), result(tmp_path / "b", [0, 1, 1, 0])
     assert compare(a, b)["overall"]["interval"] == [0, 0]
 
 
-def test_results_that_cannot_be_compared_are_refused(tmp_path):
+def test_results_that_cannot_be_compared_are_rejected(tmp_path):
     a = result(tmp_path / "a", [0, 1])
-    with pytest.raises(InputError, match="different questions: 1 are in one alone, such as 2"):
+    with pytest.raises(InputError, match="different questions: 1 are in only one of them, such as 2"):
         compare(a, result(tmp_path / "b", [0, 1, 1]))
     with pytest.raises(InputError, match=r"is of seedbench and .* of mme"):
         compare(a, result(tmp_path / "c", [0, 1], benchmark="mme"))
@@ -85,7 +98,7 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path):
         ({"score": "high"}, "score must be a number"),
     ],
 )
-def test_malformed_results_are_refused(changes, message, tmp_path):
+def test_malformed_results_are_rejected(changes, message, tmp_path):
     malformed = result(tmp_path / "a", [0, 1], **changes)
     with pytest.raises(InputError, match=message):
         compare(malformed, malformed)
@@ -94,25 +107,25 @@ def test_malformed_results_are_refused(changes, message, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"model": {"name": "m"}}, {"model": None}, {"efficiency": {"seconds_to_first_token": 1.0}}]
 )
-def test_a_result_without_what_is_drawn_is_refused(changes, tmp_path):
+def test_plot_rejects_a_result_that_lacks_a_value(changes, tmp_path):
     with pytest.raises(InputError, match=r"/a lacks (model|efficiency)\."):
-        plot_results([result(tmp_path / "a", [0, 1], **changes)], tmp_path / "p.png")
+        plot([result(tmp_path / "a", [0, 1], **changes)], tmp_path / "p.png")
 
 
 @pytest.mark.parametrize("interval", [[0.1], ["low", "high"], 0.5])
-def test_a_result_whose_interval_is_not_two_numbers_is_refused(interval, tmp_path):
+def test_plot_rejects_an_interval_that_is_not_two_numbers(interval, tmp_path):
     efficiency = {"seconds_to_first_token": 1.0, "pixels": 640.0**2}
     with pytest.raises(InputError, match=r"/a has an interval that is not two numbers"):
-        plot_results([result(tmp_path / "a", [0, 1], efficiency=efficiency, interval=interval)], tmp_path / "p.png")
+        plot([result(tmp_path / "a", [0, 1], efficiency=efficiency, interval=interval)], tmp_path / "p.png")
 
 
-def test_a_result_nested_without_end_is_refused(tmp_path):
+def test_result_that_is_nested_too_deeply_is_rejected(tmp_path):
     (tmp_path / "deep.json").write_text('{"a":' * 100_000)
     with pytest.raises(InputError, match=r"deep.json cannot be read"):
         compare(tmp_path / "deep.json", tmp_path / "deep.json")
 
 
-def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
+def test_results_are_plotted_against_the_time_to_the_first_token(tmp_path):
     folders = [
         result(tmp_path / str(n), [0, 1], efficiency={"seconds_to_first_token": 2.0**n, "pixels": 640.0**2})
         for n in range(3)
@@ -122,16 +135,16 @@ def test_results_are_drawn_against_the_time_to_the_first_token(tmp_path):
     assert Image.open(tmp_path / "p.png").width > 500
     assert (tmp_path / "p.png").stat().st_size < MOST_BYTES
     with pytest.raises(InputError, match="no time to the first token"):
-        plot_results([result(tmp_path / "x", [0, 1], efficiency=None)], tmp_path / "q.png")
-    with pytest.raises(InputError, match="draw one benchmark at a time"):
-        plot_results([folders[0], result(tmp_path / "y", [0, 1], benchmark="mme")], tmp_path / "q.png")
+        plot([result(tmp_path / "x", [0, 1], efficiency=None)], tmp_path / "q.png")
+    with pytest.raises(InputError, match="plot one benchmark at a time"):
+        plot([folders[0], result(tmp_path / "y", [0, 1], benchmark="mme")], tmp_path / "q.png")
     assert not (tmp_path / "q.png").exists()
     with pytest.raises(InputError, match="cannot be written"):
-        plot_results(folders, tmp_path / "nowhere" / "q.png")
+        plot(folders, tmp_path / "nowhere" / "q.png")
 
 
-@pytest.mark.parametrize("kind", DISTURBANCES, ids=lambda kind: kind.kind)
-def test_every_severity_disturbs_and_a_higher_one_disturbs_otherwise(kind):
+@pytest.mark.parametrize("kind", PERTURBATIONS, ids=lambda kind: kind.kind)
+def test_every_severity_changes_the_input_differently(kind):
     image, question = picture(96, 128), "What is the colour of the star?"
     seen = {(image.tobytes(), image.size, question)}
     for severity in SEVERITIES:
@@ -141,14 +154,14 @@ def test_every_severity_disturbs_and_a_higher_one_disturbs_otherwise(kind):
     assert len(seen) == len(SEVERITIES) + 1
 
 
-def test_stretching_keeps_the_area():
-    (aspect,) = (kind for kind in DISTURBANCES if kind.kind == "aspect ratio")
+def test_aspect_ratio_perturbation_keeps_the_area():
+    (aspect,) = (kind for kind in PERTURBATIONS if kind.kind == "aspect ratio")
     changed = aspect.page(picture(200, 200), 4)
     assert changed.width / changed.height == pytest.approx(2, abs=0.05)
     assert changed.width * changed.height == pytest.approx(200 * 200, rel=0.02)
 
 
-def test_reworded_questions_are_none_of_those_that_training_asks():
+def test_reworded_questions_do_not_occur_in_training():
     asked = {wording for wordings in TEMPLATES.values() for wording in wordings}
     changed = [reworded(wording) for wording in asked]
     assert not asked & {new for new, old in zip(changed, asked, strict=True) if new != old}
@@ -156,7 +169,7 @@ def test_reworded_questions_are_none_of_those_that_training_asks():
 
 
 class Reader:
-    """An assistant that answers rightly, but nothing once it has been stopped."""
+    """A model that knows the answers; `calls` counts the images that it encodes."""
 
     def __init__(self, parts, world, samples) -> None:
         self.inner = Assistant(*parts)
@@ -173,11 +186,11 @@ class Reader:
         yield [self.known.get(question, "none") for _, question in questions]
 
 
-def test_a_sweep_bins_printed_answers_by_their_height_as_the_tower_sees_it(parts, tmp_path, monkeypatch):
+def test_sweep_bins_printed_answers_by_the_height_that_the_tower_sees(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("convllava.evaluation.sweep.FEWEST", 1)
     world = World("heldout", seed=3, size=256, kinds={"sign": 1})
     reader = Reader(parts, world, 6)
-    report = sweep("tiny", reader, world, 6, [128, 256], tmp_path)  # type: ignore[arg-type]
+    report = sweep(reader, world, 6, [128, 256], tmp_path)  # type: ignore[arg-type]
     assert [row["side"] for row in report["resolutions"]] == [128, 256]
     assert all(row["accuracy"] > 0.5 for row in report["resolutions"])
     middles = {
@@ -189,18 +202,18 @@ def test_a_sweep_bins_printed_answers_by_their_height_as_the_tower_sees_it(parts
     assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(report))
     assert (tmp_path / "sweep.png").stat().st_size < MOST_BYTES
     calls = reader.calls
-    assert sweep("tiny", reader, world, 6, [128, 256], tmp_path)["rows"] == report["rows"]  # type: ignore[arg-type]
+    assert sweep(reader, world, 6, [128, 256], tmp_path)["rows"] == report["rows"]  # type: ignore[arg-type]
     assert reader.calls == calls
     with pytest.raises(InputError, match="weights was "):
-        sweep("tiny", Reader(fresh(), world, 6), world, 6, [128], tmp_path)  # type: ignore[arg-type]
+        sweep(Reader(fresh(), world, 6), world, 6, [128], tmp_path)  # type: ignore[arg-type]
 
 
-def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
+def test_robustness_asks_the_same_questions_at_every_severity(parts, tmp_path):
     world = World("heldout", seed=3, size=192, simple=True)
     reader = Reader(parts, world, 2)
-    report = robustness("tiny", reader, world, 2, tmp_path)  # type: ignore[arg-type]
+    report = robustness(reader, world, 2, tmp_path)  # type: ignore[arg-type]
     assert report["clean"]["accuracy"] == 1
-    assert len(report["rows"]) == len(DISTURBANCES) * len(SEVERITIES)
+    assert len(report["rows"]) == len(PERTURBATIONS) * len(SEVERITIES)
     for row in report["rows"]:
         assert row["n"] == report["clean"]["n"]
         assert row["lost"] == pytest.approx(1 - row["accuracy"])
@@ -208,28 +221,35 @@ def test_robustness_asks_the_same_pages_in_every_disguise(parts, tmp_path):
     assert all(row["accuracy"] == 0 for row in report["rows"] if row["kind"] == "question" and row["severity"] == 2)
     assert (tmp_path / "robustness.png").stat().st_size < MOST_BYTES
     calls = reader.calls
-    robustness("tiny", reader, world, 2, tmp_path)  # type: ignore[arg-type]
+    robustness(reader, world, 2, tmp_path)  # type: ignore[arg-type]
     assert reader.calls == calls
     with pytest.raises(InputError, match="weights was "):
-        robustness("tiny", Reader(fresh(), world, 2), world, 2, tmp_path)  # type: ignore[arg-type]
+        robustness(Reader(fresh(), world, 2), world, 2, tmp_path)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("-m nonexistent --seed 77 compare a b", "--model stands before compare.*for eval alone"),
-        ("--model runs/x sweep --output y", "--model stands before sweep, which does not see it; put it behind sweep"),
-        ("--simple robustness --output y", "--simple stands before robustness.*put it behind robustness"),
-    ],
-)
-def test_options_before_a_subcommand_are_refused(arguments, message):
-    with pytest.raises(InputError, match=message):
-        CliRunner().invoke(app, ["eval", *arguments.split()], catch_exceptions=False)
+def test_options_before_a_subcommand_are_rejected():
+    finished = CliRunner().invoke(app, ["eval", "--model", "runs/x", "sweep", "--output", "y"])
+    assert finished.exit_code == 2
+    assert "unexpected extra argument" in finished.output
 
 
-def test_the_commands_write_json_and_a_picture(parts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [["eval"], ["eval", "run"]])
+def test_run_is_the_default_subcommand(words):
+    with pytest.raises(InputError, match="there is no model 'nonexistent'"):
+        CliRunner().invoke(app, [*words, "--model", "nonexistent", "--samples", "2"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("words", [["eval"], ["eval", "run"]])
+def test_messages_name_the_options_of_the_default_subcommand(words):
+    message = "`data` is missing; `samples` and `categories` are given"
+    assert with_options(message, app, [*words, "--seed", "1"]) == (
+        "--data is missing; --samples and --category are given"
+    )
+
+
+def test_sweep_and_robustness_commands_write_json_and_a_picture(parts, tmp_path, monkeypatch):
     world = World("heldout", seed=3, size=256)
-    monkeypatch.setattr("convllava.inference.load", lambda model: Reader(parts, world, 2))
+    monkeypatch.setattr("convllava.evaluation.runner.load", lambda model, pixels: Reader(parts, world, 2))
     common = ["--samples", "2", "--seed", "3", "--size", "256"]
     for name, more in (("sweep", ["--sides", "128"]), ("robustness", [])):
         arguments = ["eval", name, *more, "--output", str(tmp_path / name), *common]

@@ -1,4 +1,4 @@
-"""A model on a benchmark: the same answers twice, after a kill, in any company; and what cannot be asked."""
+"""Running benchmarks: interrupted runs, questions that cannot be asked, generated pages, LLM judges."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from convllava import InputError
 from convllava.checkpoints import write
 from convllava.cli import app
 from convllava.data.collate import encode
-from convllava.evaluation.answering import Asking, answer_all, likeliest_letter
+from convllava.evaluation import evaluate
 from convllava.evaluation.benchmarks import BENCHMARKS
-from convllava.evaluation.llm_judge import ChatJudge, score_in
-from convllava.evaluation.prompts import check_template, conversation, prompt, templates_of
-from convllava.evaluation.readers.sources import load_questions
-from convllava.evaluation.results import score
-from convllava.evaluation.runner import Options, run
-from convllava.evaluation.synthetic import SYNTHETIC, as_report, text_height, world_questions
-from convllava.evaluation.synthetic_report import evaluate
+from convllava.evaluation.columns import load_questions
+from convllava.evaluation.llm_judge import ChatJudge, parse_score
+from convllava.evaluation.questions import check_template, conversation, prompt
+from convllava.evaluation.results import read_result
+from convllava.evaluation.runner import answer_all, likeliest_letter
+from convllava.evaluation.synthetic import text_height
 from convllava.inference import Assistant, EncodedImage
 from convllava.inference.likelihood import log_likelihoods
 from convllava.io import ResumableJsonl, write_json
@@ -58,12 +57,12 @@ def seedbench(tmp_path, count=7):
     return write_tsv(tmp_path / "SEEDBench_IMG.tsv", rows(count))
 
 
-def run_on(assistant, data, output=None, **options):
+def run_on(assistant, data, output=None, benchmark="seedbench", **options):
     settings = {"batch_size": 2, "max_new_tokens": 4, "timed": 0, "prompt": "{question} {options}"} | options
-    return run(BENCHMARKS["seedbench"], "tiny", lambda: assistant, data, Options(**settings), output)
+    return evaluate(assistant, benchmark, data, output=output, **settings).content
 
 
-def test_a_run_killed_at_any_byte_continues_to_the_same_result(assistant, tmp_path):
+def test_run_killed_at_any_byte_continues_to_the_same_result(assistant, tmp_path):
     data = seedbench(tmp_path)
     whole = run_on(assistant, data, tmp_path / "whole")
     answers = (tmp_path / "whole" / "answers.jsonl").read_bytes()
@@ -78,14 +77,14 @@ def test_a_run_killed_at_any_byte_continues_to_the_same_result(assistant, tmp_pa
         assert again | {"seconds": 0} == whole | {"seconds": 0}
 
 
-def test_a_finished_run_asks_nothing_again(assistant, tmp_path, monkeypatch):
+def test_finished_run_asks_nothing_again(assistant, tmp_path, monkeypatch):
     data = seedbench(tmp_path)
     run_on(assistant, data, tmp_path / "out")
     monkeypatch.setattr(Assistant, "chat_many", None)
     assert run_on(assistant, data, tmp_path / "out")["questions"] == 7
 
 
-def test_changed_settings_are_refused_with_the_difference(assistant, tmp_path):
+def test_changed_settings_are_rejected_with_the_difference(assistant, tmp_path):
     data = seedbench(tmp_path)
     run_on(assistant, data, tmp_path / "out")
     before = (tmp_path / "out" / "answers.jsonl").read_bytes()
@@ -96,18 +95,18 @@ def test_changed_settings_are_refused_with_the_difference(assistant, tmp_path):
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
 
 
-def test_answers_of_other_weights_by_the_same_name_are_refused(assistant, tmp_path):
+def test_answers_of_other_weights_with_the_same_name_are_rejected(assistant, tmp_path):
     data, settings = seedbench(tmp_path), tmp_path / "out" / "settings.json"
     run_on(assistant, data, tmp_path / "out")
     kept = json.loads(settings.read_text())
     with pytest.raises(InputError, match=r"other settings: weights was 'float32 \w+' and is 'float32 \w+'; choose"):
         run_on(Assistant(*fresh()), data, tmp_path / "out")
     settings.write_text(json.dumps({key: value for key, value in kept.items() if key != "weights"}))
-    run_on(assistant, data, tmp_path / "out")  # a run that was begun before weights were told apart
+    run_on(assistant, data, tmp_path / "out")  # a run of an earlier version, which did not record the weights
     assert json.loads(settings.read_text()) == kept
 
 
-def test_what_cannot_be_asked_counts_as_wrong_and_is_listed(assistant, tmp_path):
+def test_question_that_cannot_be_asked_counts_as_wrong_and_is_listed(assistant, tmp_path):
     content = rows(5)
     content[1]["image"] = base64.b64encode(png(3)[:300]).decode()
     content[2]["question"] = "what is <image>"
@@ -125,7 +124,7 @@ def test_what_cannot_be_asked_counts_as_wrong_and_is_listed(assistant, tmp_path)
     assert "answer" in lines[4]
 
 
-def test_each_image_is_encoded_once_while_its_questions_follow_each_other(assistant, tmp_path, monkeypatch):
+def test_image_of_consecutive_questions_is_encoded_once(assistant, tmp_path, monkeypatch):
     questions = load_questions(BENCHMARKS["mmbench"], write_tsv(tmp_path / "m.tsv", circular_rows()[::2]))
     encoded = []
     encode_one = Assistant.encode
@@ -136,12 +135,12 @@ def test_each_image_is_encoded_once_while_its_questions_follow_each_other(assist
         return encode_one(self, image)
 
     monkeypatch.setattr(Assistant, "encode", counting)
-    answer_all(assistant, questions, Asking(PLAIN, 2, batch_size=1), ResumableJsonl(None, {}))
+    answer_all(assistant, questions, ResumableJsonl(None, {}), PLAIN, 2, batch_size=1)
     assert len(questions) == 2
     assert len(encoded) == 1
 
 
-def test_choices_by_likelihood_are_those_of_teacher_forcing(assistant):
+def test_choices_by_likelihood_equal_teacher_forcing(assistant):
     image = picture(64, 128)
     messages = [{"role": "user", "content": "what is red"}]
     requests = [([assistant.encode(image)], messages, answer) for answer in ("A", "B", "the total")]
@@ -159,40 +158,40 @@ def test_choices_by_likelihood_are_those_of_teacher_forcing(assistant):
     assert letters == "AB"[found[1] > found[0]]
 
 
-def test_likelihood_leaves_no_choice_unread(assistant, tmp_path):
+def test_likelihood_leaves_no_choice_unparsed(assistant, tmp_path):
     found = run_on(assistant, seedbench(tmp_path, 3), choices="likelihood")
     assert found["unparsed"] == found["broken"] == []
-    with pytest.raises(InputError, match="--choices is 'random'"):
+    with pytest.raises(InputError, match="`choices` is 'random'"):
         run_on(assistant, seedbench(tmp_path, 3), choices="random")
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"), [("bogus", "--choices is 'bogus'; choose one of"), ("likelihood", "have no options")]
+    ("choices", "message"), [("bogus", "`choices` is 'bogus'; choose one of"), ("likelihood", "have no options")]
 )
-def test_choices_of_the_generated_world_are_refused(choices, message):
+def test_choices_are_rejected_for_generated_pages(choices, message):
     with pytest.raises(InputError, match=message):
         CliRunner().invoke(app, ["eval", "--model", "nonexistent", "--choices", choices], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("option", ["--samples 5", "--seed 2", "--size 512", "--simple"])
-def test_options_of_the_generated_world_are_refused_for_files(option, tmp_path):
+def test_options_of_generated_pages_are_rejected_for_files(option, tmp_path):
     arguments = ["eval", "--benchmark", "docvqa", "--data", str(tmp_path), *option.split()]
-    with pytest.raises(InputError, match="are for the generated world; of a benchmark on files, --limit"):
+    with pytest.raises(InputError, match="are for generated pages; for a benchmark on files, `limit`"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def test_another_folder_of_images_is_another_run(assistant, tmp_path):
+def test_another_image_folder_is_another_run(assistant, tmp_path):
     data = seedbench(tmp_path, 2)
     run_on(assistant, data, tmp_path / "out")
     with pytest.raises(InputError, match=r"images was None and is '.*low'"):
         run_on(assistant, data, tmp_path / "out", images=tmp_path / "low")
 
 
-def test_prompts_have_options_hints_and_images_where_they_belong(tmp_path):
+def test_prompts_contain_options_hints_and_images_in_place(tmp_path):
     questions = load_questions(
         BENCHMARKS["mmbench"], write_tsv(tmp_path / "m.tsv", [circular_rows()[0] | {"hint": "Look."}])
     )
-    assert prompt(questions[0], templates_of(BENCHMARKS["mmbench"], None)) == (
+    assert prompt(questions[0], BENCHMARKS["mmbench"].templates()) == (
         "Look.\nWhat is it?\nA. dog\nB. cat\nAnswer with the option's letter from the given choices directly."
     )
     row = {"id": "validation_Art_1", "question": "Is <image 2> like <image 1>?", "options": "[]", "answer": "no"}
@@ -203,17 +202,15 @@ def test_prompts_have_options_hints_and_images_where_they_belong(tmp_path):
     kinds = [part.get("text", part["type"]) for part in messages[0]["content"]]
     assert kinds == ["Is", "image", "like", "image", "?"]
     for bad in ("no question", "{question} {other}", "{question"):
-        with pytest.raises(InputError, match="--prompt"):
+        with pytest.raises(InputError, match="`prompt`"):
             check_template(bad)
 
 
-def test_questions_about_several_images_are_asked_together(assistant, tmp_path):
+def test_efficiency_of_a_question_counts_all_its_images(assistant, tmp_path):
     row = {"id": "validation_Art_1", "question": "Is <image 2> like <image 1>?", "options": "[]", "answer": "no"}
     images = {"image_1": parquet_image(1), "image_2": parquet_image(2)}
     data = write_parquet(tmp_path / "m.parquet", [row | images])
-    found = run(
-        BENCHMARKS["mmmu"], "tiny", lambda: assistant, data, Options(max_new_tokens=3, timed=1, prompt="{question}")
-    )
+    found = run_on(assistant, data, benchmark="mmmu", max_new_tokens=3, timed=1, prompt="{question}")
     assert found["broken"] == []
     efficiency = found["efficiency"]
     assert efficiency["visual_tokens"] == 2 * len(assistant.encode(picture(64, 64, 1)).tokens)
@@ -222,13 +219,13 @@ def test_questions_about_several_images_are_asked_together(assistant, tmp_path):
     assert efficiency["peak_memory_mb"] > 0
 
 
-def test_answers_with_any_separator_are_continued(tmp_path):
+def test_answers_with_any_line_separator_are_read_back(tmp_path):
     entries = [{"id": str(number), "answer": f"one{chr(number)}two"} for number in (10, 13, 0x1C, 0x85, 0x2028, 0x2029)]
     ResumableJsonl(tmp_path, {}).add(entries)
     assert list(ResumableJsonl(tmp_path, {}).entries.values()) == entries
 
 
-def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+def test_line_that_is_not_utf_8_is_named(tmp_path):
     ResumableJsonl(tmp_path, {}).add([{"id": "1", "answer": "one"}])
     with (tmp_path / "answers.jsonl").open("ab") as file:
         file.write(b'{"id": "\xff"}\n')
@@ -236,7 +233,7 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path):
         ResumableJsonl(tmp_path, {})
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path):
+def test_failed_write_is_a_one_line_error(tmp_path):
     journal = ResumableJsonl(tmp_path / "run", {})
     (tmp_path / "run" / "answers.jsonl").mkdir()
     with pytest.raises(InputError, match=r"answers.jsonl cannot be written: Is a directory"):
@@ -245,39 +242,71 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
         write_json(tmp_path / "nowhere" / "a.json", {})
 
 
-class Half:
-    """Knows the answers to half of the questions about a page, but only while that page is before it."""
+class Scripted:
+    """A model whose answers are known: `answer` is called with the image and the question."""
 
-    def __init__(self, world: World, count: int) -> None:
-        turns = [(page.image.tobytes(), turn) for page in map(world.sample, range(count)) for turn in page.turns]
-        self.known = {(image, turn.question): turn.answer for image, turn in turns[::2]}
+    def __init__(self, parts, answer) -> None:
+        self.model, self.processor = parts
+        self.answer = answer
 
     def encode(self, image):
         return image
 
-    def _answer(self, image, question):
-        return self.known.get((image.tobytes(), question), "none")
-
-    def answer_many(self, questions, batch_size):
-        yield [self._answer(image, question) for image, question in questions]
-
     def chat_many(self, conversations, max_new_tokens):
-        return [self._answer(image, messages[0]["content"]) for messages, (image,) in conversations]
+        return [self.answer(image, messages[0]["content"]) for messages, (image,) in conversations]
 
 
-def test_the_generated_world_through_a_run_is_that_of_evaluate():
+def oracle(world: World, samples: int, step: int = 1) -> Any:
+    """Return a function that answers every question, or every second one, but only about the right page."""
+    turns = [(page.image.tobytes(), turn) for page in map(world.sample, range(samples)) for turn in page.turns]
+    known = {(image, turn.question): turn.answer for image, turn in turns[::step]}
+    return lambda image, question: known.get((image.tobytes(), question), "none")
+
+
+def test_oracle_has_full_marks_on_generated_pages_and_none_blind(parts):
+    world = World("heldout", seed=3, size=256)
+    result = evaluate(Scripted(parts, oracle(world, 12)), world=world, samples=12, timed=0)  # type: ignore[arg-type]
+    assert result.score == result["overall"]["accuracy"] == 1.0
+    assert result["overall"]["blind"] == 0.0
+    assert result["overall"]["n"] == sum(score["n"] for score in result["tasks"].values()) > 30
+    assert len(result["units"]) == result["overall"]["n"] == result["questions"] // 2
+
+
+def test_generated_pages_are_scored_by_task_as_counted_by_hand(parts, tmp_path):
     world = World("heldout", seed=3, size=192, simple=True)
-    questions, journal = world_questions(world, 3), ResumableJsonl(None, {})
-    assistant: Any = Half(world, 3)
-    answer_all(assistant, questions, Asking({"open": "{question}", "choice": ""}, 64, batch_size=3), journal)
-    result = score(SYNTHETIC, questions, list(journal.entries.values()))
-    report = as_report(result | {"seconds": 0.0}, 3)
-    assert report | {"seconds": 0} == evaluate(assistant, world, 3) | {"seconds": 0}
-    assert len(result["units"]) == report["overall"]["n"] == len(questions) // 2
-    assert report["overall"]["accuracy"] > 0.3 > report["overall"]["blind"]
+    assistant: Any = Scripted(parts, answer := oracle(world, 3, step=2))
+    result = evaluate(assistant, seed=3, size=192, simple=True, samples=3, timed=0, batch_size=3, output=tmp_path)
+    pages = [world.sample(index) for index in range(3)]
+    hits, blind = {}, {}
+    for page, following in zip(pages, [*pages[1:], pages[0]], strict=True):
+        for turn in page.turns:
+            hits.setdefault(turn.task, []).append(answer(page.image, turn.question) == turn.answer)
+            blind.setdefault(turn.task, []).append(answer(following.image, turn.question) == turn.answer)
+    assert set(result["tasks"]) == set(hits)
+    for task, score in result["tasks"].items():
+        count = len(hits[task])
+        assert score == {
+            "accuracy": round(sum(hits[task]) / count, 4),
+            "blind": round(sum(blind[task]) / count, 4),
+            "n": count,
+        }
+    assert result["overall"]["accuracy"] > 0.3 > result["overall"]["blind"]
+    assert read_result(tmp_path).content == result.content
+    with pytest.raises(InputError, match="`samples` must be 2 or more"):
+        evaluate(assistant, samples=1)
 
 
-def test_the_height_of_a_printed_answer_is_that_of_its_tallest_character():
+def test_synthetic_is_another_name_of_generated(parts, tmp_path):
+    world = World("heldout", seed=3, size=192, simple=True)
+    assistant: Any = Scripted(parts, oracle(world, 2))
+    result = evaluate(assistant, "synthetic", samples=2, world=world, timed=0)
+    assert result["benchmark"] == "generated"
+    result.content["benchmark"] = "synthetic"  # as older versions wrote it
+    result.save(tmp_path / "old.json")
+    assert read_result(tmp_path / "old.json")["benchmark"] == "generated"
+
+
+def test_text_height_is_that_of_the_tallest_character():
     page = World("heldout", seed=3, size=256, kinds={"sign": 1}).sample(0)
     word = page.glyphs[0].char + page.glyphs[1].char
     tallest = max(glyph.box[3] - glyph.box[1] for glyph in page.glyphs[:2])
@@ -286,15 +315,18 @@ def test_the_height_of_a_printed_answer_is_that_of_its_tallest_character():
 
 
 class Server(BaseHTTPRequestHandler):
-    """Speaks OpenAI's chat protocol; judges by the length of the answer."""
+    """Speaks OpenAI's chat protocol; the first requests get the status in `busy`."""
 
     asked: list[dict] = []
-    reply = "0.5"
+    busy: list[int] = []
 
     def do_POST(self) -> None:
         self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        content = json.dumps({"choices": [{"message": {"content": self.reply}}]}).encode()
-        self.send_response(200 if self.path == "/v1/chat/completions" else 404)
+        content = json.dumps({"choices": [{"message": {"content": "0.5"}}]}).encode()
+        status = self.busy.pop() if self.busy else 200
+        self.send_response(status if self.path == "/v1/chat/completions" else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("retry-after-ms", "1")
         self.end_headers()
         self.wfile.write(content)
 
@@ -311,34 +343,50 @@ def address():
     server.server_close()
 
 
-def test_a_judge_is_asked_over_the_chat_protocol(address):
-    judge = ChatJudge(f"{address}/v1/", "grader", pause=0)
+def test_llm_judge_is_asked_over_the_chat_protocol(address):
+    judge = ChatJudge(f"{address}/v1/", "grader")
     assert judge("How many?", "3 <AND> 4", "three") == 0.5
     request = Server.asked[-1]
     assert request["model"] == "grader"
     assert request["temperature"] == 0
     for part in ("How many?", "3 <AND> 4", "three"):
         assert part in request["messages"][0]["content"]
-    with pytest.raises(InputError, match=r"the judge at .*/chat/completions does not answer as expected"):
-        ChatJudge(address, "grader", pause=0)("q", "t", "a")
+    with pytest.raises(InputError, match=r"the LLM judge at .* does not answer as expected"):
+        ChatJudge(address, "grader")("q", "t", "a")
     with pytest.raises(InputError, match="give an http address"):
         ChatJudge("file:///etc/passwd", "grader")
 
 
-def test_a_judge_is_not_asked_again_about_what_it_has_judged(assistant, tmp_path):
+def test_llm_judge_is_asked_again_if_its_server_is_busy(address, monkeypatch):
+    monkeypatch.setattr(Server, "busy", [503, 429])
+    asked = len(Server.asked)
+    assert ChatJudge(f"{address}/v1", "grader")("q", "t", "a") == 0.5
+    assert len(Server.asked) == asked + 3
+    monkeypatch.setattr(Server, "busy", [503] * 9)
+    with pytest.raises(InputError, match=r"does not answer as expected: .*503"):
+        ChatJudge(f"{address}/v1", "grader")("q", "t", "a")
+
+
+def test_llm_judge_is_asked_once_about_each_answer_even_after_a_kill(assistant, tmp_path):
     vet = [{"index": n, "question": f"q{n}", "answer": "a", "category": "ocr", "image": base64_png()} for n in range(3)]
     data, asked = write_tsv(tmp_path / "MMVet.tsv", vet), []
 
     def judge(question: str, truth: str, answer: str) -> float | None:
         asked.append(question)
         if len(asked) == 3:
-            raise InputError("the judge at nowhere does not answer")
+            raise InputError("the LLM judge does not answer")
         return 0.25
 
-    options = Options(max_new_tokens=2, timed=0, prompt="{question}", judge=judge)
+    settings: Any = {
+        "max_new_tokens": 2,
+        "timed": 0,
+        "prompt": "{question}",
+        "judge": judge,
+        "output": tmp_path / "out",
+    }
     with pytest.raises(InputError, match="does not answer"):
-        run(BENCHMARKS["mmvet"], "tiny", lambda: assistant, data, options, tmp_path / "out")
-    assert run(BENCHMARKS["mmvet"], "tiny", lambda: assistant, data, options, tmp_path / "out")["score"] == 0.25
+        evaluate(assistant, "mmvet", data, **settings)
+    assert evaluate(assistant, "mmvet", data, **settings).score == 0.25
     assert asked == ["q0", "q1", "q2", "q2"]
 
 
@@ -355,11 +403,11 @@ def test_a_judge_is_not_asked_again_about_what_it_has_judged(assistant, tmp_path
         ("", None),
     ],
 )
-def test_a_judges_reply_is_a_share_or_nothing(reply, score):
-    assert score_in(reply) == score
+def test_reply_of_an_llm_judge_is_a_share_or_none(reply, score):
+    assert parse_score(reply) == score
 
 
-def test_the_command_runs_one_benchmark_or_all_of_a_folder(parts, tmp_path):
+def test_command_runs_every_benchmark_of_a_folder(parts, tmp_path):
     write(*parts, tmp_path / "model", recipe="name: mine\n")
     (tmp_path / "data").mkdir()
     seedbench(tmp_path / "data", 3)
@@ -370,7 +418,7 @@ def test_the_command_runs_one_benchmark_or_all_of_a_folder(parts, tmp_path):
     finished = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     found = json.loads(finished.stdout)
     assert list(found["benchmarks"]) == ["seedbench"]
-    assert "needs a judge" in found["refused"]["mmvet"]
+    assert "needs an LLM judge" in found["refused"]["mmvet"]
     result = json.loads((tmp_path / "out" / "seedbench" / "result.json").read_text())
     assert result == found["benchmarks"]["seedbench"]
     assert result["model"]["recipe"] == {"name": "mine"}
@@ -378,9 +426,9 @@ def test_the_command_runs_one_benchmark_or_all_of_a_folder(parts, tmp_path):
     assert set(result["model"]["parameters"]) == {"tower", "projector", "language"}
     printed = CliRunner().invoke(app, list(map(str, arguments[:-1])), catch_exceptions=False).stdout
     assert "mmvet was not run" in printed
-    with pytest.raises(InputError, match="--data is missing"):
+    with pytest.raises(InputError, match="`data` is missing"):
         CliRunner().invoke(app, ["eval", "--benchmark", "mme"], catch_exceptions=False)
     with pytest.raises(InputError, match="no benchmark 'mne'"):
         CliRunner().invoke(app, ["eval", "--benchmark", "mne"], catch_exceptions=False)
-    with pytest.raises(InputError, match="--judge-url and --judge-model go together"):
+    with pytest.raises(InputError, match="`judge_url` and `judge_model` go together"):
         CliRunner().invoke(app, ["eval", "--judge-url", "http://x"], catch_exceptions=False)

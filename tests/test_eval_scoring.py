@@ -1,4 +1,4 @@
-"""Answers made elsewhere, scored through the command line, against numbers computed by hand."""
+"""Answers made elsewhere are scored on the command line; the numbers were computed by hand."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ from convllava import InputError
 from convllava.cli import app
 from convllava.cli.eval import Name
 from convllava.evaluation import aggregate
-from convllava.evaluation.aggregate import Judged, groups_of
+from convllava.evaluation.aggregate import Graded, groups_of, interval, mean_interval
 from convllava.evaluation.benchmarks import BENCHMARKS
-from convllava.evaluation.intervals import interval, mean_interval
-from convllava.evaluation.questions import NoPicture, Question
-from convllava.evaluation.results import score
-from convllava.evaluation.rules import Aids
+from convllava.evaluation.questions import MissingPicture, Question
+from convllava.evaluation.results import score_answers
+from convllava.evaluation.rules import GradingContext
 from convllava.geometry import Size, square
 
 
@@ -43,7 +42,7 @@ def scored(name: str, data: Path, answers: dict[object, str], *more: object) -> 
     return json.loads(finished.stdout)
 
 
-def test_mmbench_counts_a_question_when_all_its_rotations_are_right(tmp_path):
+def test_mmbench_question_is_right_if_all_its_rotations_are(tmp_path):
     data = write_tsv(tmp_path / "MMBench.tsv", circular_rows())
     found = scored("mmbench", data, {7: "A", 1000007: "B. dog", 8: "B", 1000008: "The answer is B."})
     assert found["primary"] == "circular"
@@ -53,7 +52,7 @@ def test_mmbench_counts_a_question_when_all_its_rotations_are_right(tmp_path):
     assert [(unit["id"], unit["score"]) for unit in found["units"]] == [("7", 1.0), ("8", 0.0)]
 
 
-def test_mme_sums_accuracy_and_accuracy_plus_over_subtasks(tmp_path):
+def test_mme_score_sums_accuracy_and_accuracy_plus_over_subtasks(tmp_path):
     data = write_parquet(tmp_path / "MME.parquet", mme_rows())
     right = {"existence/1.png": "Yes", "existence/1.png#2": "no, it is not", "existence/2.png": "Yes."}
     found = scored("mme", data, right | {"existence/2.png#2": "Yes", "OCR/1.png": "Yes", "OCR/1.png#2": "perhaps"})
@@ -66,7 +65,7 @@ def test_mme_sums_accuracy_and_accuracy_plus_over_subtasks(tmp_path):
     assert set(found["absent"]) == {*aggregate.MME_PERCEPTION, *aggregate.MME_COGNITION} - {"existence", "OCR"}
 
 
-def test_pope_counts_yes_as_positive(tmp_path):
+def test_pope_measures_take_yes_as_positive(tmp_path):
     truths = ["yes", "yes", "yes", "no", "no"]
     lines = [
         {"question_id": number, "image": "x.jpg", "text": "q", "label": truth} for number, truth in enumerate(truths)
@@ -87,7 +86,7 @@ def test_pope_counts_yes_as_positive(tmp_path):
     assert unread["unparsed"] == ["4"]
 
 
-def test_textvqa_docvqa_and_infovqa_take_the_mean_of_their_scores(tmp_path):
+def test_textvqa_docvqa_and_infovqa_score_is_the_mean(tmp_path):
     records = [
         {"question": "q", "image_id": "a", "question_id": 1, "answers": ["stop"] * 2 + ["go"] * 8},
         {"question": "q", "image_id": "a", "question_id": 2, "answers": ["two"] * 10},
@@ -101,7 +100,7 @@ def test_textvqa_docvqa_and_infovqa_take_the_mean_of_their_scores(tmp_path):
         assert found["score"] == round((0.8 + 0.5 + 0.0) / 3, 4)
 
 
-def test_chartqa_ocrbench_seedbench_and_mmmu_take_the_share_that_is_right(tmp_path):
+def test_chartqa_ocrbench_seedbench_and_mmmu_score_is_the_share_of_right_answers(tmp_path):
     charts = [{"imgname": "c.png", "query": "q", "label": label} for label in ("100", "Blue", "45%")]
     (tmp_path / "test_human.json").write_text(json.dumps(charts))
     assert scored("chartqa", tmp_path / "test_human.json", {1: "104", 2: "blue", 3: "45"})["score"] == 0.6667
@@ -125,7 +124,7 @@ def test_chartqa_ocrbench_seedbench_and_mmmu_take_the_share_that_is_right(tmp_pa
     assert found["categories"]["Math"] == {"n": 2, "accuracy": 1.0}
 
 
-def test_realworldqa_reads_letters_where_there_are_options_and_words_elsewhere(tmp_path):
+def test_realworldqa_reads_letters_if_there_are_options_and_else_words(tmp_path):
     rows = [
         {"question": "Which?\nA. Left\nB. Right", "answer": "B", "image": parquet_image()},
         {"question": "How many?", "answer": "Two", "image": parquet_image()},
@@ -135,7 +134,7 @@ def test_realworldqa_reads_letters_where_there_are_options_and_words_elsewhere(t
     assert scored("realworldqa", data, {1: "right", 2: "two.", 3: "33"})["score"] == 0.6667
 
 
-def test_refcoco_maps_boxes_back_through_the_canvas(tmp_path):
+def test_refcoco_boxes_are_mapped_back_through_the_canvas(tmp_path):
     line = {"image": "a.png", "sent": "it", "bbox": [20, 0, 120, 40], "height": 100, "width": 200}
     data = write_lines(tmp_path / "refcoco_val.jsonl", [line, line, line, line])
     answers = {1: "[0.10, 0.00, 0.60, 0.40]", 2: "It is [0.1, 0, 0.35, 0.4].", 3: "[0.1, 0.0, 0.34, 0.4]", 4: "left"}
@@ -146,13 +145,13 @@ def test_refcoco_maps_boxes_back_through_the_canvas(tmp_path):
     box = square(size, side=640).box_to_normalised((20, 0, 120, 40))
     text = "[" + ", ".join(f"{value:.2f}" for value in box) + "]"
     question = Question("1", "it", (), ("",), details={"box": (20, 0, 120, 40), "size": (100, 200)})
-    padded = Aids(placement=lambda size: square(size, side=640))
+    padded = GradingContext(placement=lambda size: square(size, side=640))
     rule = BENCHMARKS["refcoco"].rule
     assert rule(question, text, padded).score == 1
-    assert rule(question, text, Aids()).score == 0
+    assert rule(question, text, GradingContext()).score == 0
 
 
-def test_refcoco_without_sizes_looks_at_the_image_and_lists_what_it_cannot_read(tmp_path):
+def test_refcoco_takes_a_missing_size_from_the_image_and_lists_unreadable_images(tmp_path):
     write_image(tmp_path / "a.png", 0, 100, 200)
     line = {"img_path": "a.png", "expression": "it", "bbox": [20, 0, 120, 40]}
     data = write_lines(tmp_path / "REC_refcoco.jsonl", [line, line | {"img_path": "gone.png"}])
@@ -162,7 +161,7 @@ def test_refcoco_without_sizes_looks_at_the_image_and_lists_what_it_cannot_read(
     assert "gone.png" in found["broken"][0]["reason"]
 
 
-def test_missing_and_unknown_ids_are_named(tmp_path):
+def test_missing_and_unknown_ids_are_listed(tmp_path):
     data = write_tsv(tmp_path / "MMBench.tsv", circular_rows())
     found = scored("mmbench", data, {7: "A", 8: "B", 1000007: "B", "x": "A"})
     assert found["missing"] == ["1000008"]
@@ -174,13 +173,16 @@ def test_missing_and_unknown_ids_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"id": 7, "answer": "A"}, {"id": "7", "answer": "B"}], "line 2 of .*: the id 7 has an answer already"),
+        ([{"id": 7, "answer": "A"}, {"id": "7", "answer": "B"}], "line 2 of .*: the id 7 already has an answer"),
         ([{"id": 7}], "line 1 of .*: the answer to 7 must be text"),
         (["A"], 'line 1 of .* must be {"id": index'),
-        ([{"id": 99, "answer": "A"}], "none of the 1 answers is to a question of mmbench: the first is to '99'"),
+        (
+            [{"id": 99, "answer": "A"}],
+            "none of the 1 answers belongs to a question of mmbench: the first has the id '99'",
+        ),
     ],
 )
-def test_bad_answers_are_one_line(tmp_path, lines, message):
+def test_bad_answers_file_is_a_one_line_error(tmp_path, lines, message):
     data = write_tsv(tmp_path / "MMBench.tsv", circular_rows())
     path = write_lines(tmp_path / "answers.jsonl", lines)
     arguments = ["eval", "score", "--benchmark", "mmbench", "--data", str(data), "--answers", str(path)]
@@ -188,19 +190,19 @@ def test_bad_answers_are_one_line(tmp_path, lines, message):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def test_an_unknown_benchmark_names_those_there_are(tmp_path):
+def test_unknown_benchmark_lists_the_known_ones(tmp_path):
     arguments = ["eval", "score", "--benchmark", "mmbunch", "--data", "x", "--answers", "y"]
-    with pytest.raises(InputError, match=r"no benchmark 'mmbunch' on files; choose one of mme, mmbench, .*infovqa"):
+    with pytest.raises(InputError, match=r"no benchmark 'mmbunch'; choose one of generated, mme, mmbench, .*infovqa"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def test_the_page_and_the_help_name_every_benchmark():
+def test_docs_and_help_name_every_benchmark():
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for text in (page, " ".join(Name.__metadata__[0].help.split())):
         assert all(re.search(rf"(?<!\w){re.escape(name)}(?![\w+])", text) for name in BENCHMARKS)
 
 
-def test_the_table_names_what_went_wrong(tmp_path):
+def test_terminal_output_lists_problems(tmp_path):
     data = write_tsv(tmp_path / "MMBench.tsv", circular_rows())
     path = write_lines(tmp_path / "a.jsonl", [{"id": 7, "answer": "hm"}, {"id": "x", "answer": "A"}])
     arguments = ["eval", "score", "--benchmark", "mmbench", "--data", str(data), "--answers", str(path)]
@@ -214,13 +216,13 @@ verdicts = st.lists(st.sampled_from(["yes", "no", None]), min_size=1, max_size=1
 
 @patient
 @given(verdicts, st.integers(0, 2**32))
-def test_popes_measures_are_shares_and_f1_lies_between_precision_and_recall(parsed, seed):
+def test_pope_measures_are_shares_and_f1_is_between_precision_and_recall(parsed, seed):
     truths = ["yes" if seed >> place & 1 else "no" for place in range(len(parsed))]
-    judged = [
-        Judged(str(place), (), "", truth, float(truth == found), found)
+    graded = [
+        Graded(str(place), (), "", truth, float(truth == found), found)
         for place, (truth, found) in enumerate(zip(truths, parsed, strict=True))
     ]
-    found = aggregate.yes_or_no(groups_of(judged))
+    found = aggregate.yes_or_no(groups_of(graded))
     assert all(0 <= value <= 1 for value in found.values())
     low, high = sorted((found["precision"], found["recall"]))
     assert low - 1e-9 <= found["f1"] <= high + 1e-9 or found["f1"] == 0
@@ -228,21 +230,21 @@ def test_popes_measures_are_shares_and_f1_lies_between_precision_and_recall(pars
 
 @patient
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
-def test_circular_accuracy_never_exceeds_that_of_the_unrotated(hits):
-    judged = [Judged(f"{place}", (), str(place % 3), "A", float(hit), "A") for place, hit in enumerate(hits)]
-    found = aggregate.circular(groups_of(judged))
+def test_circular_accuracy_is_at_most_vanilla_accuracy(hits):
+    graded = [Graded(f"{place}", (), str(place % 3), "A", float(hit), "A") for place, hit in enumerate(hits)]
+    found = aggregate.circular(groups_of(graded))
     assert found["circular"] <= found["vanilla"]
 
 
 @patient
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_intervals_lie_within_the_values_and_are_the_same_again(values):
+def test_intervals_are_within_the_values_and_repeatable(values):
     low, high = mean_interval(values, resamples=200)
     assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
     assert (low, high) == mean_interval(values, resamples=200)
 
 
-def test_an_interval_is_that_of_the_normal_approximation():
+def test_interval_agrees_with_the_normal_approximation():
     hits = [1.0] * 60 + [0.0] * 40
     low, high = mean_interval(hits)
     spread = 1.96 * (0.6 * 0.4 / 100) ** 0.5
@@ -250,24 +252,24 @@ def test_an_interval_is_that_of_the_normal_approximation():
     assert high == pytest.approx(0.6 + spread, abs=0.02)
 
 
-def test_strata_keep_their_sizes_in_every_draw():
+def test_every_draw_keeps_the_sizes_of_the_strata():
     values = ["a", "a", "b"]
     seen = set()
     interval(lambda drawn: seen.add(sorted(values[i] for i in drawn)[-1]) or 0.0, values, resamples=50)
     assert seen == {"b"}
 
 
-def test_a_judge_scores_free_answers_and_none_is_refused():
+def test_llm_judge_grades_free_answers_and_is_required():
     benchmark = BENCHMARKS["mmvet"]
-    questions = [Question(str(n), "q", (NoPicture(""),), ("a<AND>b",), categories=("ocr",)) for n in (1, 2)]
-    with pytest.raises(InputError, match="mmvet needs a judge; name one with --judge-url"):
-        score(benchmark, questions, [{"id": "1", "answer": "a"}])
-    judge = {"a": 0.5, "hm": None}
-    found = score(
+    questions = [Question(str(n), "q", (MissingPicture(""),), ("a<AND>b",), categories=("ocr",)) for n in (1, 2)]
+    with pytest.raises(InputError, match="mmvet needs an LLM judge; give `judge_url`"):
+        score_answers(benchmark, questions, [{"id": "1", "answer": "a"}])
+    scores = {"a": 0.5, "hm": None}
+    found = score_answers(
         benchmark,
         questions,
         [{"id": "1", "answer": "a"}, {"id": "2", "answer": "hm"}],
-        Aids(judge=lambda question, truth, answer: judge[answer]),
+        GradingContext(llm_judge=lambda question, truth, answer: scores[answer]),
     )
     assert found["score"] == 0.25
     assert found["unparsed"] == ["2"]

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import convllava
-from convllava.evaluation.synthetic_report import evaluate
+from convllava.evaluation import evaluate
 from convllava.synthetic import World
 from convllava.training.recipe import load_recipe
 from convllava.training.train import train
@@ -29,6 +29,6 @@ def test_a_short_cut_of_the_quick_recipe_sees_colours(tmp_path):
     short = dataclasses.replace(recipe, stages=stages, model=dataclasses.replace(recipe.model, pixels=SMALL))
     model = convllava.load(train(short, tmp_path))
     world = World("heldout", seed=1, size=192, simple=True, **scenes)
-    score = evaluate(model, world, 60)["tasks"]["colour"]
+    score = evaluate(model, world=world, samples=60, timed=0)["tasks"]["colour"]
     spread = math.sqrt(sum(share * (1 - share) / score["n"] for share in (score["accuracy"], score["blind"])))
     assert score["accuracy"] > score["blind"] + 4 * spread, score

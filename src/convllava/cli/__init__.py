@@ -61,7 +61,8 @@ def with_options(message: str, command: typer.Typer, arguments: Sequence[str]) -
     names: dict[str, str] = {}
     for word in ["", *arguments]:
         called = getattr(called, "commands", {}).get(word, called)
-        names |= {option.name: option.opts[0] for option in called.params if option.name and option.opts}
+        default = getattr(called, "commands", {}).get(getattr(called, "default", None), called)
+        names |= {option.name: option.opts[0] for option in default.params if option.name and option.opts}
     return re.sub("`([a-z_]+)`", lambda found: names.get(found[1], found[0]), message)
 
 

@@ -1,4 +1,4 @@
-"""What an answer says, or None: an answer that cannot be read is counted as such and never guessed."""
+"""Read answers. An answer that cannot be read is None; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -13,91 +13,76 @@ _NUMBERS = (
     re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
 )
 _LEADS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-"""What stands before the answer in a sentence that explains itself (MMMU)."""
+"""Words before the answer in a sentence that explains it (MMMU)."""
 
 
 def choice(answer: str, options: Sequence[str], letters: str) -> str | None:
-    """The letter that an answer chooses. The first of these that applies, decides:
+    """Return the letter that an answer chooses. The first of these rules that applies decides:
 
-    1. The answer is a letter, or begins with one that a mark follows: "B", "(B)", "B.", "B) a dog", "**B**".
-    2. It says "answer is B", "answer: B" or "option B"; the last such saying counts.
-    3. Exactly one letter stands alone in it. "A" before a word in small letters is an article.
-    4. It is the text of exactly one option, or contains that of exactly one, as whole words, whatever the case.
+    1. The answer is a letter, or begins with one that punctuation follows: "B", "(B)", "B.", "B) a dog", "**B**".
+    2. It says "answer is B", "answer: B" or "option B"; the last one counts.
+    3. Exactly one letter is a word of its own. "A" before a lower-case word is an article.
+    4. It is the text of exactly one option, or contains that of exactly one, as whole words, ignoring case.
 
-    Source: rules 1 to 3 are what VLMEvalKit and lmms-eval look for; where they draw a letter at random or ask another
-    model, this gives None.
+    Source: VLMEvalKit and lmms-eval look for the same in rules 1 to 3. If no rule applies, they draw a letter at random
+    or ask another model; this function returns None.
     """
     text = answer.strip().strip("*`\"' ")
     if not letters or not text:
         return None
-    return _leading(text, letters) or _announced(text, letters) or _alone(text, letters) or _by_text(text, options)
+    leading = re.match(rf"\(?([{letters}])(?:[).:\]]|\*\*|\s*(?:\n|$))", text)
+    if leading := leading or re.fullmatch(rf"([{letters.lower()}])[).]?", text):
+        return leading[1].upper()
+    announcement = rf"(?:[Aa]nswer(?:\s+is|:)|[Oo]ption)\s*:?\s*[*(\"']*([{letters}])(?![A-Za-z0-9'])"
+    if announced := re.findall(announcement, text):
+        return announced[-1]
+    without_articles = re.sub(r"\bA(?=\s+(?!or\b|and\b)[a-z])", "", text)
+    alone = set(re.findall(rf"(?<![A-Za-z0-9'])([{letters}])(?![A-Za-z0-9'])", without_articles))
+    if len(alone) == 1:
+        return alone.pop()
 
+    def words(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.lower()))
 
-def _leading(text: str, letters: str) -> str | None:
-    found = re.match(rf"\(?([{letters}])(?:[).:\]]|\*\*|\s*(?:\n|$))", text) or re.fullmatch(
-        rf"([{letters.lower()}])[).]?", text
-    )
-    return found[1].upper() if found else None
-
-
-def _announced(text: str, letters: str) -> str | None:
-    saying = rf"(?:answer(?:\s+is|:)|option)\s*:?\s*[*(\"']*([{letters}])(?![A-Za-z0-9'])"
-    found = re.findall(saying.replace("answer", "[Aa]nswer").replace("option", "[Oo]ption"), text)
-    return found[-1] if found else None
-
-
-def _alone(text: str, letters: str) -> str | None:
-    text = re.sub(r"\bA(?=\s+(?!or\b|and\b)[a-z])", "", text)
-    found = set(re.findall(rf"(?<![A-Za-z0-9'])([{letters}])(?![A-Za-z0-9'])", text))
-    return found.pop() if len(found) == 1 else None
-
-
-def _by_text(text: str, options: Sequence[str]) -> str | None:
-    whole = _words(text)
-    equal = [number for number, option in enumerate(options) if _words(option) == whole]
-    inside = [
-        number for number, option in enumerate(options) if _words(option) and f" {_words(option)} " in f" {whole} "
-    ]
+    whole, texts = words(text), [words(option) for option in options]
+    equal = [number for number, option in enumerate(texts) if option == whole]
+    inside = [number for number, option in enumerate(texts) if option and f" {option} " in f" {whole} "]
     found = equal if len(equal) == 1 else inside
     return chr(ord("A") + found[0]) if len(found) == 1 else None
 
 
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
 def written_options(text: str) -> tuple[str, ...]:
-    """Options that stand in a question's own text, a line each: "A. a dog"; those from A on without a gap."""
+    """Return the options in a question's own text, one line each ("A. a dog"), from A on without a gap."""
     found = dict(re.findall(r"^\s*\(?([A-Z])[.)]\s+(.+?)\s*$", text, re.MULTILINE))
     letters = [letter for number, letter in enumerate(sorted(found)) if letter == chr(ord("A") + number)]
     return tuple(found[letter] for letter in letters)
 
 
 def yes_or_no_at_start(answer: str) -> str | None:
-    """Which of yes and no stands in the first four characters.
+    """Return yes or no if the first four characters contain it.
 
-    Source: `calculation.py` of MME (arXiv 2306.13394), where anything else is "other" and wrong.
+    Source: `calculation.py` of MME (arXiv 2306.13394), where any other answer is "other" and wrong.
     """
     start = answer.strip().lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else None
 
 
 def yes_or_no_in_sentence(answer: str) -> str | None:
-    """Of the first sentence: "no" where one of its words is no or not, else "yes" where one is yes.
+    """Return "no" if the first sentence has the word no or not, else "yes" if it has the word yes.
 
-    Source: `evaluate.py` of POPE (arXiv 2305.10355), which takes anything without no or not for a yes; here an answer
-    with neither is unread.
+    Source: `evaluate.py` of POPE (arXiv 2305.10355), which counts every answer without no or not as yes; here an answer
+    with neither is None.
     """
     words = set(re.findall(r"[a-z]+", answer.split(".")[0].lower()))
     return "no" if words & {"no", "not"} else "yes" if "yes" in words else None
 
 
 def mmmu_choice(answer: str, question: Question) -> str | None:
-    """The letter as MMMU looks for it: in brackets, else before a blank, else before a full stop; in an answer of more
-    than five words also by an option's text. The last one named counts.
+    """Return the letter by MMMU's rule: in brackets, else before a space, else before a full stop; in an answer of more
+    than five words also by the text of an option. The last one named counts.
 
     Source: `parse_multi_choice_response` of MMMU (arXiv 2311.16502; eval_utils.py), which draws a letter at random
-    where this gives None.
+    instead of returning None.
     """
     text = answer
     for mark in ",.!?;:'":
@@ -116,7 +101,7 @@ def mmmu_choice(answer: str, question: Question) -> str | None:
 
 
 def mmmu_open(answer: str) -> set[str | float]:
-    """What an open answer may mean: the tails of its sentences after words such as "is", and the numbers in them.
+    """Return what an open answer may mean: the ends of its sentences after words such as "is", and the numbers in them.
 
     Source: `parse_open_response` of MMMU (eval_utils.py).
     """
@@ -138,7 +123,7 @@ def mmmu_open(answer: str) -> set[str | float]:
 
 
 def mmmu_values(text: str) -> list[str | float]:
-    """A number rounded to two places; else the text in lower case, a single letter with a blank on either side.
+    """Return a number rounded to two places, or else the text in lower case; a letter gets a space on either side.
 
     Source: `normalize_str` of MMMU (eval_utils.py).
     """
@@ -151,7 +136,7 @@ def mmmu_values(text: str) -> list[str | float]:
 
 
 def mmmu_open_match(found: set[str | float], truths: Sequence[str]) -> bool:
-    """A truth stands in one of the texts found, or is one of the numbers.
+    """Return whether one of the texts found contains a truth, or one of the numbers equals it.
 
     Source: `eval_open` of MMMU (eval_utils.py).
     """

@@ -1,14 +1,18 @@
-"""The benchmarks: what a model is asked, by which rule its answers are judged, and how scores become numbers."""
+"""The benchmarks: how questions are asked, by which rule answers are graded, and how grades become numbers."""
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, DataError
 from convllava.evaluation import aggregate, rules
-from convllava.evaluation.aggregate import Groups, Judged
-from convllava.evaluation.columns import MME_COGNITION, MME_PERCEPTION
+from convllava.evaluation.aggregate import MME_COGNITION, MME_PERCEPTION, Graded, Groups
+from convllava.evaluation.questions import check_template
+from convllava.evaluation.readers import SUFFIXES
 
 QUESTION = "{question}"
 SHORT = "{question}\nAnswer the question using a single word or phrase."
@@ -21,37 +25,61 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        name: As on the command line.
-        paper: Where it comes from.
-        rule: Judges one answer.
-        summarise: Scores -> measures of all questions, or of those of one category.
-        primary: The measure that stands for the benchmark.
-        parts: The categories whose sum that is, so that each must have questions, in every bootstrap draw too.
-        open_prompt, choice_prompt: What a question becomes, without and with options. The forms are those of LLaVA-1.5,
-            which the published numbers of ConvLLaVA are asked in.
-        units: What a comparison of two models pairs.
+        name: Its name on the command line.
+        source: The paper or page that it comes from.
+        rule: Grades one answer.
+        open_prompt, choice_prompt: Templates of questions without and with options. They are those of LLaVA-1.5, with
+            which the published numbers of ConvLLaVA were measured.
+        summarise: Grades -> measures, of all questions or of one category.
+        primary: The measure that is the benchmark's score.
+        parts: Categories whose sum the score is. Each bootstrap draw keeps the number of questions of each.
+        units: The units that a comparison of two models pairs.
         max_new_tokens: Longest answer.
-        family: Whose file formats it has.
-        needs_judge: Whether another model must score its answers.
-        aliases: Other beginnings of its files' names, in lower case, letters and digits alone.
+        family: The benchmark whose file format it has, if not its own.
+        needs_judge: An LLM judge must grade the answers.
+        is_generated: The questions are about generated pages, so there is no data file.
+        aliases: Other names; in lower case, they may begin the names of its files too.
     """
 
     name: str
-    paper: str
+    source: str
     rule: rules.Rule
     open_prompt: str = SHORT
     choice_prompt: str = CHOICE
     summarise: Callable[[Groups], dict[str, float]] = aggregate.mean
     primary: str = "accuracy"
     parts: tuple[str, ...] = ()
-    units: Callable[[Groups], list[Judged]] = aggregate.each
+    units: Callable[[Groups], list[Graded]] = aggregate.each
     max_new_tokens: int = 32
     family: str = ""
     needs_judge: bool = False
+    is_generated: bool = False
     aliases: tuple[str, ...] = ()
+
+    def templates(self, prompt: str | None = None) -> dict[str, str]:
+        """Return the prompt templates of questions without options ("open") and with options ("choice").
+
+        Args:
+            prompt: Replaces both templates; see `questions.check_template`.
+        """
+        if prompt is not None:
+            return dict.fromkeys(("open", "choice"), check_template(prompt))
+        return {"open": self.open_prompt, "choice": self.choice_prompt}
 
 
 _ALL = (
+    Benchmark(
+        "generated",
+        "convllava.synthetic",
+        rules.by_task,
+        QUESTION,
+        QUESTION,
+        summarise=aggregate.seen_and_blind,
+        units=aggregate.seen,
+        max_new_tokens=64,
+        is_generated=True,
+        aliases=("synthetic",),
+    ),
     Benchmark(
         "mme",
         "arXiv 2306.13394",
@@ -68,21 +96,17 @@ _ALL = (
         summarise=aggregate.circular,
         primary="circular",
         units=aggregate.worst,
-        max_new_tokens=32,
     ),
-    Benchmark("seedbench", "arXiv 2307.16125", rules.by_choice, max_new_tokens=32),
-    Benchmark("realworldqa", "x.ai/blog/grok-1.5v", rules.by_choice_or_text, open_prompt=QUESTION, max_new_tokens=32),
+    Benchmark("seedbench", "arXiv 2307.16125", rules.by_choice),
+    Benchmark("realworldqa", "x.ai/blog/grok-1.5v", rules.by_choice_or_text, open_prompt=QUESTION),
     Benchmark("mmmu", "arXiv 2311.16502", rules.by_mmmu, max_new_tokens=128),
-    Benchmark("mmvet", "arXiv 2308.02490", rules.by_judge, QUESTION, QUESTION, max_new_tokens=512, needs_judge=True),
+    Benchmark(
+        "mmvet", "arXiv 2308.02490", rules.by_llm_judge, QUESTION, QUESTION, max_new_tokens=512, needs_judge=True
+    ),
     Benchmark("textvqa", "arXiv 1904.08920", rules.by_vqa),
     Benchmark("docvqa", "arXiv 2007.00398", rules.by_anls, primary="anls", summarise=aggregate.anls, max_new_tokens=64),
     Benchmark(
-        "pope",
-        "arXiv 2305.10355",
-        rules.by_sentence,
-        summarise=aggregate.yes_or_no,
-        primary="f1",
-        max_new_tokens=16,
+        "pope", "arXiv 2305.10355", rules.by_sentence, summarise=aggregate.yes_or_no, primary="f1", max_new_tokens=16
     ),
     Benchmark("refcoco", "arXiv 1608.00272", rules.by_box, BOX, family="refcoco", max_new_tokens=64),
     Benchmark(
@@ -118,10 +142,40 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """Raises InputError, with the names there are, where there is none of that name."""
-    if name not in BENCHMARKS:
-        raise InputError(
-            f"there is no benchmark {name!r} on files; choose one of {', '.join(BENCHMARKS)}; to run them, all, and of "
-            "the generated world, synthetic"
-        )
-    return BENCHMARKS[name]
+    """Return a benchmark by its name or an alias.
+
+    Raises:
+        ConfigError: if there is none; the message lists the names.
+    """
+    for benchmark in BENCHMARKS.values():
+        if name in (benchmark.name, *benchmark.aliases):
+            return benchmark
+    raise ConfigError(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}, or all")
+
+
+def find_benchmarks(folder: Path) -> dict[str, Path]:
+    """Return the benchmarks in a folder, recognised by how its file and folder names begin (MMBench_DEV_EN.tsv).
+
+    Raises:
+        DataError: if there is no such folder, no benchmark in it, or one of them twice.
+    """
+    if not folder.is_dir():
+        raise DataError(f"`data` {folder}: to run all benchmarks, give a folder with a file or folder for each")
+    names = {
+        alias: item.name
+        for item in BENCHMARKS.values()
+        if not item.is_generated
+        for alias in (item.name, *item.aliases)
+    }
+    entries: dict[str, list[Path]] = defaultdict(list)
+    for entry in sorted(folder.iterdir()):
+        plain = re.sub(r"[^a-z0-9+]", "", entry.stem.lower())
+        fitting = [alias for alias in names if plain.startswith(alias)]
+        if fitting and (entry.is_dir() or entry.suffix in SUFFIXES):
+            entries[names[max(fitting, key=len)]].append(entry)
+    for name, found in entries.items():
+        if len(found) > 1:
+            raise DataError(f"{folder} holds {name} twice, {found[0].name} and {found[1].name}; give one with `data`")
+    if not entries:
+        raise DataError(f"{folder} holds no benchmark; names begin with one of {', '.join(names)}")
+    return {name: entries[name][0] for name in BENCHMARKS if name in entries}

@@ -1,6 +1,6 @@
-"""Rows of a benchmark's file as questions: which columns say what, and what is particular to one benchmark.
+"""Questions from the rows of a benchmark's files: the meaning of each column, and the peculiarities of each benchmark.
 
-Columns go by the names that VLMEvalKit's TSV files, the lmms-lab Parquet files and the benchmarks' own JSON files have.
+Columns have the names of VLMEvalKit's TSV files, of lmms-lab's Parquet files, and of the benchmarks' own JSON files.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convllava.errors import InputError
+from convllava.errors import DataError
+from convllava.evaluation.aggregate import MME_COGNITION, MME_PERCEPTION
 from convllava.evaluation.answer_parsing import written_options
-from convllava.evaluation.questions import NoPicture, Picture, PictureFile, Question
-from convllava.evaluation.readers.rows import Row, find_image, listed
-from convllava.evaluation.readers.tables import read_rows
+from convllava.evaluation.benchmarks import Benchmark
+from convllava.evaluation.questions import MissingPicture, Picture, PictureFile, Question
+from convllava.evaluation.readers import SUFFIXES, Row, find_image, listed, read_rows
 
 _IDS = ("index", "id", "questionId", "question_id", "data_id")
 _TEXTS = ("question", "text", "query", "sent", "expression")
 _TRUTHS = ("answers", "answer", "label")
-_LITERALS = ("docvqa", "infovqa", "textvqa", "ocrbench", "mmmu")
-"""Families whose TSV files hold lists of right answers; elsewhere one in brackets, as ChartQA's "[8, 3]", is one."""
+_WITH_LISTS = ("docvqa", "infovqa", "textvqa", "ocrbench", "mmmu")
+"""Families whose TSV files write several right answers as a list; elsewhere "[8, 3]" is one answer, as in ChartQA."""
 _IMAGES = ("image", "img_path", "image_local_name", "image_path", "imgname", "imagename", "image_id")
 _CATEGORIES: dict[str, tuple[str, ...]] = {
     "mmbench": ("category", "l2-category", "L2-category"),
@@ -36,9 +37,9 @@ _CATEGORIES: dict[str, tuple[str, ...]] = {
     "textvqa": (),
     "infovqa": (),
 }
-"""Columns that say what a question counts for; of all others `category`."""
+"""Columns with the categories of a question; `category` for the other benchmarks."""
 _ROTATION = 1_000_000
-"""MMBench's rotations of question n have the indices n + 1000000, n + 2000000, ..."""
+"""The rotations of MMBench's question n have the indices n + 1000000, n + 2000000, ..."""
 _SEED_TYPES = (
     "Scene Understanding",
     "Instance Identity",
@@ -50,61 +51,88 @@ _SEED_TYPES = (
     "Visual Reasoning",
     "Text Understanding",
 )
-"""Of SEEDBench's images, by question_type_id from 1 on (arXiv 2307.16125, table 1)."""
-MME_PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+"""SEEDBench's question types for images, by question_type_id from 1 (arXiv 2307.16125, table 1)."""
 FORMULAS = "Handwritten Mathematical Expression Recognition"
+_PARTS_OF_A_WHOLE = ("pope", "chartqa")
+"""Benchmarks whose original JSON files are parts of one benchmark."""
 
 
-def read_questions(family: str, paths: Sequence[Path], images: Path) -> list[Question]:
-    """The questions of a benchmark's files, in their order.
+def load_questions(
+    benchmark: Benchmark,
+    data: Path,
+    *,
+    images: Path | None = None,
+    split: str | None = None,
+    categories: Sequence[str] = (),
+    limit: int | None = None,
+) -> list[Question]:
+    """Read the questions of a benchmark, in the order of its files.
 
-    An id is that of the file; rows without one go by their number, from 1 on. Ids that come again (MME's name the
-    image) get #2, #3, ... behind them.
+    An id is that of the file, or the number of the row, from 1. Duplicate ids (MME's name the image) get the suffixes
+    #2, #3, ...
 
     Args:
-        family: One of the names of `benchmarks.BENCHMARKS`; refcoco for its relatives too.
-        paths: The files, with several splits of POPE or ChartQA one each.
-        images: Folder of images that lie in files of their own.
+        benchmark: The benchmark.
+        data: Its file, or a folder with it.
+        images: Folder of images that are files of their own; by default the folder of the data.
+        split: Part of the names of the files to read, such as validation.
+        categories: Keep only questions of these categories.
+        limit: Keep only the first questions; rotations of a choice, or the pair about an image, count as one.
 
     Raises:
-        InputError: a column or an answer is missing, or a row contradicts the benchmark; the line names the row.
+        DataError: if there is no such file, or several that do not belong together; if a category is unknown; if a
+            column or an answer is missing or wrong. The message names the row.
     """
-    found: list[Question] = []
+    family, paths = benchmark.family or benchmark.name, find_tables(benchmark, data, split)
+    folder = images or (data if data.is_dir() else data.parent)
+    questions: list[Question] = []
     for path in paths:
-        for row in read_rows(path, images):
-            question = _question(family, row, images, len(found) + 1)
+        for row in read_rows(path, folder):
+            question = _question(family, row, folder, len(questions) + 1)
             refine = _REFINEMENTS.get(family)
-            found += refine(question, row, path if len(paths) > 1 else None) if refine else [question]
-    return _unique(found)
+            questions += refine(question, row, path if len(paths) > 1 else None) if refine else [question]
+    counts: Counter[str] = Counter()
+    for number, question in enumerate(questions):
+        counts[question.id] += 1
+        if counts[question.id] > 1:
+            questions[number] = replace(question, id=f"{question.id}#{counts[question.id]}")
+
+    known = list(dict.fromkeys(name for question in questions for name in question.categories))
+    for category in categories:
+        if category not in known:
+            raise DataError(f"{data} has no question of the category {category!r}; known: {', '.join(known) or 'none'}")
+    chosen = [item for item in questions if not categories or set(categories) & set(item.categories)]
+    groups = [(bool(item.group), item.group or item.id) for item in chosen]
+    kept = set(list(dict.fromkeys(groups))[:limit])
+    return [item for item, group in zip(chosen, groups, strict=True) if group in kept]
 
 
-def _unique(questions: list[Question]) -> list[Question]:
-    seen: Counter[str] = Counter()
-    unique = []
-    for question in questions:
-        seen[question.id] += 1
-        count = seen[question.id]
-        unique.append(question if count == 1 else replace(question, id=f"{question.id}#{count}"))
-    return unique
+def find_tables(benchmark: Benchmark, data: Path, split: str | None) -> list[Path]:
+    """Return the files of a benchmark; shards of one table (test-00000-of-00002.parquet) in their order."""
+    if data.is_file():
+        return [data]
+    if not data.is_dir():
+        raise DataError(f"`data` {data}: there is no such file or folder")
+    found = sorted(path for path in data.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    chosen = [path for path in found if split is None or split in path.stem]
+    if not chosen:
+        what = f"with {split!r} in its name" if split else f"that ends in {', '.join(SUFFIXES)}"
+        raise DataError(f"{data} holds no file {what}")
+    tables = sorted({re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) for path in chosen})
+    is_whole = benchmark.name in _PARTS_OF_A_WHOLE and all(path.suffix in (".json", ".jsonl") for path in chosen)
+    if len(tables) > 1 and not is_whole:
+        raise DataError(f"{data} holds {', '.join(tables[:8])}; choose one with `split`, or give the file")
+    return chosen
 
 
 def _question(family: str, row: Row, images: Path, number: int) -> Question:
-    """What all benchmarks have in common."""
+    """Read what all benchmarks have in common."""
     text = _required(row, _TEXTS)
     options = _options(row)
     name = next((row.cells[key] for key in _IDS if row.cells.get(key) not in (None, "")), number)
+    category_columns = _CATEGORIES.get(family, ("category",))
+    cells = [item for column in category_columns for item in listed(row.cells.get(column) or "")]
+    parts = [part for cell in cells for part in (cell.split(",") if family in ("pope", "mmvet") else [cell])]
     return Question(
         id=str(name),
         text=str(text).strip(),
@@ -112,7 +140,7 @@ def _question(family: str, row: Row, images: Path, number: int) -> Question:
         truths=() if family == "refcoco" else _truths(family, row, options),
         options=options,
         hint=_present(row.cells.get("hint")),
-        categories=_categories(family, row),
+        categories=tuple(dict.fromkeys(text for part in parts if (text := _present(part)))),
     )
 
 
@@ -120,22 +148,21 @@ def _required(row: Row, names: Sequence[str]) -> Any:
     name = next((name for name in names if name in row.cells), None)
     if name is None:
         columns = ", ".join(sorted(row.cells))
-        raise InputError(f"{row.where} lacks the column {' or '.join(names)}; it has {columns}")
+        raise DataError(f"{row.where} lacks the column {' or '.join(names)}; it has {columns}")
     return row.cells[name]
 
 
 def _present(value: Any) -> str:
-    """A cell's text; files made with pandas write an absent one as "nan"."""
+    """Return a cell's text, empty if there is none; files made with pandas write "nan" then."""
     text = "" if value is None else str(value).strip()
     return "" if text == "nan" else text
 
 
 def _options(row: Row) -> tuple[str, ...]:
-    """Columns A, B, ..., or choice_a, choice_b, ..., or a list under `options`."""
+    """Return the options from the columns A, B, ..., or choice_a, choice_b, ..., or a list under `options`."""
     if row.cells.get("options"):
         return tuple(listed(row.cells["options"]))
-    for form in ("{}", "choice_{}"):
-        letters = string.ascii_uppercase if form == "{}" else string.ascii_lowercase
+    for form, letters in (("{}", string.ascii_uppercase), ("choice_{}", string.ascii_lowercase)):
         found = [_present(row.cells.get(form.format(letter))) for letter in letters]
         if found[0]:
             return tuple(found[: found.index("")])
@@ -144,47 +171,40 @@ def _options(row: Row) -> tuple[str, ...]:
 
 def _truths(family: str, row: Row, options: tuple[str, ...]) -> tuple[str, ...]:
     cell = _required(row, _TRUTHS)
-    cells = [] if cell is None else listed(cell, only_of_texts=family not in _LITERALS)
+    cells = [] if cell is None else listed(cell, only_of_texts=family not in _WITH_LISTS)
     truths = tuple(truth.strip() for truth in cells)
     if not set(truths) - {"", "nan"}:
-        raise InputError(f"{row.where} has no answer; is the file a test split, whose answers are not published?")
+        raise DataError(f"{row.where} has no answer; is the file a test split, whose answers are not published?")
     if not options:
         return truths
     letters = string.ascii_uppercase[: len(options)]
     if len(truths) != 1 or len(truths[0]) != 1 or truths[0].upper() not in letters:
-        raise InputError(f"{row.where}: the answer is {', '.join(truths)[:40]!r}, and the options are {letters}")
+        raise DataError(f"{row.where}: the answer is {', '.join(truths)[:40]!r}, and the options are {letters}")
     return (truths[0].upper(),)
 
 
 def _pictures(row: Row, images: Path) -> tuple[Picture, ...]:
-    """Those in the file, column by column, else those in the files that the row names."""
-    held = tuple(picture for name in sorted(row.pictures) for picture in row.pictures[name])
-    if held:
-        return held
+    """Return the images in the file, column by column, or else the image files that the row names."""
+    inside = tuple(picture for name in sorted(row.pictures) for picture in row.pictures[name])
+    if inside:
+        return inside
     for name in _IMAGES:
         if value := row.cells.get(name):
-            ending = ".jpg" if name == "image_id" else ""  # TextVQA names its images so
-            return tuple(PictureFile(find_image(images, item + ending)) for item in listed(value))
-    return (NoPicture(f"{row.where}: no image"),)
-
-
-def _categories(family: str, row: Row) -> tuple[str, ...]:
-    names = _CATEGORIES.get(family, ("category",))
-    cells = [item for name in names for item in listed(row.cells.get(name) or "")]
-    parts = [part for cell in cells for part in (cell.split(",") if family in ("pope", "mmvet") else [cell])]
-    return tuple(dict.fromkeys(text for part in parts if (text := _present(part))))
+            suffix = ".jpg" if name == "image_id" else ""  # TextVQA gives the name without it
+            return tuple(PictureFile(find_image(images, item + suffix)) for item in listed(value))
+    return (MissingPicture(f"{row.where}: no image"),)
 
 
 def _with_rotations(question: Question, row: Row, path: Path | None) -> list[Question]:
     if not question.options:
-        raise InputError(f"{row.where} has no options; a choice needs the columns A, B, ...")
+        raise DataError(f"{row.where} has no options; a choice needs the columns A, B, ...")
     index = int(question.id) if question.id.isdecimal() else None
     return [replace(question, group=question.id if index is None else str(index % _ROTATION))]
 
 
 def _of_seedbench(question: Question, row: Row, path: Path | None) -> list[Question]:
     if not question.options:
-        raise InputError(f"{row.where} has no options; a choice needs the columns A, B, ... or choice_a, choice_b, ...")
+        raise DataError(f"{row.where} has no options; a choice needs the columns A, B, ... or choice_a, choice_b, ...")
     kind = str(row.cells.get("question_type_id", ""))
     if question.categories or not kind.isdecimal() or not 1 <= int(kind) <= len(_SEED_TYPES):
         return [question]
@@ -192,22 +212,18 @@ def _of_seedbench(question: Question, row: Row, path: Path | None) -> list[Quest
 
 
 def _of_mme(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """The pair of questions about an image goes by the image's name, or else by the image."""
+    """Group the pair of questions about an image by the image's name, or else by the image."""
     known = (*MME_PERCEPTION, *MME_COGNITION)
     if len(question.categories) != 1 or question.categories[0] not in known:
-        raise InputError(f"{row.where}: the category is {row.cells.get('category')!r}; MME has {', '.join(known)}")
+        raise DataError(f"{row.where}: the category is {row.cells.get('category')!r}; MME has {', '.join(known)}")
     name = row.cells.get("question_id") or row.cells.get("image_path") or question.pictures[0]
-    group = f"{question.categories[0]}/{name}"
-    return [replace(_yes_or_no(question, row), text=_bare(question.text), group=group)]
-
-
-def _bare(text: str) -> str:
-    """Without MME's own request for the form of the answer, in whose place the prompt's stands."""
-    return text.replace("Please answer yes or no.", "").strip()
+    # The prompt template already asks for the form of the answer.
+    text = question.text.replace("Please answer yes or no.", "").strip()
+    return [replace(_yes_or_no(question, row), text=text, group=f"{question.categories[0]}/{name}")]
 
 
 def _of_pope(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Of a folder with a file for each kind of question, the file's name says which (coco_pope_random.json)."""
+    """Take the category from the file's name (coco_pope_random.json) if there are several files."""
     question = _yes_or_no(question, row)
     if path is None:
         return [question]
@@ -218,12 +234,12 @@ def _of_pope(question: Question, row: Row, path: Path | None) -> list[Question]:
 def _yes_or_no(question: Question, row: Row) -> Question:
     truth = question.truths[0].lower().rstrip(".")
     if truth not in ("yes", "no"):
-        raise InputError(f"{row.where}: the answer is {question.truths[0]!r}; it must be yes or no")
+        raise DataError(f"{row.where}: the answer is {question.truths[0]!r}; it must be yes or no")
     return replace(question, truths=(truth,))
 
 
 def _of_mmmu(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Images stand where the text has <image 1>, <image 2>, ...; the subject is in the id (validation_Art_1)."""
+    """Keep the images that the text names (<image 1>, ...); the subject is in the id (validation_Art_1)."""
     written = "\n".join((question.text, *question.options))
     marks = sorted({int(number) for number in re.findall(r"<image (\d)>", written)})
     numbered = dict(enumerate(question.pictures, start=1))  # a list in one column
@@ -238,13 +254,13 @@ def _of_mmmu(question: Question, row: Row, path: Path | None) -> list[Question]:
 
 
 def _of_realworldqa(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """In the Parquet layout the options stand in the question's text."""
+    """Read the options from the question's text, which has them in the Parquet layout."""
     found = () if question.options else written_options(question.text)
     return [replace(question, details={"written": found})] if found else [question]
 
 
 def _of_chartqa(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Of the original files test_human.json and test_augmented.json the name says which half a question is of."""
+    """Take the category from the name of the original files test_human.json and test_augmented.json."""
     if path is None or question.categories:
         return [question]
     return [replace(question, id=f"{path.stem}/{question.id}", categories=(path.stem.split("_")[-1],))]
@@ -257,25 +273,26 @@ def _of_ocrbench(question: Question, row: Row, path: Path | None) -> list[Questi
 
 def _of_textvqa(question: Question, row: Row, path: Path | None) -> list[Question]:
     if len(question.truths) < 2:
-        raise InputError(
-            f"{row.where} has one answer; VQA accuracy compares with those of several people, ten as a rule"
-        )
+        raise DataError(f"{row.where} has one answer; VQA accuracy needs those of several people, usually ten")
     return [question]
 
 
 def _of_refcoco(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """JSON lines have x0, y0, x1, y1; Parquet has COCO's x, y, width, height, and several expressions for each box."""
+    """Read the box: x0, y0, x1, y1 in JSON lines; x, y, width, height in Parquet, with several expressions per box."""
     values = row.cells.get("bbox")
     if not isinstance(values, list) or len(values) != 4:
-        raise InputError(f"{row.where} lacks the column bbox with four numbers; it has {', '.join(sorted(row.cells))}")
+        raise DataError(f"{row.where} lacks the column bbox with four numbers; it has {', '.join(sorted(row.cells))}")
     x0, y0, *rest = _numbers(row, "bbox", values)
     x1, y1 = (x0 + rest[0], y0 + rest[1]) if row.pictures else rest
     if x1 <= x0 or y1 <= y0:
-        raise InputError(f"{row.where}: the box {values} is empty; it must be x0, y0, x1, y1 in pixels")
+        raise DataError(f"{row.where}: the box {values} is empty; it must be x0, y0, x1, y1 in pixels")
     sides = [row.cells.get(name) for name in ("height", "width")]
     size = None if None in sides else tuple(_numbers(row, "height or width", sides))
-    question = replace(question, truths=(f"[{x0:g}, {y0:g}, {x1:g}, {y1:g}]",))
-    question = replace(question, details={"box": (x0, y0, x1, y1), "size": size})
+    question = replace(
+        question,
+        truths=(f"[{x0:g}, {y0:g}, {x1:g}, {y1:g}]",),
+        details={"box": (x0, y0, x1, y1), "size": size},
+    )
     expressions = listed(row.cells["answer"]) if row.pictures and row.cells.get("answer") else [question.text]
     return [replace(question, text=expression.strip()) for expression in expressions]
 
@@ -286,7 +303,7 @@ def _numbers(row: Row, column: str, values: Sequence[Any]) -> list[float]:
     except (TypeError, ValueError):
         found = [math.nan]
     if not all(map(math.isfinite, found)):
-        raise InputError(f"{row.where}: {column} must be numbers; got {values!r}"[:200])
+        raise DataError(f"{row.where}: {column} must be numbers; got {values!r}"[:200])
     return found
 
 

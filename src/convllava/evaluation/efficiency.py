@@ -1,28 +1,28 @@
-"""What answering costs: visual tokens, seconds to the first token, tokens a second, memory."""
+"""The cost of an answer: visual tokens, seconds to the first token, tokens per second, memory."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import torch
 
 from convllava.errors import InputError
-from convllava.evaluation.answering import Asking, ask
-from convllava.evaluation.questions import Question
-from convllava.inference.assistant import Assistant
+from convllava.evaluation.questions import Question, conversation
+from convllava.inference import Assistant
 from convllava.inference.sampling import Sampling
 
 
 class Efficiency(TypedDict):
-    """Medians over some questions, asked one at a time; None where it cannot be told.
+    """Medians over questions that are asked one at a time; None if a value is not known.
 
-    `seconds_to_first_token` counts from the image in memory: pixels, tower, projector, prefill. `prefill_tokens_per_
-    second` is the language model's part of it, and `decode_tokens_per_second` all tokens after the first.
-    `peak_memory_mb` is the largest that the process has been, or on a GPU what torch has held there.
+    `seconds_to_first_token` begins with the image in memory and contains preprocessing, tower, projector and prefill.
+    `prefill_tokens_per_second` is the language model's part of it; `decode_tokens_per_second` is about all tokens after
+    the first. `peak_memory_mb` is the largest resident memory of the process, or on a GPU the most that torch has
+    allocated.
     """
 
     questions: int
@@ -37,7 +37,7 @@ class Efficiency(TypedDict):
     threads: int
 
 
-_MEASURED = (
+_MEDIANS = (
     "pixels",
     "visual_tokens",
     "prompt_tokens",
@@ -47,35 +47,52 @@ _MEASURED = (
 )
 
 
-def measure(assistant: Assistant, questions: Sequence[Question], asking: Asking) -> Efficiency:
-    """Ask some questions one by one with a watch in hand, after one that does not count."""
+def measure_efficiency(
+    assistant: Assistant, questions: Sequence[Question], templates: Mapping[str, str], max_new_tokens: int
+) -> Efficiency:
+    """Ask questions one at a time and measure them; the first is asked once before as a warm-up.
+
+    Args:
+        assistant: The model.
+        questions: The questions; those that cannot be asked are skipped.
+        templates: See `questions.prompt`.
+        max_new_tokens: Longest answer.
+    """
     rows = []
     for question in [*questions[:1], *questions]:
         try:
-            rows.append(_row(assistant, question, asking))
+            rows.append(_measure_one(assistant, question, templates, max_new_tokens))
         except InputError:
-            continue  # it is among the broken ones of the result
-    medians = {name: _median([row[name] for row in rows[1:] if name in row]) for name in _MEASURED}
+            continue  # the result lists it under `broken`
+    found = {name: [row[name] for row in rows[1:] if name in row] for name in _MEDIANS}
+    device = assistant.model.device
+    peak_memory = None
+    if device.type == "cuda":
+        peak_memory = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    elif sys.platform != "win32":
+        import resource  # not on Windows; psutil reports no peak on Linux
+
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
+        peak_memory = round(highest / 1e6 if sys.platform == "darwin" else highest * 1024 / 1e6, 1)
     return {
         "questions": len(rows[1:]),
-        **medians,  # type: ignore[typeddict-item]  # the rest of the keys
-        "peak_memory_mb": _peak_memory(assistant.model.device),
-        "device": str(assistant.model.device),
+        **{name: round(statistics.median(values), 4) if values else None for name, values in found.items()},  # type: ignore[typeddict-item]  # the rest of the keys
+        "peak_memory_mb": peak_memory,
+        "device": str(device),
         "threads": torch.get_num_threads(),
     }
 
 
-def _median(found: Sequence[float]) -> float | None:
-    return round(statistics.median(found), 4) if found else None
-
-
-def _row(assistant: Assistant, question: Question, asking: Asking) -> dict[str, float]:
-    images = {picture: picture.load() for picture in question.pictures}
+def _measure_one(
+    assistant: Assistant, question: Question, templates: Mapping[str, str], max_new_tokens: int
+) -> dict[str, float]:
+    messages, pictures = conversation(question, templates)
+    images = {picture: picture.load() for picture in pictures}
     started = time.perf_counter()
     encoded = {picture: assistant.encode(image) for picture, image in images.items()}
-    prompt = assistant.prompt(*ask(question, asking.templates, encoded.__getitem__))
+    prompt = assistant.prompt(messages, [encoded[picture] for picture in pictures])
     prefill = time.perf_counter()
-    events = assistant.write(prompt, Sampling(asking.max_new_tokens))
+    events = assistant.write(prompt, Sampling(max_new_tokens))
     first, *rest = [time.perf_counter() for _ in events]
     row = {
         "visual_tokens": sum(len(image.tokens) for image in encoded.values()),
@@ -87,14 +104,3 @@ def _row(assistant: Assistant, question: Question, asking: Asking) -> dict[str, 
     if rest:
         row["decode_tokens_per_second"] = len(rest) / (rest[-1] - first)
     return row
-
-
-def _peak_memory(device: torch.device) -> float | None:
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    if sys.platform == "win32":
-        return None
-    import resource  # not on Windows
-
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on a Mac
-    return round(highest / 1e6 if sys.platform == "darwin" else highest * 1024 / 1e6, 1)

@@ -1,21 +1,15 @@
-"""Another model as the judge of free answers, at an address that speaks OpenAI's chat protocol."""
+"""An LLM judge: another model grades free answers, through a server with OpenAI's chat protocol."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from typing import Any
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, InputError
 from convllava.io import one_line
 
 KEY_VARIABLE = "CONVLLAVA_JUDGE_KEY"
-ATTEMPTS = 3
+RETRIES = 2
 TIMEOUT = 60.0
 INSTRUCTION = """\
 You grade an answer to a question about an image that you do not see. Compare the answer with the ground truth and \
@@ -44,68 +38,57 @@ Score: 1.0
 
 Reply with the score alone.
 """
-"""In MM-Vet's scheme (arXiv 2308.02490, table 1: few examples, scores in steps of 0.1), in our own, fewer words."""
+"""MM-Vet's scheme (arXiv 2308.02490, table 1: a few examples, scores in steps of 0.1) in our own, fewer words."""
 
 
 class ChatJudge:
-    """Scores an answer by asking a model; the same question, truth and answer get the same request.
+    """Grades an answer by asking a model; the same question, truth and answer give the same request.
+
+    The client waits and retries if the server is busy or cannot be reached. The environment variable
+    CONVLLAVA_JUDGE_KEY, if set, is sent as the bearer token.
 
     Args:
-        url: Up to and without /chat/completions, such as http://localhost:8000/v1.
-        model: As the server calls it.
-        pause: Seconds before the second attempt; twice as many before the third.
+        judge_url: The server's address, without /chat/completions, such as http://localhost:8000/v1.
+        judge_model: The model's name on the server.
 
-    The environment variable CONVLLAVA_JUDGE_KEY, if set, is sent as the bearer token.
+    Raises:
+        ConfigError: if the address is not an http address, or the openai package is missing.
     """
 
-    def __init__(self, url: str, model: str, pause: float = 2.0) -> None:
-        if not re.match(r"https?://", url):
-            raise InputError(f"--judge-url {url}: give an http address such as http://localhost:8000/v1")
-        self.address, self.model, self.pause = f"{url.rstrip('/')}/chat/completions", model, pause
+    def __init__(self, judge_url: str, judge_model: str) -> None:
+        if not re.match(r"https?://", judge_url):
+            raise ConfigError(f"`judge_url` {judge_url}: give an http address such as http://localhost:8000/v1")
+        try:
+            import openai
+        except ImportError:
+            raise ConfigError("an LLM judge needs the openai package; pip install 'convllava[eval]'") from None
+        self.url, self.model = judge_url, judge_model
+        key = os.environ.get(KEY_VARIABLE, "none")
+        self._client = openai.OpenAI(base_url=judge_url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
 
     def __call__(self, question: str, truth: str, answer: str) -> float | None:
-        """The score, 0 to 1; None where the reply holds none.
+        """Return the score, 0 to 1, or None if the reply has none.
 
         Raises:
-            InputError: the address does not answer as such a server does, after three attempts.
+            InputError: if the server does not answer with a chat completion, after the retries.
         """
+        import openai
+
         task = f"Question: {question}\nGround truth: {truth}\nAnswer: {answer}\nScore:"
-        reply = self._ask(f"{INSTRUCTION}\n{task}")
-        return score_in(reply)
-
-    def _ask(self, prompt: str) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "max_tokens": 16,
-        }
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.address, json.dumps(body).encode(), headers)
-        content = _patiently(lambda: _content_of(request), self.pause, self.address)
-        return str(content)
-
-
-def _content_of(request: urllib.request.Request) -> Any:
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        return json.loads(response.read())["choices"][0]["message"]["content"]
-
-
-def _patiently(work: Callable[[], Any], pause: float, address: str) -> Any:
-    for attempt in range(1, ATTEMPTS + 1):
         try:
-            return work()
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            if attempt == ATTEMPTS:
-                raise InputError(f"the judge at {address} does not answer as expected: {one_line(error)}") from None
-            time.sleep(pause * attempt)
-    raise AssertionError("unreachable")
+            completion = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": f"{INSTRUCTION}\n{task}"}],
+                temperature=0,
+                max_tokens=16,
+            )
+            return parse_score(str(completion.choices[0].message.content))
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"the LLM judge at {self.url} does not answer as expected: {one_line(error)}") from None
 
 
-def score_in(reply: str) -> float | None:
-    """The one number from 0 to 1 that a judge's reply begins with; None where it does not."""
+def parse_score(reply: str) -> float | None:
+    """Return the number from 0 to 1 with which a judge's reply begins, or None."""
     found = re.match(r"\s*(?:Score:)?\s*(\d+(?:\.\d+)?|\.\d+)(?![\d/%])", reply)
     score = float(found[1]) if found else -1.0
     return score if 0 <= score <= 1 else None

@@ -1,4 +1,4 @@
-"""What may happen to a page or to a question before a model meets it, four severities of each kind."""
+"""Perturbations of pages and questions, each in four severities."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _REWORDINGS = (
     (r"^Where is (.+?)\?$", r"In what place is \1?"),
     (r"^What does (.+?) say\?$", r"What do you read on \1?"),
 )
-"""Forms that the generated world's questions never take."""
+"""Replacements; the generated questions never have the forms on the right."""
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """One kind.
+class Perturbation:
+    """One kind of perturbation.
 
     Attributes:
         kind: Its name.
-        values: What severities 1 to 4 mean, for people.
-        page: Severity -> what happens to the image.
-        question: Severity -> what happens to the question.
+        values: The meaning of severities 1 to 4, for people.
+        page: Image, severity 1 to 4 -> perturbed image.
+        question: Question, severity 1 to 4 -> perturbed question.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Disturbance:
 
 
 def rotated(image: Image.Image, severity: int) -> Image.Image:
-    """Counter-clockwise about the middle; what comes in at the corners is white."""
+    """Rotate counter-clockwise about the centre; the new corners are white."""
     degrees = (2, 5, 10, 20)[severity - 1]
     return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=_WHITE)
 
@@ -61,12 +61,13 @@ def darkened(image: Image.Image, severity: int) -> Image.Image:
 
 
 def shrunk(image: Image.Image, severity: int) -> Image.Image:
-    """Fewer pixels; the processor brings it back to the size that the tower sees."""
-    return _resized(image, (0.8, 0.6, 0.45, 0.3)[severity - 1], (0.8, 0.6, 0.45, 0.3)[severity - 1])
+    """Reduce the pixels; the image processor enlarges the image to the size that the tower sees."""
+    factor = (0.8, 0.6, 0.45, 0.3)[severity - 1]
+    return _resized(image, factor, factor)
 
 
 def stretched(image: Image.Image, severity: int) -> Image.Image:
-    """Wider by a factor and less high by the same, so that the area stays."""
+    """Change the aspect ratio by a factor and keep the area."""
     factor = (1.1, 1.25, 1.5, 2.0)[severity - 1]
     return _resized(image, factor**0.5, factor**-0.5)
 
@@ -77,7 +78,7 @@ def _resized(image: Image.Image, horizontal: float, vertical: float) -> Image.Im
 
 
 def paraphrased(text: str, severity: int) -> str:
-    """Careless, polite, reworded, and reworded within a longer request."""
+    """Write a question carelessly, politely, in other words, or in other words within a longer request."""
     match severity:
         case 1:
             return text.lower().rstrip("?.")
@@ -90,19 +91,19 @@ def paraphrased(text: str, severity: int) -> str:
 
 
 def reworded(text: str) -> str:
-    """In other words that mean the same."""
+    """Return a question in other words with the same meaning."""
     for form, other in _REWORDINGS:
         text = re.sub(form, other, text)
     return text
 
 
-DISTURBANCES = (
-    Disturbance("rotation", ("2°", "5°", "10°", "20°"), rotated),
-    Disturbance("blur", ("0.5 px", "1 px", "1.5 px", "2.5 px"), blurred),
-    Disturbance("JPEG quality", ("50", "30", "15", "5"), compressed),
-    Disturbance("brightness", ("75 %", "50 %", "25 %", "10 %"), darkened),
-    Disturbance("scale", ("80 %", "60 %", "45 %", "30 %"), shrunk),
-    Disturbance("aspect ratio", ("1.1", "1.25", "1.5", "2"), stretched),
-    Disturbance("question", ("careless", "polite", "reworded", "both"), question=paraphrased),
+PERTURBATIONS = (
+    Perturbation("rotation", ("2°", "5°", "10°", "20°"), rotated),
+    Perturbation("blur", ("0.5 px", "1 px", "1.5 px", "2.5 px"), blurred),
+    Perturbation("JPEG quality", ("50", "30", "15", "5"), compressed),
+    Perturbation("brightness", ("75 %", "50 %", "25 %", "10 %"), darkened),
+    Perturbation("scale", ("80 %", "60 %", "45 %", "30 %"), shrunk),
+    Perturbation("aspect ratio", ("1.1", "1.25", "1.5", "2"), stretched),
+    Perturbation("question", ("careless", "polite", "reworded", "both"), question=paraphrased),
 )
 SEVERITIES = (1, 2, 3, 4)

@@ -1,30 +1,38 @@
-"""What every benchmark is made of, whatever file it came from: questions about pictures that are read when needed."""
+"""Questions about pictures, whatever file they come from, and the prompts they become."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, DataError
 from convllava.model.images import load_image
+
+if TYPE_CHECKING:
+    from convllava.inference import Message
+
+FIELDS = ("question", "options", "hint")
+"""Fields of a prompt template."""
 
 
 class Picture(Protocol):
-    """An image that is read when it is needed. Equal pictures are the same image, so that it is encoded once."""
+    """An image that is read when it is needed. Equal pictures are the same image, so it is encoded once."""
 
     def load(self) -> Image.Image:
-        """The image; raises InputError where it is missing or damaged."""
+        """Return the image; raises InputError if it is missing or damaged."""
 
     def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class PictureFile:
-    """An image in a file of its own."""
+    """An image in its own file."""
 
     path: Path
 
@@ -33,13 +41,13 @@ class PictureFile:
 
 
 @dataclass(frozen=True)
-class NoPicture:
-    """In place of an image that a file names and does not hold."""
+class MissingPicture:
+    """An image that a data file names but does not have; loading it fails with the reason."""
 
     reason: str
 
     def load(self) -> Image.Image:
-        raise InputError(self.reason)
+        raise DataError(self.reason)
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,15 @@ class Question:
     """One question of a benchmark.
 
     Attributes:
-        id: Unique within the benchmark; answers name it.
+        id: Unique within the benchmark; answers refer to it.
         text: As the file has it, without options.
-        pictures: What it is about, in order.
-        truths: Every answer that counts as right. Of a choice, its letter; of a box, "[x0, y0, x1, y1]" in pixels.
-        options: Of a choice, the texts of A, B, ...; empty for an open question.
-        hint: What the file says before the question.
-        categories: All that it counts for in the tables.
-        group: Questions that are judged together share it: rotations of one choice, or the pair about one image.
-        details: What one benchmark's rule needs beside these.
+        pictures: The images, in order.
+        truths: Every answer that is right: the letter of a choice, "[x0, y0, x1, y1]" in pixels for a box.
+        options: Texts of the options A, B, ...; empty for an open question.
+        hint: Text that the file puts before the question.
+        categories: The rows of the table that this question counts for.
+        group: Questions with the same group are scored together: rotations of one choice, or the pair about one image.
+        details: Further values that the benchmark's rule needs.
     """
 
     id: str
@@ -70,5 +78,53 @@ class Question:
 
     @property
     def letters(self) -> str:
-        """Of its options: "ABCD" where there are four."""
-        return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(self.options)]
+        """The letters of the options: "ABCD" for four."""
+        return string.ascii_uppercase[: len(self.options)]
+
+
+def check_template(template: str) -> str:
+    """Return a prompt template unchanged if it is valid.
+
+    Raises:
+        ConfigError: if it lacks `{question}` or has a field that is not in `FIELDS`.
+    """
+    try:
+        named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"`prompt` {template!r} is not a template: {error}") from None
+    if not named <= set(FIELDS) or "question" not in named:
+        raise ConfigError(f"`prompt` {template!r} must contain {{question}}; it may contain {{options}} and {{hint}}")
+    return template
+
+
+def prompt(question: Question, templates: Mapping[str, str]) -> str:
+    """Return the text that is asked. Each option is a line such as "A. a dog"; the hint is a line before the question.
+
+    Args:
+        question: The question.
+        templates: "open" for questions without options, "choice" for those with options.
+    """
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(question.letters, question.options, strict=True))
+    hint = f"{question.hint}\n" if question.hint else ""
+    template = templates["choice" if question.options else "open"]
+    return template.format(question=question.text, options=options, hint=hint).strip()
+
+
+def conversation(question: Question, templates: Mapping[str, str]) -> tuple[list[Message], list[Picture]]:
+    """Return one user message, and the pictures in the order in which the message shows them.
+
+    Pictures come first. If the text has MMMU's <image 1>, <image 2>, ..., they are placed there.
+    """
+    text = prompt(question, templates)
+    marks: Sequence[int] = question.details.get("marks", ())
+    if not marks:
+        return [{"role": "user", "content": text}], list(question.pictures)
+    parts: list[dict[str, str]] = []
+    pictures: list[Picture] = []
+    for number, piece in enumerate(re.split(r"<image (\d)>", text)):
+        if number % 2:
+            parts.append({"type": "image"})
+            pictures.append(question.pictures[marks.index(int(piece))])
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return [{"role": "user", "content": parts}], pictures

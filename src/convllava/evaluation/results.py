@@ -1,210 +1,277 @@
-"""Answers to a benchmark's questions as a result: numbers, their intervals, and all that went wrong by name."""
+"""Results: answers become numbers with intervals, and two results can be compared."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from convllava.errors import InputError
-from convllava.evaluation.aggregate import Judged, groups_of
-from convllava.evaluation.benchmarks import Benchmark
-from convllava.evaluation.intervals import interval, mean_interval
+from rich.table import Table
+
+from convllava.errors import ConfigError, DataError, InputError
+from convllava.evaluation.aggregate import Graded, groups_of, interval, mean_interval, rounded
+from convllava.evaluation.benchmarks import BENCHMARKS, Benchmark
 from convllava.evaluation.questions import Question
-from convllava.evaluation.rules import Aids, Verdict
-from convllava.io import parse_lines
+from convllava.evaluation.report import result_table
+from convllava.evaluation.rules import Grade, GradingContext
+from convllava.io import RESULT, parse_lines, read_json, write_json
 
 
 class Answer(TypedDict):
-    """A line of an answers file: the answer to a question, or why there is none."""
+    """A line of an answers file: the answer to a question, or the reason why there is none."""
 
     id: str
     answer: NotRequired[str]
     error: NotRequired[str]
 
 
-class Broken(TypedDict):
-    """A question that could not be asked, and why; it counts as wrong."""
+class Result(Mapping[str, Any]):
+    """The result of a benchmark: a mapping with the content of result.json. Shares are 0 to 1.
 
-    id: str
-    reason: str
-
-
-class Unit(TypedDict):
-    """What a comparison pairs: a question, or a question with all its rotations."""
-
-    id: str
-    categories: list[str]
-    score: float
-
-
-class Result(TypedDict):
-    """What a benchmark found. Shares are 0 to 1.
-
-    `score` is the measure that `primary` names, with the `interval` that 95 % of bootstrap draws fall in. `unparsed`,
-    `missing` and `broken` questions count as wrong; `unknown` are ids of answers to no question; `absent` are
-    categories that the score is a sum of and that the file has no question of.
+    benchmark, questions: The benchmark's name and the number of questions.
+    primary, score, interval: The name of the main measure, its value, and the interval of 95 % of bootstrap draws.
+    measures, categories: All measures, of all questions and by category.
+    unparsed, missing, broken: Questions whose answer could not be read, that have no answer, or that could not be
+        asked; they count as wrong. `broken` has objects with `id` and `reason`.
+    unknown: Ids of answers that belong to no question.
+    absent: Categories that the score sums up, but that have no questions here.
+    units: Scores of what a comparison pairs: objects with `id`, `categories`, `score`.
+    model, versions, settings, prompts, efficiency, seconds: Only of a run, not of answers made elsewhere.
+    tasks, overall, samples: Only of generated pages: accuracy, accuracy of blind answers, and number of questions.
     """
 
-    benchmark: str
-    questions: int
-    primary: str
-    score: float
-    interval: list[float]
-    measures: dict[str, float]
-    categories: dict[str, dict[str, float]]
-    unparsed: list[str]
-    missing: list[str]
-    unknown: list[str]
-    broken: list[Broken]
-    absent: list[str]
-    units: list[Unit]
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content = dict(content)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def __repr__(self) -> str:
+        return f"Result({self['benchmark']}: {self['primary']} {self.score} of {self['questions']} questions)"
+
+    @property
+    def score(self) -> float:
+        """The main measure, which `primary` names."""
+        return self.content["score"]
+
+    def table(self) -> Table:
+        """Return the measures by category as a table for the terminal."""
+        return result_table(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the content as JSON. An existing file is replaced as a whole.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        write_json(Path(path), self.content)
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Answers made elsewhere: a line {"id": ..., "answer": text} for each question.
+    """Read answers made elsewhere: one line {"id": ..., "answer": text} per question.
 
     Raises:
-        InputError: no such file, a line that is no such object, or an id that comes twice; the message has the line.
+        DataError: if there is no such file, a line is not such an object, or an id occurs twice; the message names
+            the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"`answers` {path} cannot be read: {error}") from None
     found: dict[str, Answer] = {}
     for where, content in parse_lines(text, path):
         answer = checked_answer(content, where)
         if answer["id"] in found:
-            raise InputError(f"{where}: the id {answer['id']} has an answer already")
+            raise DataError(f"{where}: the id {answer['id']} already has an answer")
         found[answer["id"]] = answer
     return list(found.values())
 
 
 def checked_answer(content: Any, where: str) -> Answer:
-    """A line of an answers file as it must be, the id as text; InputError tells where it stands."""
+    """Return a line of an answers file with its id as text; raises DataError if it is malformed."""
     if not isinstance(content, dict) or "id" not in content or not isinstance(content["id"], str | int):
-        raise InputError(f'{where} must be {{"id": index, "answer": text}}; got {str(content)[:60]!r}')
+        raise DataError(f'{where} must be {{"id": index, "answer": text}}; got {str(content)[:60]!r}')
     if isinstance(content.get("error"), str):
         return {"id": str(content["id"]), "error": content["error"]}
     if not isinstance(content.get("answer"), str | int | float):
-        raise InputError(f"{where}: the answer to {content['id']} must be text; got {content.get('answer')!r}"[:200])
+        raise DataError(f"{where}: the answer to {content['id']} must be text; got {content.get('answer')!r}"[:200])
     return {"id": str(content["id"]), "answer": str(content["answer"])}
 
 
-def score(
+def score_answers(
     benchmark: Benchmark,
     questions: Sequence[Question],
     answers: Sequence[Answer],
-    aids: Aids | None = None,
+    context: GradingContext | None = None,
     *,
-    seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
-) -> Result:
-    """Judge answers by the benchmark's rule; `progress` is called with the share of questions judged.
+) -> dict[str, Any]:
+    """Grade answers by the benchmark's rule and sum up.
+
+    Args:
+        benchmark: The benchmark.
+        questions: All its questions.
+        answers: At most one per question.
+        context: See `rules.GradingContext`.
+        progress: Called with the share of graded questions, 0 to 1.
+
+    Returns:
+        The keys of `Result` from `benchmark` to `units`.
 
     Raises:
-        InputError: none of the answers is to one of the questions, or the benchmark needs a judge and has none.
+        InputError: if no answer belongs to a question, or if the benchmark needs an LLM judge and has none.
     """
-    aids = aids or Aids()
-    if benchmark.needs_judge and aids.judge is None:
-        raise InputError(f"{benchmark.name} needs a judge; name one with --judge-url and --judge-model")
-    given, unknown = _matched(benchmark, questions, answers)
-    judged, broken = _judged(benchmark, questions, given, aids, progress)
+    context = context or GradingContext()
+    if benchmark.needs_judge and context.llm_judge is None:
+        raise ConfigError(f"{benchmark.name} needs an LLM judge; give `judge_url` and `judge_model`")
+    given, known = {answer["id"]: answer for answer in answers}, {question.id for question in questions}
+    unknown = [name for name in given if name not in known]
+    if given and len(unknown) == len(given):
+        raise DataError(
+            f"none of the {len(given)} answers belongs to a question of {benchmark.name}: the first has the id "
+            f"{unknown[0]!r}, the first question {questions[0].id!r}"
+        )
+
+    graded, broken = [], []
+    for number, question in enumerate(questions, start=1):
+        grade, answer = Grade(0.0, None), given.get(question.id)
+        if answer is not None and "error" in answer:
+            broken.append({"id": question.id, "reason": answer["error"]})
+        elif answer is not None:
+            try:
+                grade = benchmark.rule(question, answer["answer"], context)
+            except InputError as error:
+                if benchmark.needs_judge:
+                    raise
+                broken.append({"id": question.id, "reason": str(error)})
+        graded.append(Graded(question.id, question.categories, question.group, question.truths[0], *grade))
+        progress(number / len(questions))
+
+    groups = groups_of(graded)
+    measures = benchmark.summarise(groups)
+    low, high = interval(
+        lambda drawn: benchmark.summarise([groups[index] for index in drawn])[benchmark.primary],
+        [" ".join(group[0].categories) if benchmark.parts else "" for group in groups],
+    )
+    by_category: dict[str, list[Graded]] = defaultdict(list)
+    for item in graded:
+        for category in item.categories:
+            by_category[category].append(item)
     missing = [question.id for question in questions if question.id not in given]
     failed = {*missing, *(item["id"] for item in broken)}
     return {
         "benchmark": benchmark.name,
         "questions": len(questions),
         "primary": benchmark.primary,
-        **_numbers(benchmark, judged, seed),  # type: ignore[typeddict-item]  # three of the keys
-        "categories": by_category(benchmark, judged),
-        "unparsed": [item.id for item in judged if item.parsed is None and item.id not in failed],
+        "score": rounded(measures[benchmark.primary]),
+        "interval": [rounded(low), rounded(high)],
+        "measures": {name: rounded(value) for name, value in measures.items()},
+        "categories": {
+            category: {"n": len(items)}
+            | {name: rounded(value) for name, value in benchmark.summarise(groups_of(items)).items()}
+            for category, items in sorted(by_category.items())
+        },
+        "unparsed": [item.id for item in graded if item.parsed is None and item.id not in failed],
         "missing": missing,
         "unknown": unknown,
         "broken": broken,
-        "absent": [part for part in benchmark.parts if not any(part in item.categories for item in judged)],
+        "absent": [part for part in benchmark.parts if part not in by_category],
         "units": [
-            Unit(id=item.id, categories=list(item.categories), score=rounded(item.score))
-            for item in benchmark.units(groups_of(judged))
+            {"id": item.id, "categories": list(item.categories), "score": rounded(item.score)}
+            for item in benchmark.units(groups)
         ],
     }
 
 
-def _matched(
-    benchmark: Benchmark, questions: Sequence[Question], answers: Sequence[Answer]
-) -> tuple[dict[str, Answer], list[str]]:
-    """The answers by id, and the ids that no question has."""
-    given, known = {answer["id"]: answer for answer in answers}, {question.id for question in questions}
-    unknown = [name for name in given if name not in known]
-    if given and len(unknown) == len(given):
-        raise InputError(
-            f"none of the {len(given)} answers is to a question of {benchmark.name}: the first is to {unknown[0]!r}, "
-            f"and the first question is {questions[0].id!r}"
+def read_result(path: str | os.PathLike[str]) -> Result:
+    """Read a result by its file, or by the folder into which a run wrote it.
+
+    Raises:
+        DataError: if it does not exist or is malformed.
+    """
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float)
+
+    def is_unit(unit: Any) -> bool:
+        if not isinstance(unit, dict) or not isinstance(unit.get("categories"), list):
+            return False
+        has_names = all(isinstance(name, str) for name in (unit.get("id"), *unit["categories"]))
+        return has_names and is_number(unit.get("score"))
+
+    file = Path(path) / RESULT if Path(path).is_dir() else Path(path)
+    content = read_json(file)
+    for key in ("benchmark", "primary", "score", "units"):
+        if key not in content:
+            raise DataError(f"{file} lacks {key!r}; give a {RESULT} of convllava eval, or its folder")
+    if not is_number(content["score"]):
+        raise DataError(f"{file}: the score must be a number; give a {RESULT} as convllava eval writes it")
+    for number, unit in enumerate(content["units"] if isinstance(content["units"], list) else [None], start=1):
+        if not is_unit(unit):
+            raise DataError(f"{file}: unit {number} lacks an id, categories or a score; run the evaluation again")
+    if content["benchmark"] in BENCHMARKS["generated"].aliases:  # its name in older results
+        content["benchmark"] = "generated"
+    return Result(content)
+
+
+def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
+    """Return how much better B is than A, by category and overall.
+
+    Scores are those of single questions (in MMBench, of questions with all their rotations), so the difference is one
+    of accuracies even if a benchmark reports another number. The interval is that of a paired bootstrap.
+
+    Args:
+        a, b: Results of one benchmark: files or folders.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        `benchmark`, the paths `a` and `b`, `overall`, and `categories` by name. The last two have `n`, the mean scores
+        `a` and `b`, the `difference` b - a, and its `interval`.
+
+    Raises:
+        DataError: if the results are of different benchmarks or questions, or are malformed.
+    """
+    first, second = read_result(a), read_result(b)
+    if first["benchmark"] != second["benchmark"]:
+        raise DataError(f"{a} is of {first['benchmark']} and {b} of {second['benchmark']}; compare one benchmark")
+    units_a, units_b = ({unit["id"]: unit for unit in result["units"]} for result in (first, second))
+    if only := sorted(set(units_a) ^ set(units_b)):
+        raise DataError(
+            f"{a} and {b} have different questions: {len(only)} are in only one of them, such as {only[0]}; "
+            "use the same `limit`, `split` and `categories`"
         )
-    return given, unknown
+    if not units_a:
+        raise DataError(f"{a} and {b} have no units, so there is nothing to compare; run the evaluation again")
 
+    def difference(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+        differences = [b - a for a, b in pairs]
+        low, high = mean_interval(differences, seed=seed)
+        return {
+            "n": len(pairs),
+            "a": rounded(sum(a for a, _ in pairs) / len(pairs)),
+            "b": rounded(sum(b for _, b in pairs) / len(pairs)),
+            "difference": rounded(sum(differences) / len(pairs)),
+            "interval": [rounded(low), rounded(high)],
+        }
 
-def _judged(
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    given: Mapping[str, Answer],
-    aids: Aids,
-    progress: Callable[[float], None],
-) -> tuple[list[Judged], list[Broken]]:
-    judged, broken = [], []
-    for number, question in enumerate(questions, start=1):
-        verdict = Verdict(0.0, None)
-        answer = given.get(question.id, {"id": question.id})
-        try:
-            if "error" in answer:
-                raise InputError(answer["error"])
-            if "answer" in answer:
-                verdict = benchmark.rule(question, answer["answer"], aids)
-        except InputError as error:
-            if benchmark.needs_judge and "error" not in answer:
-                raise
-            broken.append(Broken(id=question.id, reason=str(error)))
-        judged.append(Judged(question.id, question.categories, question.group, question.truths[0], *verdict))
-        progress(number / len(questions))
-    return judged, broken
-
-
-def _numbers(benchmark: Benchmark, judged: Sequence[Judged], seed: int) -> dict[str, Any]:
-    """The measures, the primary one alone, and its interval over groups of questions drawn again."""
-    groups = groups_of(judged)
-    measures = benchmark.summarise(groups)
-    low, high = interval(
-        lambda drawn: benchmark.summarise([groups[index] for index in drawn])[benchmark.primary],
-        [" ".join(group[0].categories) if benchmark.parts else "" for group in groups],
-        seed=seed,
-    )
+    by_category: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    pairs = []
+    for name, unit in units_a.items():
+        pairs.append((unit["score"], units_b[name]["score"]))
+        for category in set(unit["categories"]):
+            by_category[category].append(pairs[-1])
     return {
-        "score": rounded(measures[benchmark.primary]),
-        "interval": [rounded(low), rounded(high)],
-        "measures": {name: rounded(value) for name, value in measures.items()},
+        "benchmark": first["benchmark"],
+        "a": str(a),
+        "b": str(b),
+        "overall": difference(pairs),
+        "categories": {name: difference(part) for name, part in sorted(by_category.items())},
     }
-
-
-def by_category(benchmark: Benchmark, judged: Sequence[Judged]) -> dict[str, dict[str, float]]:
-    """The measures of each category's questions, and how many (`n`), by the categories' names."""
-    parts: dict[str, list[Judged]] = defaultdict(list)
-    for item in judged:
-        for category in item.categories:
-            parts[category].append(item)
-    return {
-        category: {"n": len(items)}
-        | {name: rounded(value) for name, value in benchmark.summarise(groups_of(items)).items()}
-        for category, items in sorted(parts.items())
-    }
-
-
-def accuracy_of(hits: Sequence[bool]) -> dict[str, Any]:
-    """The share of hits, of how many (`n`), and the interval that 95 % of bootstrap draws fall in, `low` to `high`."""
-    low, high = mean_interval([float(hit) for hit in hits])
-    return {"n": len(hits), "accuracy": rounded(sum(hits) / len(hits)), "low": rounded(low), "high": rounded(high)}
-
-
-def rounded(value: float) -> float:
-    """Four places: a tenth of a thousandth is below what any benchmark can tell."""
-    return round(value, 4)

@@ -1,11 +1,12 @@
-"""What one answer to one question is worth: a rule for each kind of benchmark.
+"""Rules that grade one answer to one question, one for each kind of benchmark.
 
-A rule takes the question, the answer and what it may need beside them, and gives a `Verdict`. The sources are those of
-the metrics and parsers it calls.
+A rule takes the question, the answer and a `GradingContext`, and returns a `Grade`. The metrics and parsers that it
+calls name the sources.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,120 +16,137 @@ from convllava.evaluation.questions import Question
 from convllava.geometry import Placement, Size, parse_box
 
 
-class Verdict(NamedTuple):
-    """The score of an answer, 0 to 1, and what was read in it; None where nothing could be read."""
+class Grade(NamedTuple):
+    """The score of an answer, 0 to 1, and what was read in it; None if nothing could be read."""
 
     score: float
     parsed: str | None
 
 
-Judge = Callable[[str, str, str], float | None]
-"""Question, truth, answer -> a score from 0 to 1, or None where the judge gave none."""
+LLMJudge = Callable[[str, str, str], float | None]
+"""Question, truth, answer -> a score from 0 to 1, or None if the LLM judge gave none."""
 
 
 @dataclass(frozen=True)
-class Aids:
-    """What some rules need beside question and answer.
+class GradingContext:
+    """What some rules need besides the question and the answer.
 
     Attributes:
-        placement: Where an image of a size lies in the canvas that boxes are fractions of; None: in all of it.
-        judge: Scores free answers.
+        placement: Maps an image size to its place in the canvas whose fractions boxes are; None if boxes are fractions
+            of the image.
+        llm_judge: Grades free answers.
     """
 
     placement: Callable[[Size], Placement] | None = None
-    judge: Judge | None = None
+    llm_judge: LLMJudge | None = None
 
 
-Rule = Callable[[Question, str, Aids], Verdict]
+Rule = Callable[[Question, str, GradingContext], Grade]
 
 
-def by_choice(question: Question, answer: str, aids: Aids) -> Verdict:
-    """The letter is right (`parsing.choice`)."""
+def by_choice(question: Question, answer: str, context: GradingContext) -> Grade:
+    """The letter is right (`answer_parsing.choice`)."""
     return _equal(answer_parsing.choice(answer, question.options, question.letters), question)
 
 
-def by_choice_or_text(question: Question, answer: str, aids: Aids) -> Verdict:
-    """RealWorldQA: the letter where there are options, else the same text but for case and a full stop at the end."""
+def by_choice_or_text(question: Question, answer: str, context: GradingContext) -> Grade:
+    """RealWorldQA: the letter if there are options, else the same text, ignoring case and a final full stop."""
     options = question.options or question.details.get("written", ())
     if options:
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
-        found = answer_parsing.choice(answer, options, letters)
-        return Verdict(float(found == question.truths[0].upper()), found)
-    found = answer.strip().rstrip(".").lower()
-    return Verdict(float(found in {truth.lower() for truth in question.truths}), found or None)
+        found = answer_parsing.choice(answer, options, string.ascii_uppercase[: len(options)])
+        return Grade(float(found == question.truths[0].upper()), found)
+    text = answer.strip().rstrip(".").lower()
+    return Grade(float(text in {truth.lower() for truth in question.truths}), text or None)
 
 
-def by_start(question: Question, answer: str, aids: Aids) -> Verdict:
-    """MME: yes or no at the answer's start."""
+def by_start(question: Question, answer: str, context: GradingContext) -> Grade:
+    """MME: yes or no at the start of the answer."""
     return _equal(answer_parsing.yes_or_no_at_start(answer), question)
 
 
-def by_sentence(question: Question, answer: str, aids: Aids) -> Verdict:
+def by_sentence(question: Question, answer: str, context: GradingContext) -> Grade:
     """POPE: yes or no in the first sentence."""
     return _equal(answer_parsing.yes_or_no_in_sentence(answer), question)
 
 
-def by_vqa(question: Question, answer: str, aids: Aids) -> Verdict:
-    return Verdict(metrics.vqa_accuracy(answer, question.truths), answer.strip() or None)
+def by_vqa(question: Question, answer: str, context: GradingContext) -> Grade:
+    """TextVQA: VQA accuracy."""
+    return Grade(metrics.vqa_accuracy(answer, question.truths), answer.strip() or None)
 
 
-def by_anls(question: Question, answer: str, aids: Aids) -> Verdict:
-    return Verdict(metrics.anls(answer, question.truths), answer.strip() or None)
+def by_anls(question: Question, answer: str, context: GradingContext) -> Grade:
+    """DocVQA and InfographicVQA: ANLS."""
+    return Grade(metrics.anls(answer, question.truths), answer.strip() or None)
 
 
-def by_chart(question: Question, answer: str, aids: Aids) -> Verdict:
+def by_chart(question: Question, answer: str, context: GradingContext) -> Grade:
+    """ChartQA: a number within 5 %, or the same text."""
     right = any(metrics.chart_match(answer, truth) for truth in question.truths)
-    return Verdict(float(right), answer.strip() or None)
+    return Grade(float(right), answer.strip() or None)
 
 
-def by_mmmu(question: Question, answer: str, aids: Aids) -> Verdict:
-    """Choices by letter, open questions by what the answer may mean."""
+def by_mmmu(question: Question, answer: str, context: GradingContext) -> Grade:
+    """MMMU: the letter of a choice, or the possible meanings of an open answer."""
     if question.options:
         return _equal(answer_parsing.mmmu_choice(answer, question), question)
     found = answer_parsing.mmmu_open(answer)
-    return Verdict(float(answer_parsing.mmmu_open_match(found, question.truths)), answer.strip() or None)
+    return Grade(float(answer_parsing.mmmu_open_match(found, question.truths)), answer.strip() or None)
 
 
-def by_containment(question: Question, answer: str, aids: Aids) -> Verdict:
+def by_containment(question: Question, answer: str, context: GradingContext) -> Grade:
+    """OCRBench: the answer contains the truth."""
     right = metrics.contains(answer, question.truths, is_formula=question.details["is_formula"])
-    return Verdict(float(right), answer.strip() or None)
+    return Grade(float(right), answer.strip() or None)
 
 
-def by_box(question: Question, answer: str, aids: Aids) -> Verdict:
+def by_box(question: Question, answer: str, context: GradingContext) -> Grade:
     """RefCOCO: IoU of at least 0.5 in pixels of the image, to which the answer's fractions are mapped back.
 
     Source: arXiv 1608.00272 (RefCOCO) for the data; accuracy at IoU 0.5 as in MDETR (arXiv 2104.12763), table 2.
 
     Raises:
-        InputError: the row does not say how large the image is, and the image cannot be read.
+        InputError: if the row does not have the size of the image, and the image cannot be read.
     """
     fractions = parse_box(answer)
     if fractions is None:
-        return Verdict(0.0, None)
-    size = _size(question)
-    if aids.placement is not None:
-        box = aids.placement(size).box_from_normalised(fractions)
+        return Grade(0.0, None)
+    if question.details["size"] is not None:
+        height, width = question.details["size"]
+        size = Size(int(height), int(width))
+    else:
+        image = question.pictures[0].load()
+        size = Size(image.height, image.width)
+    if context.placement is not None:
+        box = context.placement(size).box_from_normalised(fractions)
     else:
         x0, y0, x1, y1 = fractions
         box = (x0 * size.width, y0 * size.height, x1 * size.width, y1 * size.height)
     shared = metrics.intersection_over_union(box, question.details["box"])
-    return Verdict(float(shared >= 0.5), "[" + ", ".join(f"{value:.1f}" for value in box) + "]")
+    return Grade(float(shared >= 0.5), "[" + ", ".join(f"{value:.1f}" for value in box) + "]")
 
 
-def by_judge(question: Question, answer: str, aids: Aids) -> Verdict:
-    """MMVet: what the judge says, 0 to 1 (`judging`)."""
-    assert aids.judge is not None  # refused before, see `scoring.judge`
-    score = aids.judge(question.text, question.truths[0], answer)
-    return Verdict(score or 0.0, None if score is None else f"{score:g}")
+def by_llm_judge(question: Question, answer: str, context: GradingContext) -> Grade:
+    """MM-Vet: the score that the LLM judge gives, 0 to 1 (`llm_judge`)."""
+    assert context.llm_judge is not None  # `results.score_answers` has checked it
+    score = context.llm_judge(question.text, question.truths[0], answer)
+    return Grade(score or 0.0, None if score is None else f"{score:g}")
 
 
-def _equal(found: str | None, question: Question) -> Verdict:
-    return Verdict(float(found is not None and found in question.truths), found)
+def by_task(question: Question, answer: str, context: GradingContext) -> Grade:
+    """Generated pages: exact match; chart values within 5 %; boxes with IoU >= 0.5."""
+    return Grade(float(matches_task(question.details["task"], answer, question.truths[0])), answer.strip() or None)
 
 
-def _size(question: Question) -> Size:
-    size = question.details["size"]
-    if size is not None:
-        return Size(int(size[0]), int(size[1]))
-    image = question.pictures[0].load()
-    return Size(image.height, image.width)
+def matches_task(task: str, answer: str, truth: str) -> bool:
+    """Return whether an answer to a generated question of a task is right (`by_task`)."""
+    match task:
+        case "chart":
+            return metrics.relaxed_match(answer, truth)
+        case "ground":
+            return metrics.box_match(answer, truth)
+        case _:
+            return metrics.exact_match(answer, truth)
+
+
+def _equal(found: str | None, question: Question) -> Grade:
+    return Grade(float(found is not None and found in question.truths), found)

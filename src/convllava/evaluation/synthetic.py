@@ -1,25 +1,25 @@
-"""The generated world as questions: each of a page's, asked about its own image and, blind, about the next page's."""
+"""Generated pages as questions: each is asked about its own page and, blind, about the next page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from convllava.errors import InputError
-from convllava.evaluation import aggregate
-from convllava.evaluation.benchmarks import QUESTION, Benchmark
+from convllava.errors import ConfigError
 from convllava.evaluation.questions import Question
-from convllava.evaluation.rules import Aids, Verdict
-from convllava.evaluation.synthetic_report import Report, is_right
+from convllava.evaluation.rules import matches_task
+from convllava.inference import Assistant, EncodedImage
 from convllava.synthetic import TASKS, Sample, Turn, World
+
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class PagePicture:
-    """A page of a world, drawn when it is needed."""
+    """A generated page, drawn when it is needed."""
 
     index: int
     world: World = field(compare=False, repr=False)
@@ -28,78 +28,82 @@ class PagePicture:
         return self.world.sample(self.index).image
 
 
-def by_task(question: Question, answer: str, aids: Aids) -> Verdict:
-    """Exact match; chart values within 5 %; boxes with IoU >= 0.5 (`synthetic.is_right`)."""
-    turn = Turn(question.details["task"], question.text, question.truths[0])
-    return Verdict(float(is_right(turn, answer)), answer.strip() or None)
+def generated_questions(world: World, samples: int) -> list[Question]:
+    """Return the questions of a world's first pages, ordered by the image that they show, so each is encoded once.
 
-
-SYNTHETIC = Benchmark(
-    "synthetic",
-    "convllava.synthetic",
-    by_task,
-    QUESTION,
-    QUESTION,
-    summarise=aggregate.seen_and_blind,
-    units=aggregate.seen,
-    max_new_tokens=64,
-)
-
-
-def world_questions(world: World, samples: int) -> list[Question]:
-    """The questions of a world's first pages, ordered by the image they are asked about, so that each is encoded once.
-
-    Question j of page i is "i/j", and "i/j blind" about the image of the page after.
+    Question j of page i has the id "i/j". It is asked again about the image of the next page, as "i/j blind": a model
+    that answers it correctly has guessed.
 
     Raises:
-        InputError: fewer than two pages, so that there is no other page's image.
+        ConfigError: if there are fewer than two pages, so there is no other page.
     """
     if samples < 2:
-        raise InputError(f"the benchmark needs two pages or more to swap their images; got {samples}")
+        raise ConfigError(f"`samples` must be 2 or more, because blind questions need another page; got {samples}")
     pages = [(page.index, page.turns) for page in map(world.sample, range(samples))]
-    found: list[Question] = []
-    for place, (index, turns) in enumerate(pages):
-        picture = PagePicture(index, world)
-        found += _about(picture, index, turns, "")
-        found += _about(picture, *pages[place - 1], " blind")
-    return found
+    questions: list[Question] = []
+    for number, (shown, turns) in enumerate(pages):
+        previous, blind_turns = pages[number - 1]
+        picture = PagePicture(shown, world)
+        for index, asked, suffix in ((shown, turns, ""), (previous, blind_turns, " blind")):
+            questions += [
+                Question(
+                    id=f"{index}/{place}{suffix}",
+                    text=turn.question,
+                    pictures=(picture,),
+                    truths=(turn.answer,),
+                    categories=(turn.task,),
+                    group=f"{index}/{place}",
+                    details={"task": turn.task},
+                )
+                for place, turn in enumerate(asked)
+            ]
+    return questions
 
 
-def _about(picture: PagePicture, index: int, turns: tuple[Turn, ...], ending: str) -> Iterator[Question]:
-    for number, turn in enumerate(turns):
-        yield Question(
-            id=f"{index}/{number}{ending}",
-            text=turn.question,
-            pictures=(picture,),
-            truths=(turn.answer,),
-            categories=(turn.task,),
-            group=f"{index}/{number}",
-            details={"task": turn.task},
-        )
+def by_task(result: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """Return a result of the generated benchmark by task: accuracy, accuracy of blind answers, and number of questions.
+
+    Returns:
+        `tasks`, `overall` and `samples`.
+    """
+
+    def row(measures: Mapping[str, Any], count: float) -> dict[str, Any]:
+        # Every question is asked twice.
+        return {"accuracy": measures["accuracy"], "blind": measures["blind"], "n": int(count) // 2}
+
+    found = result["categories"]
+    return {
+        "tasks": {task: row(found[task], found[task]["n"]) for task in TASKS if task in found},
+        "overall": row(result["measures"], result["questions"]),
+        "samples": samples,
+    }
 
 
 def describe_world(world: World) -> dict[str, Any]:
-    """What its pages depend on."""
+    """Return the settings that a world's pages depend on."""
     return {"split": world.split, "seed": world.seed, "size": world.size, "simple": world.simple}
 
 
-def as_report(result: dict[str, Any], samples: int) -> Report:
-    """A result of `SYNTHETIC` in the form of `synthetic.evaluate`."""
-    found = result["categories"]
-    tasks = {
-        task: {"accuracy": found[task]["accuracy"], "blind": found[task]["blind"], "n": int(found[task]["n"]) // 2}
-        for task in TASKS
-        if task in found
-    }
-    measures = result["measures"]
-    overall = {"accuracy": measures["accuracy"], "blind": measures["blind"], "n": result["questions"] // 2}
-    # A result's measures are of any benchmark's names, so that their types are not known here.
-    return {"tasks": tasks, "overall": overall, "samples": samples, "seconds": result["seconds"]}  # type: ignore[typeddict-item]
+def grade_pages(
+    assistant: Assistant,
+    pages: Sequence[Sample],
+    images: Sequence[EncodedImage],
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[bool]:
+    """Ask every question of each page about its image, and return which answers are right, page after page."""
+    asked = [(image, turn) for page, image in zip(pages, images, strict=True) for turn in page.turns]
+    answers: list[str] = []
+    for batch in assistant.answer_many([(image, turn.question) for image, turn in asked], batch_size=BATCH_SIZE):
+        answers += batch
+        progress(len(answers) / len(asked))
+    return [matches_task(turn.task, answer, turn.answer) for (_, turn), answer in zip(asked, answers, strict=True)]
 
 
 def text_height(page: Sample, turn: Turn) -> float | None:
-    """Pixels from top to bottom of the tallest character of an answer, in the page's image; None where the answer is
-    not printed on the page as it stands."""
+    """Return the height of the tallest character of an answer in pixels of the page's image.
+
+    None if the page does not print the answer in this form.
+    """
     printed = "".join(glyph.char for glyph in page.glyphs)
     wanted = turn.answer.replace(" ", "")
     start = printed.find(wanted) if wanted else -1

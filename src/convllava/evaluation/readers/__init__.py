@@ -1,1 +1,0 @@
-"""The files of benchmarks, in the layouts that people have, as questions."""
