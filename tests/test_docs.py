@@ -49,6 +49,8 @@ def test_commands_exist_with_their_options(page):
             assert words[0] in {*SUITES, "SUITE"}, words
         while words and words[0] in getattr(command, "commands", {}):
             command, words = command.commands[words[0]], words[1:]
+        if default := getattr(command, "default", None):  # `convllava eval --model M` is short for `eval run`
+            command = command.commands[default]
         known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
         if getattr(command, "commands", {}):  # a group must be followed by one of its commands
             assert not words or words[0].startswith("-"), (program, words)

@@ -1,6 +1,6 @@
-"""What VLMEvalKit sends to a server, body for body: each is answered as the model answers offline.
+"""Requests as VLMEvalKit sends them get the same answers as the model gives offline.
 
-Its classes build the bodies (`GPT4V` and `LMDeployAPI`, of 2024 and of ms-vlmeval 0.0.20); docs/harnesses.md has the
+Its classes `GPT4V` and `LMDeployAPI`, of 2024 and of ms-vlmeval 0.0.20, make these bodies; docs/harnesses.md has the
 configuration.
 """
 
@@ -74,9 +74,9 @@ BODIES = {
         "dataset": "MME",
     },
     "several turns": {"messages": TURNS, "n": 1, "temperature": 0, "max_tokens": 8},
-    "is it there": {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 8},
-    "a judge's question": {"messages": [user(text(TEXT))], "n": 1, "temperature": 0, "max_tokens": 8},
-    "settings handed on": {
+    "health check": {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 8},
+    "question to a judge model": {"messages": [user(text(TEXT))], "n": 1, "temperature": 0, "max_tokens": 8},
+    "explicit defaults": {
         "messages": [user(image(IMAGES[0], detail="high"), text(TEXT))],
         "temperature": 0,
         "top_p": 1.0,
@@ -88,7 +88,7 @@ BODIES = {
 
 
 def offline(assistant: Assistant, messages: list[dict]) -> str:
-    """The answer to the same messages, their images as Python users give them."""
+    """Return the answer to the same messages with images as Python users give them."""
     turns = [
         {"role": turn["role"], "content": turn["content"]}
         if isinstance(turn["content"], str)
@@ -104,14 +104,14 @@ def offline(assistant: Assistant, messages: list[dict]) -> str:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_what_vlmevalkit_sends_is_answered_as_offline(server, assistant, name):
+def test_served_answers_to_vlmevalkit_equal_offline_answers(server, assistant, name):
     status, reply, _ = server.post({"model": "test", **BODIES[name]}, Authorization="Bearer sk-local")
     assert status == 200, reply
     assert reply["choices"][0]["message"]["content"] == offline(assistant, BODIES[name]["messages"])
 
 
-def test_a_longer_answer_than_is_served_is_refused_with_the_limit(server):
-    """Its own default; the limit stands in the error that it prints."""
+def test_max_tokens_above_the_limit_is_rejected_with_the_limit(server):
+    """VLMEvalKit's default is above it, and it prints the error."""
     status, reply, _ = server.post({"model": "test", **BODIES["GPT4V"], "max_tokens": 2048})
     assert status == 400
     assert "2048 tokens of an answer; at most 1024 are served" in reply["error"]["message"]

@@ -110,7 +110,10 @@ def evaluate(
         if choices != "generate":
             raise ConfigError(f"`choices` {choices} has no effect on generated pages: their questions have no options")
         samples = 1000 if samples is None else samples
-        world = world or World("heldout", seed=1 if seed is None else seed, size=size or 448, simple=simple)
+        if world is not None and ((seed, size) != (None, None) or simple):
+            raise ConfigError("`world` has its own seed and size; leave out `seed`, `size` and `simple`")
+        seed, size = 1 if seed is None else seed, 448 if size is None else size
+        world = world or World("heldout", seed=seed, size=size, simple=simple)
         questions = generated_questions(world, samples)
         source = {"world": describe_world(world), "samples": samples}
     else:
