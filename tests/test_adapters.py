@@ -91,7 +91,7 @@ def test_a_folder_called_like_a_shipped_model_does_not_take_its_place(tmp_path, 
 
 
 def test_four_bits_after_an_adapter_are_refused_before_anything_trains(tmp_path):
-    four = replaced(adapter=Adapter(four_bit=True), trains={"language_model": 1e-2}, name="four")
+    four = replaced(adapter=Adapter(four_bit=True), learning_rates={"language_model": 1e-2}, name="four")
     with pytest.raises(InputError, match="four_bit cannot follow an adapter"):
         engine.train(recipe(STAGE, four), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -117,7 +117,7 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_the_shipped_model_is_named_as_a_base_and_not_copied(tmp_path):
-    stage = replaced(steps=1, trains={"projector": 1e-3, "language_model": 1e-3}, adapter=Adapter(rank=2))
+    stage = replaced(steps=1, learning_rates={"projector": 1e-3, "language_model": 1e-3}, adapter=Adapter(rank=2))
     plan = engine.Recipe("fine", [stage], ModelSpec(checkpoint="tiny"), workers=0)
     engine.train(plan, tmp_path)
     assert base_of(tmp_path / "0-lora") == "tiny"
@@ -126,7 +126,7 @@ def test_the_shipped_model_is_named_as_a_base_and_not_copied(tmp_path):
 
 
 def test_an_adapter_of_a_model_in_four_bits_merges_into_the_whole_one(tmp_path):
-    stage = replaced(adapter=Adapter(rank=4, four_bit=True), trains={"stage5": 1e-2, "language_model": 1e-2})
+    stage = replaced(adapter=Adapter(rank=4, four_bit=True), learning_rates={"stage5": 1e-2, "language_model": 1e-2})
     last = engine.train(recipe(CHAT, stage), tmp_path)
     trained = {part_of(name) for name in changed(weights(tmp_path / "0-chat"), weights(last))}
     assert trained == {"stage5", "language_model"}
@@ -138,7 +138,7 @@ def test_an_adapter_of_a_model_in_four_bits_merges_into_the_whole_one(tmp_path):
     [
         ({"adapter": Adapter(parts=["projector"])}, "projector takes none"),
         ({"adapter": Adapter(parts=["language_model", "stage3"])}, "give stage3 a learning rate"),
-        ({"adapter": Adapter(parts=["stage4"])}, "parts must have language_model, or trains must not"),
+        ({"adapter": Adapter(parts=["stage4"])}, "parts must have language_model, or learning_rates must not"),
     ],
 )
 def test_bad_adapters_are_refused_before_anything_is_written(tmp_path, changes, message):
@@ -164,5 +164,5 @@ def test_an_adapter_is_not_converted_and_a_whole_model_not_merged(run, tmp_path)
         checkpoints.convert(run / "1-lora", tmp_path / "new")
     with pytest.raises(InputError, match="is no folder of an adapter"):
         checkpoints.merge(run / "0-chat", tmp_path / "new")
-    with pytest.raises(InputError, match="adapter is for the objective chat"):
+    with pytest.raises(InputError, match="adapter needs the objective chat"):
         replaced(objective="align")

@@ -91,8 +91,8 @@ def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
 def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):
     model, _ = parts()
     monkeypatch.setattr(type(model.model.language_model), "_supports_attention_backend", False)
-    with pytest.raises(InputError, match="the attention of a llama cannot have guidance"):
-        check_attention(model, Stage("guided", 1, {"projector": 1.0}, guidance=0.5))
+    with pytest.raises(InputError, match="the attention of a llama cannot have attention_supervision"):
+        check_attention(model, Stage("guided", 1, {"projector": 1.0}, attention_supervision=0.5))
 
 
 def test_pointing_teaches_attention_to_look_there():

@@ -38,7 +38,7 @@ from convllava.training.check_data import check, verdict
 from convllava.training.datasets import parts_of
 from convllava.training.initialise import processor_of, start
 from convllava.training.preview import preview
-from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage, dump_recipe
+from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage
 
 SIZES = {"a.png": (70, 130), "b.png": (64, 64)}
 
@@ -228,7 +228,7 @@ def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
 
 def test_the_command_ends_well_with_bad_samples_and_in_two_with_too_many(folder, capsys, monkeypatch):
     path = folder / "recipe.yaml"
-    path.write_text(dump_recipe(recipe(folder)))
+    path.write_text(recipe(folder).dump())
     options = ("--workers", 0, "--output", folder / "out")
     code, out, _ = run(capsys, monkeypatch, "data", "check", path, *options, "--json")
     assert code == 0
@@ -330,7 +330,7 @@ def test_long_text_is_shortened_and_long_words_are_broken(parts):
 @pytest.mark.parametrize("pages", [False, True])
 def test_a_preview_draws_files_and_generated_pages(folder, pages, capsys, monkeypatch):
     plan = recipe(folder, data=Data(size=128, simple=True), steps=1, epochs=None) if pages else recipe(folder)
-    (folder / "recipe.yaml").write_text(dump_recipe(plan))
+    (folder / "recipe.yaml").write_text(plan.dump())
     output = folder / "preview.png"
     arguments = ("data", "preview", folder / "recipe.yaml", "--samples", 3, "--output", output)
     assert run(capsys, monkeypatch, *arguments) == (0, f"{output}\n", "")

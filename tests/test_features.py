@@ -77,7 +77,7 @@ def test_a_tower_goes_on_from_any_stage_with_the_same_numbers(stages):
 
 @pytest.mark.parametrize(("trains", "frozen"), [(PROJECTOR, 4), (INSTRUCT, 5)])
 def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trains, frozen):
-    settings = {"trains": trains, "batch_size": 1, "steps": 8}
+    settings = {"learning_rates": trains, "batch_size": 1, "steps": 8}
     for name, gb, images in (("without", 0.0, 7), ("first", 1.0, 5), ("second", 1.0, 0)):
         encoded.clear()
         engine.train(recipe(folder, gb, **settings), folder / name)
@@ -86,7 +86,7 @@ def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trai
 
 
 def test_in_bfloat16_the_frozen_stages_run_in_it_too(folder):
-    settings = {"trains": PROJECTOR, "precision": "bfloat16", "batch_size": 1, "steps": 8}
+    settings = {"learning_rates": PROJECTOR, "precision": "bfloat16", "batch_size": 1, "steps": 8}
     for name, gb in (("without", 0.0), ("with", 1.0)):
         engine.train(recipe(folder, gb, **settings), folder / name)
     assert logged(folder / "with") == logged(folder / "without")
@@ -172,7 +172,7 @@ def test_names_are_of_pixels_and_of_their_shape():
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(folder):
-    whole = dataclasses.replace(recipe(folder, trains=PROJECTOR), save_every=2)
+    whole = dataclasses.replace(recipe(folder, learning_rates=PROJECTOR), save_every=2)
     engine.train(whole, folder / "whole")
     for path in (folder / ".cache" / "features").rglob("*.safetensors"):
         path.unlink()
@@ -184,7 +184,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder):
 
 
 def test_two_processes_keep_the_features_of_one(folder):
-    plan = dataclasses.replace(recipe(folder, trains=PROJECTOR), workers=1)
+    plan = dataclasses.replace(recipe(folder, learning_rates=PROJECTOR), workers=1)
     for name, program in (("two", TWO), ("one", ONE)):
         train(plan, folder / name, program)
     assert logged(folder / "two") == pytest.approx(logged(folder / "one"), abs=1e-4)
@@ -194,17 +194,17 @@ def test_two_processes_keep_the_features_of_one(folder):
 
 def test_stages_before_the_first_that_trains_are_frozen(folder):
     stage = recipe(folder).stages[0]
-    frozen = [frozen_stages(dataclasses.replace(stage, trains=trains), 5) for trains in (PROJECTOR, INSTRUCT)]
+    frozen = [frozen_stages(dataclasses.replace(stage, learning_rates=trains), 5) for trains in (PROJECTOR, INSTRUCT)]
     assert frozen == [4, 5]
-    assert frozen_stages(dataclasses.replace(stage, trains={"stem": 1e-3}, feature_cache_gb=0.0), 5) == 0
+    assert frozen_stages(dataclasses.replace(stage, learning_rates={"stem": 1e-3}, feature_cache_gb=0.0), 5) == 0
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": Data()}, "feature_cache_gb is for files"),
-        ({"trains": {"stage1": 1e-3, "projector": 1e-3}}, "stage1 trains"),
-        ({"feature_cache_gb": -1.0}, "feature_cache_gb is 0 or more"),
+        ({"data": Data()}, "feature_cache_gb needs data from files"),
+        ({"learning_rates": {"stage1": 1e-3, "projector": 1e-3}}, "stage1 trains"),
+        ({"feature_cache_gb": -1.0}, "feature_cache_gb must be 0 or more"),
     ],
 )
 def test_what_keeps_nothing_is_refused(folder, change, message):

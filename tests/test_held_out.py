@@ -32,11 +32,11 @@ MEASURED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, sam
 STOPPED = dataclasses.replace(
     MEASURED,
     steps=30,
-    trains={"projector": 2.0, "language_model": 0.3},  # far too much, so that the loss grows
+    learning_rates={"projector": 2.0, "language_model": 0.3},  # far too much, so that the loss grows
     schedule="constant",
     evaluation=Evaluation(every=1, samples=3, pictures=0, patience=2),
 )
-AVERAGED = dataclasses.replace(MEASURED, ema=0.9, trains={"projector": 0.1, "language_model": 0.05})
+AVERAGED = dataclasses.replace(MEASURED, ema=0.9, learning_rates={"projector": 0.1, "language_model": 0.05})
 
 
 def loss_on_held_out(plan, folder):
@@ -161,7 +161,7 @@ def test_files_are_evaluated_on_other_files(tmp_path):
     stage = dataclasses.replace(CHAT, data=Data(sources=[Source("train.json")]), evaluation=held_out)
     engine.train(recipe(stage, data_root=str(tmp_path)), tmp_path / "run")
     assert len(logged(tmp_path / "run", "eval_loss")) == 2
-    with pytest.raises(InputError, match=r"evaluation.sources are files if data.sources are"):
+    with pytest.raises(InputError, match=r"give evaluation.sources if the stage has data.sources"):
         dataclasses.replace(stage, data=DATA)
 
 
@@ -189,10 +189,13 @@ def test_the_last_norm_of_any_family_learns_as_the_last_layer(name, layer):
 def test_lower_layers_learn_more_slowly(parts):
     model, _ = parts
     stage = dataclasses.replace(
-        CHAT, trains={"stage3": 1.0, "language_model": 1.0}, layer_decays={"language_model": 0.5, "stage3": 0.1},
-        weight_decay=0.1, weight_decays={"stage3": 0.0},
-    )  # fmt: skip
-    freeze_all_but(model, stage.trains)
+        CHAT,
+        learning_rates={"stage3": 1.0, "language_model": 1.0},
+        layer_decays={"language_model": 0.5, "stage3": 0.1},
+        weight_decay=0.1,
+        weight_decays={"stage3": 0.0},
+    )
+    freeze_all_but(model, stage.learning_rates)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, stage)
     rates = {names[parameter]: group["lr"] for group in groups for parameter in group["params"]}

@@ -254,9 +254,11 @@ def test_a_stage_with_letters_logs_how_well_they_are_told(tmp_path):
 
 
 def test_heads_begin_as_those_of_the_stage_before(tmp_path):
-    still = dict.fromkeys(MARKED.trains, 0.0)
-    without = dataclasses.replace(MARKED, name="without", letters=0.0, trains=still, steps=1)
-    last = engine.train(recipe(MARKED, without, dataclasses.replace(without, name="again", letters=0.5)), tmp_path)
+    still = dict.fromkeys(MARKED.learning_rates, 0.0)
+    without = dataclasses.replace(MARKED, name="without", character_label_weight=0.0, learning_rates=still, steps=1)
+    last = engine.train(
+        recipe(MARKED, without, dataclasses.replace(without, name="again", character_label_weight=0.5)), tmp_path
+    )
     first, *later = [load_file(tmp_path / name / HEADS_FILE) for name in ("0-marked", "1-without", "2-again")]
     assert first["maps.row.weight"].any()
     assert first["letters.glyph.weight"].any()
@@ -281,7 +283,7 @@ def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path):
 def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):
     stage = dataclasses.replace(MARKED, steps=2)
     train(recipe(stage), tmp_path / "two", TWO)
-    train(recipe(dataclasses.replace(stage, accumulate=2)), tmp_path / "one")
+    train(recipe(dataclasses.replace(stage, gradient_accumulation_steps=2)), tmp_path / "one")
     two, one = weights(tmp_path / "two/0-marked"), weights(tmp_path / "one/0-marked")
     for name in two:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
@@ -290,13 +292,20 @@ def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"marks": -1.0}, "marks is a weight of 0 or more"),
-        ({"letters": -1.0}, "letters is a weight of 0 or more"),
-        ({"letters": 0.5, "marks": 0.0, "trains": dict(GUIDED.trains)}, "for stages with marks"),
-        ({"trains": {"language_model": 1e-3, "head": 1e-3}}, "train the projector or the tower"),
-        ({"marks": 0.5, "guidance": 0.0}, "for stages with guidance"),
-        ({"marks": 0.5, "trains": dict(GUIDED.trains)}, "such as head: 1.0e-3"),
-        ({"marks": 0.0}, "only a stage with marks has a head"),
+        ({"position_label_weight": -1.0}, "position_label_weight must be 0 or more"),
+        ({"character_label_weight": -1.0}, "character_label_weight must be 0 or more"),
+        (
+            {
+                "character_label_weight": 0.5,
+                "position_label_weight": 0.0,
+                "learning_rates": dict(GUIDED.learning_rates),
+            },
+            "character_label_weight needs position_label_weight",
+        ),
+        ({"learning_rates": {"language_model": 1e-3, "head": 1e-3}}, "needs a learning rate of the projector"),
+        ({"position_label_weight": 0.5, "attention_supervision": 0.0}, "needs attention_supervision"),
+        ({"position_label_weight": 0.5, "learning_rates": dict(GUIDED.learning_rates)}, "such as head: 1.0e-3"),
+        ({"position_label_weight": 0.0}, "only position_label_weight has a head"),
     ],
 )
 def test_marks_that_cannot_be_are_refused(settings, told):

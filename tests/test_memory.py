@@ -49,7 +49,7 @@ def test_activations_are_what_autograd_keeps(first, checkpointing):
     config = ConvLlavaConfig(vision_config=WIDTH, text_config=TEXT)
     model = ConvLlavaForConditionalGeneration(config).train()
     parts = ["stem"] if first == 1 else [f"stage{number}" for number in range(first, 6)]
-    stage = dataclasses.replace(CHAT, trains=dict.fromkeys(parts, 1.0), gradient_checkpointing=checkpointing)
+    stage = dataclasses.replace(CHAT, learning_rates=dict.fromkeys(parts, 1.0), gradient_checkpointing=checkpointing)
     tower, language = model.model.vision_tower, model.model.language_model
     tower.requires_grad_(first == 1)
     for number, part in enumerate(tower.encoder.stages, start=1):
@@ -97,12 +97,18 @@ def test_out_of_memory_is_answered_with_numbers_and_settings(tmp_path, monkeypat
     message = str(told.value)
     assert "out of memory in stage chat, in a pass of 2 images with" in message
     assert "weights 0" in message
-    for remedy in ("accumulate: 2", "gradient_checkpointing: true", "precision: bfloat16", "adapter", "fsdp"):
+    for remedy in (
+        "gradient_accumulation_steps: 2",
+        "gradient_checkpointing: true",
+        "precision: bfloat16",
+        "adapter",
+        "fsdp",
+    ):
         assert remedy in message
     smaller = dataclasses.replace(CHAT, batch_size=1, gradient_checkpointing=True, adapter=Adapter(rank=2))
     with pytest.raises(InputError) as told:
         engine.train(recipe(smaller), tmp_path / "smaller")
-    assert "accumulate" not in str(told.value)
+    assert "gradient_accumulation_steps" not in str(told.value)
     assert "adapter" not in str(told.value)
 
 

@@ -32,7 +32,7 @@ from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.plan import plan
 from convllava.training.recipe import Budget, Data, Evaluation, Recipe, Source, Stage
 
-BUDGET = Budget(tokens=150, pixels=4 * 128 * 128, passes=2)
+BUDGET = Budget(tokens=150, pixels=4 * 128 * 128, micro_batches=2)
 
 
 class Empty(Records):
@@ -150,7 +150,7 @@ def test_the_batches_that_training_gets_are_within_the_budget(folder, packing):
         batch = collate([passes[number]])
         assert batch["input_ids"].numel() <= BUDGET.tokens
         assert sum(image[0].numel() for image in batch.get("pixel_values", ())) <= BUDGET.pixels
-    assert len(passes) == planned.stages[0].steps * BUDGET.passes
+    assert len(passes) == planned.stages[0].steps * BUDGET.micro_batches
     assert len(passes.places) >= 48
 
 
@@ -233,11 +233,11 @@ def test_two_processes_have_the_losses_of_one(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": Data(), "epochs": None, "steps": 1}, "budget is for files"),
-        ({"accumulate": 2}, "passes stands in place of accumulate"),
-        ({"balance": 0.5}, "balance and questions are means within one pass"),
-        ({"questions": 0.5}, "balance and questions are means within one pass"),
-        ({"batch_size": 15}, "batch_size 15 is no multiple of budget.passes 2"),
+        ({"data": Data(), "epochs": None, "steps": 1}, "budget needs data from files"),
+        ({"gradient_accumulation_steps": 2}, "micro_batches replaces gradient_accumulation_steps"),
+        ({"answer_length_weighting": 0.5}, "prompt_loss_weight are means within one micro-batch"),
+        ({"prompt_loss_weight": 0.5}, "prompt_loss_weight are means within one micro-batch"),
+        ({"batch_size": 15}, "batch_size 15 is not a multiple of budget.micro_batches 2"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(folder, change, message):
@@ -255,7 +255,7 @@ def test_a_sample_larger_than_a_pass_is_named_before_anything_is_written(folder)
 def test_passes_that_processes_cannot_share_are_refused(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        InputError, match=r"budget\.passes 2 do not divide among 4 processes; make them a multiple of 4"
+        InputError, match=r"budget\.micro_batches 2 does not divide among 4 processes; make it a multiple of 4"
     ):
         engine.train(recipe(folder), folder / "run")
 
@@ -268,7 +268,7 @@ def test_a_plan_measures_nothing_and_counts_memory_within_the_budget(folder):
     sizes = {"tokens": 4096, "pixels": 1024 * 1024}
     wide = dataclasses.replace(recipe(folder).model, pixels={"max_pixels": 1024 * 1024})
     tight, loose = (
-        plan(dataclasses.replace(recipe(folder, budget=budget, trains={"stem": 1e-3}), model=wide))["stages"][0]
+        plan(dataclasses.replace(recipe(folder, budget=budget, learning_rates={"stem": 1e-3}), model=wide))["stages"][0]
         for budget in (Budget(**sizes), Budget(**sizes | {"pixels": 8 * 1024 * 1024}))
     )
     assert 0 < tight["memory_gb"]["tower"] < loose["memory_gb"]["tower"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import convllava
 from convllava.evaluation import evaluate
 from convllava.synthetic import World
-from convllava.training.recipe import load_recipe
+from convllava.training.recipe import Recipe
 from convllava.training.train import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
@@ -19,7 +19,7 @@ SMALL = {"mode": "native", "min_pixels": 16384, "max_pixels": 65536}
 
 
 def test_a_short_cut_of_the_quick_recipe_sees_colours(tmp_path):
-    recipe = load_recipe(RECIPE)
+    recipe = Recipe.load(RECIPE)
     scenes = {"kinds": {"scene": 1.0}}
     stages = [
         dataclasses.replace(stage, steps=STEPS[stage.name], data=dataclasses.replace(stage.data, **scenes))

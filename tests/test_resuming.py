@@ -34,7 +34,7 @@ from training_runs import (
 from convllava.errors import InputError
 from convllava.training import train as engine
 from convllava.training.objectives.auxiliary_heads import HEADS_FILE
-from convllava.training.recipe import Adapter, Evaluation, load_recipe
+from convllava.training.recipe import Adapter, Evaluation, Recipe, Stage
 
 
 @pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, MARKED, LOW], ids=lambda stage: stage.name)
@@ -52,8 +52,8 @@ def test_resumed_equals_uninterrupted(tmp_path, stage):
     assert spent == sorted(spent), "time on the processor adds up over resumed parts"
     assert not changed(weights(whole / f"0-{stage.name}"), weights(parts / f"0-{stage.name}"))
     heads = [run / f"0-{stage.name}" / HEADS_FILE for run in (whole, parts)]
-    assert {path.exists() for path in heads} == {stage.marks > 0}
-    if stage.marks:
+    assert {path.exists() for path in heads} == {stage.position_label_weight > 0}
+    if stage.position_label_weight:
         assert heads[0].read_bytes() == heads[1].read_bytes()
 
 
@@ -147,10 +147,24 @@ def test_settings_that_change_no_weight_may_change_when_a_run_is_resumed(tmp_pat
     with killed_after(3):
         engine.train(plan, parts, resume=True)
     assert (parts / ".0-chat.progress" / "checkpoint-3").exists()
-    assert load_recipe(parts / "recipe.yaml") == plan
+    assert Recipe.load(parts / "recipe.yaml") == plan
     engine.train(plan, parts, resume=True)
     assert logged(parts) == logged(whole)
     assert not changed(weights(whole / "0-chat"), weights(parts / "0-chat"))
+
+
+def test_a_run_begun_with_old_keys_is_resumed(tmp_path):
+    plan = recipe(dataclasses.replace(GUIDED, answer_length_weighting=0.5), save_every=2)
+    with killed_after(2):
+        engine.train(plan, tmp_path)
+    text = plan.dump()
+    for old, new in Stage.OLD_KEYS.items():
+        text = text.replace(f"  {new}:", f"  {old}:")
+    assert "guidance: 0.5" in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    engine.train(plan, tmp_path, resume=True)
+    assert logged(tmp_path, "step") == [1, 2, 3, 4]
+    assert (tmp_path / "recipe.yaml").read_text() == plan.dump()
 
 
 def test_a_used_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch):

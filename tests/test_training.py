@@ -20,7 +20,7 @@ from convllava.training import train as engine
 from convllava.training.logging import processor_seconds
 from convllava.training.optim import freeze_all_but, parameter_groups
 from convllava.training.plan import plan
-from convllava.training.recipe import ModelSpec, load_recipe
+from convllava.training.recipe import ModelSpec, Recipe
 
 
 def test_only_the_named_parts_change_and_every_stage_loads(tmp_path):
@@ -29,8 +29,8 @@ def test_only_the_named_parts_change_and_every_stage_loads(tmp_path):
     assert isinstance(convllava.load(last).ask(torch.zeros(64, 64).numpy(), "what?", max_new_tokens=3), str)
     begun = dict(engine.start(recipe(DENSE))[0].named_parameters())
     for before, after, trained in (
-        (begun, weights(tmp_path / "0-dense"), set(DENSE.trains)),
-        (weights(tmp_path / "0-dense"), weights(tmp_path / "1-chat"), set(CHAT.trains)),
+        (begun, weights(tmp_path / "0-dense"), set(DENSE.learning_rates)),
+        (weights(tmp_path / "0-dense"), weights(tmp_path / "1-chat"), set(CHAT.learning_rates)),
     ):
         assert {part_of(name) for name in changed(before, after)} == trained - {"head"}
 
@@ -43,18 +43,18 @@ def test_the_log_has_one_line_a_step(tmp_path):
     ]
     assert lines[-1]["images"] == 8
     assert lines[-1]["tokens"] > 8 * 20
-    assert set(lines[-1]["learning_rates"]) == set(CHAT.trains)
+    assert set(lines[-1]["learning_rates"]) == set(CHAT.learning_rates)
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert 0 <= lines[2]["colour"] <= 1
     for folder in (tmp_path, tmp_path / "0-dense", tmp_path / "1-chat"):
-        assert load_recipe(folder / "recipe.yaml") == recipe(DENSE, CHAT)
+        assert Recipe.load(folder / "recipe.yaml") == recipe(DENSE, CHAT)
     assert list((tmp_path / "tensorboard").rglob("events*"))
 
 
 def test_stable_rates_fall_in_the_last_fifth_of_the_steps(tmp_path):
     stage = dataclasses.replace(CHAT, steps=10, warmup=0.2, schedule="stable")
     engine.train(recipe(stage), tmp_path)
-    rates = [rate["projector"] / stage.trains["projector"] for rate in logged(tmp_path, "learning_rates")]
+    rates = [rate["projector"] / stage.learning_rates["projector"] for rate in logged(tmp_path, "learning_rates")]
     assert rates == pytest.approx([0.5, *[1.0] * 7, 0.5, 0.0])
 
 
@@ -70,7 +70,7 @@ def test_a_guided_run_logs_where_attention_looks(tmp_path):
 def test_what_is_asked_counts_by_its_weight(tmp_path):
     losses = []
     for number, weight in enumerate((0.0, 0.5, 1.0)):
-        stage = dataclasses.replace(CHAT, steps=1, questions=weight)
+        stage = dataclasses.replace(CHAT, steps=1, prompt_loss_weight=weight)
         engine.train(recipe(stage), tmp_path / str(number))
         losses.append(logged(tmp_path / str(number), "loss")[0])
     assert losses[1] - losses[0] > 1  # the vocabulary's entropy is 7
@@ -95,7 +95,7 @@ def test_every_parameter_belongs_to_one_part_and_one_group():
     parts = parts_of(model)
     assert list(parts) == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5", "projector", "language_model"]
     assert sum(len(parameters) for parameters in parts.values()) == len(list(model.parameters()))
-    freeze_all_but(model, CHAT.trains)
+    freeze_all_but(model, CHAT.learning_rates)
     for decay, muon in itertools.product((0.0, 0.1), (False, True)):
         groups = parameter_groups(
             model, dataclasses.replace(CHAT, weight_decay=decay, optimizer="muon" if muon else "adamw")
@@ -103,7 +103,7 @@ def test_every_parameter_belongs_to_one_part_and_one_group():
         assert any(group["muon"] for group in groups) == muon
         grouped = [id(p) for group in groups for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-        assert {group["part"]: group["lr"] for group in groups} == CHAT.trains
+        assert {group["part"]: group["lr"] for group in groups} == CHAT.learning_rates
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"] if decay)
 
 
@@ -155,7 +155,7 @@ def test_bad_models_are_refused_before_anything_is_written(tmp_path, change, mes
     [
         ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "kinds has 'novel'"),
         ({"data": dataclasses.replace(DATA, size=10)}, "size"),
-        ({"trains": {"projector": 1e-3}}, "the model has no part 'projector'"),
+        ({"learning_rates": {"projector": 1e-3}}, "the model has no part 'projector'"),
     ],
 )
 def test_a_plan_refuses_what_stops_a_dense_stage(tmp_path, change, message):
@@ -184,7 +184,7 @@ def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_bad_last_stage_is_refused_before_anything_is_written(tmp_path):
     for change, message in (
-        ({"trains": {"stage9": 1e-3}}, "the model has no part 'stage9'"),
+        ({"learning_rates": {"stage9": 1e-3}}, "the model has no part 'stage9'"),
         ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "kinds has 'novel'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from convllava.checkpoints import read
-from convllava.training.recipe import Data, ModelSpec, Recipe, Stage, dump_recipe
+from convllava.training.recipe import Data, ModelSpec, Recipe, Stage
 
 DATA = Data(size=128, simple=True, turns=2)
 SCENES = dataclasses.replace(DATA, kinds={"scene": 1})
@@ -23,8 +23,14 @@ ALIGN = Stage(
     "align", 4, {"stage5": 1e-3, "projector": 1e-3, "head": 1e-3}, SCENES, "align", batch_size=2, calibrate=True
 )
 CHAT = Stage("chat", 4, {"stage5": 1e-3, "projector": 2e-3, "language_model": 1e-3}, DATA, batch_size=2)
-GUIDED = dataclasses.replace(CHAT, name="guided", guidance=0.5, questions=0.3)
-MARKED = dataclasses.replace(GUIDED, name="marked", marks=0.5, letters=0.5, trains={**GUIDED.trains, "head": 1e-3})
+GUIDED = dataclasses.replace(CHAT, name="guided", attention_supervision=0.5, prompt_loss_weight=0.3)
+MARKED = dataclasses.replace(
+    GUIDED,
+    name="marked",
+    position_label_weight=0.5,
+    character_label_weight=0.5,
+    learning_rates={**GUIDED.learning_rates, "head": 1e-3},
+)
 """Of a model with one layer, which asks its embeddings."""
 LOW = dataclasses.replace(GUIDED, name="low", precision="bfloat16", optimizer="muon")
 
@@ -60,7 +66,7 @@ def recipe(*stages: Stage, **settings: object) -> Recipe:
 def command(plan: Recipe, output: Path, program: Sequence[str] = ONE) -> list[str]:
     """The command line that begins or continues a run; the recipe is written beside the run's folder."""
     path = output.with_name(f"{output.name}.yaml")
-    path.write_text(dump_recipe(plan))
+    path.write_text(plan.dump())
     return [sys.executable, *program, "train", str(path), "--resume", "--output", str(output)]
 
 

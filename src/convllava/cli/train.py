@@ -12,7 +12,7 @@ from convllava.cli.options import AsJson, show
 from convllava.errors import InputError
 
 RecipeFile = Annotated[Path, typer.Argument(help="A YAML file, see recipes/.")]
-Settings = Annotated[
+Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. stages.dense.steps=100.")
 ]
 
@@ -22,7 +22,7 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints and logs.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cap every stage at so many steps.")] = None,
-    settings: Settings = None,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would train, and which files are missing.")
     ] = False,
@@ -30,9 +30,9 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Train the stages of a recipe."""
-    from convllava.training.recipe import load_recipe
+    from convllava.training.recipe import Recipe
 
-    loaded = load_recipe(recipe, settings or ())
+    loaded = Recipe.load(recipe, overrides or ())
     if dry_run:
         if resume or max_steps is not None or output is not None:
             raise InputError(
@@ -75,15 +75,15 @@ def check(
     output: Annotated[Path, typer.Option(help="Folder for report.jsonl, summary.json, sizes.png.")] = Path(
         "runs/check"
     ),
-    settings: Settings = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every sample of a recipe's files, and tell what is wrong with them; an interrupted check goes on."""
     from convllava.training.check_data import check as run
     from convllava.training.check_data import table_of, verdict
-    from convllava.training.recipe import load_recipe
+    from convllava.training.recipe import Recipe
 
-    summary = run(load_recipe(recipe, settings or ()), output, workers)
+    summary = run(Recipe.load(recipe, overrides or ()), output, workers)
     show(summary, as_json, lambda: [table_of(summary)])
     if told := verdict(summary):
         raise InputError(told)
@@ -94,11 +94,11 @@ def preview(
     stage: Annotated[str | None, typer.Option(help="By its name; the first one if not given.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many, the first that the stage sees.")] = 6,
     output: Annotated[Path, typer.Option(help="A picture.")] = Path("preview.png"),
-    settings: Settings = None,
+    overrides: Overrides = None,
 ) -> None:
     """Draw samples as the model will see them: pixels, visual tokens, and which text is supervised."""
     from convllava.training.preview import preview as run
-    from convllava.training.recipe import load_recipe
+    from convllava.training.recipe import Recipe
 
-    run(load_recipe(recipe, settings or ()), stage, samples, output)
+    run(Recipe.load(recipe, overrides or ()), stage, samples, output)
     print(output)

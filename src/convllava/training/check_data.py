@@ -25,7 +25,7 @@ from convllava.errors import InputError
 from convllava.io import make_output, replacing, write_json
 from convllava.training.check_data_report import Job, Notes, examine_all, jobs_of
 from convllava.training.datasets import stamps_of
-from convllava.training.recipe import Recipe, dump_recipe
+from convllava.training.recipe import Recipe
 
 
 class SourceSummary(TypedDict):
@@ -131,7 +131,7 @@ def verdict(summary: Summary) -> str | None:
 def _digest(recipe: Recipe, jobs: list[Job]) -> str:
     """Of all that findings depend on, but for images in files of their own."""
     files = [(stamps_of(recipe, job.source), len(job.examination)) for job in jobs]
-    return hashlib.sha256(f"{dump_recipe(recipe)}{files}".encode()).hexdigest()
+    return hashlib.sha256(f"{recipe.dump()}{files}".encode()).hexdigest()
 
 
 def _write(recipe: Recipe, tallies: list[Tally], notes: Notes, output: Path) -> Summary:

@@ -55,19 +55,19 @@ def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int
         return FileDataset(mixture, processor, length, max_tokens=data.max_tokens, truncate=data.overlong == "truncate")
     world = make_world(data, _seed(recipe, index), split)
     if stage.objective == "dense":
-        return DenseDataset(world, processor, length, sheets=data.sheets)
+        return DenseDataset(world, processor, length, sheets=data.glyph_sheets)
     if stage.objective == "align":
-        return AlignDataset(world, processor, length, sheets=data.sheets, stride=processor.image_processor.stride)
+        return AlignDataset(world, processor, length, sheets=data.glyph_sheets, stride=processor.image_processor.stride)
     return ChatDataset(
         world,
         processor,
         length,
         captions=data.captions,
-        casual=data.casual,
+        casual=data.casual_questions,
         images=data.images,
-        guided=stage.guidance > 0,
-        marked=stage.marks > 0,
-        letters=stage.letters > 0,
+        guided=stage.attention_supervision > 0,
+        marked=stage.position_label_weight > 0,
+        letters=stage.character_label_weight > 0,
     )
 
 
@@ -128,7 +128,7 @@ def make_world(data: Data, seed: int, split: str = "train") -> World:
         simple=data.simple,
         turns=data.turns,
         grounding=data.grounding,
-        darkest=data.darkest,
+        darkest=data.min_brightness,
     )
 
 

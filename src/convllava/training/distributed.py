@@ -33,7 +33,7 @@ def wait_for_all() -> None:
 
 def passes_of(stage: Stage, processes: int) -> int:
     """Forward passes of one process per optimiser step."""
-    return stage.accumulate if stage.budget is None else stage.budget.passes // processes
+    return stage.gradient_accumulation_steps if stage.budget is None else stage.budget.micro_batches // processes
 
 
 def samples_of(stage: Stage, processes: int) -> int:
@@ -48,13 +48,14 @@ def check_processes(recipe: Recipe, processes: int) -> None:
         InputError: names the stage.
     """
     for stage in recipe.stages:
-        if stage.budget is not None and stage.budget.passes % processes:
+        if stage.budget is not None and stage.budget.micro_batches % processes:
             raise InputError(
-                f"stage {stage.name}: budget.passes {stage.budget.passes} do not divide among {processes} processes; "
-                f"make them a multiple of {processes}"
+                f"stage {stage.name}: budget.micro_batches {stage.budget.micro_batches} does not divide among "
+                f"{processes} processes; make it a multiple of {processes}"
             )
-        if stage.budget is None and stage.batch_size % (stage.accumulate * processes):
+        if stage.budget is None and stage.batch_size % (stage.gradient_accumulation_steps * processes):
             raise InputError(
                 f"stage {stage.name}: batch_size {stage.batch_size} does not divide among {processes} processes "
-                f"with accumulate {stage.accumulate}; make it a multiple of {stage.accumulate * processes}"
+                f"with gradient_accumulation_steps {stage.gradient_accumulation_steps}; make it a multiple of "
+                f"{stage.gradient_accumulation_steps * processes}"
             )

@@ -72,8 +72,8 @@ def _beginning(tower: ConvLlavaVisionModel, count: int, precision: torch.dtype) 
 
 def frozen_stages(stage: Stage, stages: int) -> int:
     """How many of a tower's stages come before the first that trains."""
-    trained = [int(part.removeprefix("stage")) - 1 for part in stage.trains if part.startswith("stage")]
-    return 0 if "stem" in stage.trains else min(trained, default=stages)
+    trained = [int(part.removeprefix("stage")) - 1 for part in stage.learning_rates if part.startswith("stage")]
+    return 0 if "stem" in stage.learning_rates else min(trained, default=stages)
 
 
 def frozen_of(recipe: Recipe, stage: Stage, tower: ConvLlavaVisionModel, output: Path) -> FrozenStages | None:

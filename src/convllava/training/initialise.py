@@ -52,7 +52,8 @@ def outline(recipe: Recipe) -> ConvLlavaForConditionalGeneration:
         if name := spec.preset or spec.checkpoint:
             config = configuration_of(name)
             if spec.preset is not None:
-                config.row_separator, config.coordinate_embedding = spec.knows_places
+                config.row_separator = spec.has_row_separator
+                config.coordinate_embedding = spec.has_coordinate_embedding
             return ConvLlavaForConditionalGeneration(config)
         if spec.vision_from is None:
             return _fresh(spec, recipe.seed)[0]
@@ -69,7 +70,7 @@ def processor_of(recipe: Recipe) -> ConvLlavaProcessor:
     if spec.checkpoint is not None:
         return checkpoints.processor(checkpoints.find(spec.checkpoint))
     if spec.language_from is not None:
-        return build_processor(spec.language_from, pixels=_pixels_of(spec), row_separator=spec.knows_places[0])
+        return build_processor(spec.language_from, pixels=_pixels_of(spec), row_separator=spec.has_row_separator)
     with torch.device("meta"):
         return _fresh(spec, recipe.seed)[1]
 
@@ -80,14 +81,13 @@ def _assemble(spec: ModelSpec, seed: int) -> Parts:
     assert spec.language_from is not None
     preset = preset_of(spec)
     depths = preset.get("vision", {}).get("depths", [])
-    row_separator, coordinate_embedding = spec.knows_places
     assembly = build(
         vision=spec.vision_from,
         language=spec.language_from,
         stage5_depth=depths[4] if len(depths) > 4 else STAGE5_DEPTH,
         pixels=_pixels_of(spec),
-        row_separator=row_separator,
-        coordinate_embedding=coordinate_embedding,
+        row_separator=spec.has_row_separator,
+        coordinate_embedding=spec.has_coordinate_embedding,
         seed=seed,
     )
     if spec.preset is not None:
@@ -128,14 +128,13 @@ def check_preset(name: str, config: ConvLlavaConfig) -> None:
 
 def _fresh(spec: ModelSpec, seed: int) -> Parts:
     check_settings(spec)
-    row_separator, coordinate_embedding = spec.knows_places
     return build_fresh(
         vision=spec.vision,
         language=spec.language,
         pixels=spec.pixels,
         words=closed_vocabulary(),
-        row_separator=row_separator,
-        coordinate_embedding=coordinate_embedding,
+        row_separator=spec.has_row_separator,
+        coordinate_embedding=spec.has_coordinate_embedding,
         seed=seed,
     )
 

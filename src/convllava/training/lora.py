@@ -35,7 +35,7 @@ def attach(model: ConvLlavaForConditionalGeneration, stage: Stage) -> Any:
         lora_dropout=adapter.dropout,
         use_dora=adapter.dora,
         target_modules=pattern_of(model, adapter.parts),
-        modules_to_save=[module_of(part) for part in stage.trains if part not in adapter.parts] or None,
+        modules_to_save=[module_of(part) for part in stage.learning_rates if part not in adapter.parts] or None,
     )
     return peft.get_peft_model(model, config)
 
@@ -72,10 +72,10 @@ def check_adaptable(stage: Stage) -> None:
             raise InputError(
                 f"stage {stage.name}: adapter: {part} takes none; language_model and stages of the tower do"
             )
-        if part not in stage.trains:
-            raise InputError(f"stage {stage.name}: adapter: give {part} a learning rate in trains")
-    if "language_model" in stage.trains and "language_model" not in stage.adapter.parts:
-        raise InputError(f"stage {stage.name}: adapter: parts must have language_model, or trains must not")
+        if part not in stage.learning_rates:
+            raise InputError(f"stage {stage.name}: adapter: give {part} a learning rate in learning_rates")
+    if "language_model" in stage.learning_rates and "language_model" not in stage.adapter.parts:
+        raise InputError(f"stage {stage.name}: adapter: parts must have language_model, or learning_rates must not")
 
 
 def module_of(part: str) -> str:

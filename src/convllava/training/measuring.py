@@ -90,8 +90,8 @@ def plan_passes(recipe: Recipe, index: int, processor: ConvLlavaProcessor, outpu
 def limits_of(stage: Stage) -> Limits:
     """What a pass of the stage holds."""
     assert stage.budget is not None
-    samples = stage.batch_size // stage.budget.passes
-    return Limits(stage.budget.passes, samples, stage.budget.tokens, stage.budget.pixels, stage.packing)
+    samples = stage.batch_size // stage.budget.micro_batches
+    return Limits(stage.budget.micro_batches, samples, stage.budget.tokens, stage.budget.pixels, stage.packing)
 
 
 def costs_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor, folder: Path) -> Integers:

@@ -76,8 +76,8 @@ def tower_activations(config: ConvLlavaVisionConfig, stage: Stage, pixels: int) 
     block keeps its input alone, and one block at a time all.
     """
     kept, largest = 0, 0
-    first = min((int(part[5:]) for part in stage.trains if part.startswith("stage")), default=None)
-    first = 1 if "stem" in stage.trains else first
+    first = min((int(part[5:]) for part in stage.learning_rates if part.startswith("stage")), default=None)
+    first = 1 if "stem" in stage.learning_rates else first
     if first is None:
         return 0
     for number, (depth, width) in enumerate(zip(config.depths, config.hidden_sizes, strict=True)):
@@ -146,8 +146,9 @@ def _sharing(recipe: Recipe) -> int:
 def _remedies(recipe: Recipe, stage: Stage) -> Iterator[str]:
     if stage.budget is not None:
         yield "a smaller budget"
-    elif stage.batch_size > stage.accumulate:
-        yield f"accumulate: {2 * stage.accumulate} (the same steps in smaller passes)"
+    elif stage.batch_size > stage.gradient_accumulation_steps:
+        more = 2 * stage.gradient_accumulation_steps
+        yield f"gradient_accumulation_steps: {more} (the same steps in smaller micro-batches)"
     if not stage.gradient_checkpointing and stage.objective == "chat":
         yield "gradient_checkpointing: true"
     if stage.precision == "float32":
@@ -155,7 +156,7 @@ def _remedies(recipe: Recipe, stage: Stage) -> Iterator[str]:
     yield "pixels: {max_pixels: fewer}"
     if stage.data.sources:
         yield "data.max_tokens"
-    if stage.adapter is None and "language_model" in stage.trains and stage.objective == "chat":
+    if stage.adapter is None and "language_model" in stage.learning_rates and stage.objective == "chat":
         yield "adapter (LoRA)"
     if recipe.sharding == "none" and stage.objective == "chat":
         yield "sharding: fsdp over more processes"

@@ -22,7 +22,7 @@ def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> None:
     parts, trains = parts_of(model), set(trains)
     for part in sorted(trains - set(parts)):
         hint = nearest(part, parts) or f"; it has {', '.join(parts)}"
-        raise InputError(f"trains: the model has no part {part!r}{hint}")
+        raise InputError(f"learning_rates: the model has no part {part!r}{hint}")
     for part, parameters in parts.items():
         for _, parameter in parameters:
             parameter.requires_grad_(part in trains)
@@ -53,7 +53,7 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
                     parameter
                 )
         for (is_matrix, mixes, below), chosen in kinds.items():
-            rate = stage.trains[part] * stage.layer_decays.get(part, 1.0) ** below
+            rate = stage.learning_rates[part] * stage.layer_decays.get(part, 1.0) ** below
             decay = stage.weight_decays.get(part, stage.weight_decay) if is_matrix else 0.0
             groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part, "muon": mixes})
     return groups

@@ -97,7 +97,7 @@ def _stage_plan(
         "name": stage.name,
         "objective": stage.objective,
         "parameters": parameters,
-        "learning_rates": stage.trains,
+        "learning_rates": stage.learning_rates,
         "trained": _trained(stage, model, parameters),
         "batch_size": stage.batch_size,
         "steps": stage.steps,
@@ -112,16 +112,16 @@ def _check_parts(stage: Stage, model: ConvLlavaForConditionalGeneration) -> None
     the others are made when they train."""
     if stage.objective == "dense":
         with torch.device("meta"):
-            freeze_all_but(DensePretraining(model.model.vision_tower), stage.trains)
+            freeze_all_but(DensePretraining(model.model.vision_tower), stage.learning_rates)
     else:
-        freeze_all_but(model, set(stage.trains) - {"head"})
+        freeze_all_but(model, set(stage.learning_rates) - {"head"})
 
 
 def _trained(stage: Stage, model: ConvLlavaForConditionalGeneration, parameters: dict[str, int]) -> int:
     """Parameters that train: of a part whole, or the two small matrices beside each of its linear layers."""
     adapter = stage.adapter
     adapted = adapter.parts if adapter is not None else []
-    whole = sum(parameters[part] for part in stage.trains if part != "head" and part not in adapted)
+    whole = sum(parameters[part] for part in stage.learning_rates if part != "head" and part not in adapted)
     if adapter is None:
         return whole
     layers = [layer for part in adapted for layer in model.get_submodule(module_of(part)).modules()]

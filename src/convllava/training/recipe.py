@@ -1,46 +1,133 @@
-"""A recipe is data: what is built, and the ordered list of stages that train it. YAML <-> dataclasses, strictly."""
+"""Recipes: which model is built, and the ordered list of stages that train it. Plain dataclasses, read from YAML.
+
+recipe = Recipe.load("recipes/tiny-quick.yaml", {"stages.instruct.steps": 10})
+print(recipe.dump())
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
-from convllava.errors import InputError
-from convllava.training import recipe_yaml
-from convllava.training.recipe_data import Data, Source
+from convllava.data import Format
+from convllava.errors import ConfigError
+from convllava.training.recipe_yaml import flattened, read_yaml
 
 Objective = Literal["dense", "align", "chat"]
 
 
 @dataclass(frozen=True)
+class Source:
+    """Files of conversations; docs/data.md shows every format."""
+
+    path: str | list[str]
+    """A file, a pattern of files with `*`, or a list of both: paths relative to the recipe's `data_root`, or addresses
+    that fsspec opens. With the format `datasets` also a name for `datasets.load_dataset`."""
+    images: str = ""
+    """Folder that the images' paths are relative to; itself relative to `data_root`."""
+    format: Format | None = None
+    """None: found from the file's name."""
+    subset: str | None = None
+    """Configuration name for `datasets.load_dataset`."""
+    split: str = "train"
+    """Split for `datasets.load_dataset`."""
+    limit: int | None = None
+    """Use only the first samples, at most this many."""
+    repeat: float = 1.0
+    """How often an epoch uses each sample; 1.5 uses the first half twice."""
+    weight: float | None = None
+    """Share of an epoch, relative to the weights of the stage's other sources; replaces `repeat`. Either all sources of
+    a stage have one or none. An epoch is as long as all sources together; samples left out of it come in the next."""
+
+    def __post_init__(self) -> None:
+        if self.repeat <= 0 or (self.limit is not None and self.limit < 1):
+            raise ConfigError(f"source {self.name}: repeat must be above 0 and limit 1 or more")
+        if self.weight is not None and (self.weight <= 0 or self.repeat != 1.0):
+            raise ConfigError(f"source {self.name}: weight must be above 0, and cannot be combined with repeat")
+        if not self.paths:
+            raise ConfigError("a source needs a path")
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def name(self) -> str:
+        """Name of the source in reports and messages."""
+        return ", ".join([*self.paths[:2], "..."][: len(self.paths)]) + (f" ({self.subset})" if self.subset else "")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples of a stage: from files if `sources` are given, else from the generated world. In the generated world one
+    page gives one sequence: questions with their answers, and its caption."""
+
+    OLD_KEYS: ClassVar = {"darkest": "min_brightness", "casual": "casual_questions", "sheets": "glyph_sheets"}
+
+    sources: list[Source] = field(default_factory=list)
+    """Files of conversations; the settings of the generated world are then ignored."""
+    max_tokens: int | None = None
+    """Longest sequence of a sample from files, visual tokens included; None: the language model's context."""
+    overlong: Literal["truncate", "skip"] = "truncate"
+    """What happens to longer samples. A sample is skipped if the cut would go through an image."""
+    max_skipped: float = 0.05
+    """Bad samples of files are skipped and listed in `skipped.jsonl`; a larger share than this stops the run."""
+    size: int = 384
+    """Square root of the pages' area in pixels."""
+    kinds: dict[str, float] | None = None
+    """Weights of the kinds of page; None: the world's default mix."""
+    simple: bool = False
+    """Use the simpler world of shapes, tickets and bar charts."""
+    turns: int = 6
+    """Question-answer turns per image."""
+    grounding: float = 0.12
+    """Share of the turns that ask for a box."""
+    min_brightness: float = 1.0
+    """Brightness of the darkest page as a share of full light; below 1, some pages are darkened."""
+    captions: float = 1.0
+    """Share of samples with the caption before or, mostly, after the turns."""
+    casual_questions: float = 0.0
+    """Share of the questions without capitals and final mark, or after other words such as "One question:"."""
+    images: bool = True
+    """False: the same conversations without the image, for a language model that has never seen text."""
+    glyph_sheets: float = 0.0
+    """Share of glyph sheets, pages full of single characters (objectives dense and align only)."""
+
+    def __post_init__(self) -> None:
+        weighted = [source for source in self.sources if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            raise ConfigError(f"source {weighted[0].name}: give all sources of a stage a weight, or none")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """What the first stage starts from: a saved model, or a fresh one built from configurations."""
+    """The model before the first stage: a saved model, or a new one built from pretrained parts or configurations."""
 
     checkpoint: str | None = None
-    """Folder or hub id of a model to start from, alone."""
+    """Folder or hub id of a model to start from; excludes all other keys."""
     vision_from: str | None = None
-    """Folder of a pretrained four-stage ConvNeXt, to which a fifth stage is added; with `language_from`."""
+    """Folder of a pretrained four-stage ConvNeXt, to which a fifth stage is added; needs `language_from`."""
     language_from: str | None = None
-    """Folder or hub id of a pretrained causal language model with its tokenizer; with `vision_from`."""
+    """Folder or hub id of a pretrained causal language model with its tokenizer; needs `vision_from`."""
     preset: str | None = None
-    """A published architecture (see `convllava info`) that the two must fit, and its pixels."""
+    """A published architecture (see `convllava info`) that both parts must match; it also sets `pixels`."""
     vision: dict[str, Any] = field(default_factory=dict)
-    """Settings of a fresh `ConvLlavaVisionConfig`."""
+    """Settings of a new `ConvLlavaVisionConfig`."""
     language: dict[str, Any] = field(default_factory=dict)
-    """Settings of a fresh causal language model; `model_type` names its family (default llama)."""
+    """Settings of a new causal language model; `model_type` names its family (default llama)."""
     pixels: dict[str, Any] = field(default_factory=dict)
-    """Settings of a fresh image processor: mode, min_pixels, max_pixels, side."""
+    """Settings of a new image processor: mode, min_pixels, max_pixels, side."""
     row_separator: bool | None = None
-    """Whether a learned token ends each row of visual tokens; None: in fresh models, not beside pretrained parts."""
+    """Whether a learned token ends each row of visual tokens. None: only if the parts are not pretrained."""
     coordinate_embedding: bool | None = None
-    """Whether visual tokens are told where they stand; None: as above."""
+    """Whether a learned projection of their coordinates is added to visual tokens. None: as `row_separator`."""
 
     def __post_init__(self) -> None:
         settings = self.vision or self.language
@@ -50,20 +137,23 @@ class ModelSpec:
             if f.name != "checkpoint" and getattr(self, f.name) not in (None, {})
         ]
         if self.checkpoint is not None and given:
-            raise InputError(f"model: checkpoint stands alone; leave out {', '.join(given)}")
+            raise ConfigError(f"model: checkpoint is a whole model; leave out {', '.join(given)}")
         if (self.vision_from is None) != (self.language_from is None):
-            raise InputError("model: vision_from and language_from come together")
+            raise ConfigError("model: give vision_from and language_from together")
         if self.vision_from is not None and settings:
-            raise InputError("model: vision and language describe fresh parts; leave them out beside vision_from")
+            raise ConfigError("model: vision and language configure new parts; leave them out if vision_from is given")
         if self.preset is not None and (self.vision_from is None or self.pixels):
-            raise InputError("model: preset needs vision_from and language_from, and has pixels of its own")
+            raise ConfigError("model: preset needs vision_from and language_from, and sets pixels itself")
 
     @property
-    def knows_places(self) -> tuple[bool, bool]:
-        """Row separators and coordinates, as asked for or by default."""
-        default = self.vision_from is None
-        rows, coordinates = self.row_separator, self.coordinate_embedding
-        return default if rows is None else rows, default if coordinates is None else coordinates
+    def has_row_separator(self) -> bool:
+        """`row_separator`, or its default."""
+        return self.vision_from is None if self.row_separator is None else self.row_separator
+
+    @property
+    def has_coordinate_embedding(self) -> bool:
+        """`coordinate_embedding`, or its default."""
+        return self.vision_from is None if self.coordinate_embedding is None else self.coordinate_embedding
 
 
 @dataclass(frozen=True)
@@ -73,282 +163,271 @@ class Evaluation:
     every: int = 200
     """Steps between two evaluations."""
     samples: int = 64
-    """Of the generated world's held-out split, or of the sources below."""
+    """Number of samples: from the generated world's held-out split, or from the sources below."""
     sources: list[Source] = field(default_factory=list)
-    """Files that the stage does not train on, where it trains on files."""
+    """Files that the stage does not train on; needed if it trains on files."""
     patience: int | None = None
-    """Stop after so many evaluations without a smaller loss, and in any case keep the weights that had the smallest."""
+    """Stop after this many evaluations without a smaller loss, and keep the weights with the smallest loss."""
     pictures: int = 4
     """Held-out samples that are answered at each evaluation and drawn in TensorBoard."""
 
     def __post_init__(self) -> None:
         least = min(self.every, self.samples, 1 if self.patience is None else self.patience)
         if least < 1 or self.pictures < 0:
-            raise InputError("evaluation: every, samples and patience are 1 or more, pictures 0 or more")
+            raise ConfigError("evaluation: every, samples and patience must be 1 or more, pictures 0 or more")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA in place of the weights of some parts; other parts that train are saved whole with it."""
+    """LoRA on some parts; other parts that train are saved whole with the adapter."""
 
     rank: int = 16
-    """Of the two small matrices beside each linear layer."""
+    """Rank of the update of each linear layer."""
     alpha: float | None = None
-    """What they add is scaled by alpha / rank; None: twice the rank."""
+    """The update is scaled by alpha / rank; None: twice the rank."""
     dropout: float = 0.0
-    """Of what goes into them, while training."""
+    """Dropout on the adapter's inputs while training."""
     parts: list[str] = field(default_factory=lambda: ["language_model"])
-    """Which of the parts that train do so through them: language_model, or stages of the tower."""
+    """Parts that are adapted, all of which need a learning rate: language_model, or stages of the tower."""
     dora: bool = False
-    """Learn the length of each weight's rows apart from their direction (arXiv 2402.09353)."""
+    """Learn magnitude and direction of the weights separately (DoRA, arXiv 2402.09353)."""
     four_bit: bool = False
-    """Keep the language model in four bits (QLoRA, arXiv 2305.14314), for which bitsandbytes must have a device."""
+    """Keep the language model in four bits (QLoRA, arXiv 2305.14314); needs bitsandbytes and a device it supports."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1 or (self.alpha is not None and self.alpha <= 0):
-            raise InputError("adapter: rank is 1 or more, alpha above 0, dropout a share of 0 or more and below 1")
+            raise ConfigError("adapter: rank must be 1 or more, alpha above 0, dropout 0 or more and below 1")
         if not self.parts:
-            raise InputError("adapter: parts names at least one part, such as language_model")
+            raise ConfigError("adapter: parts needs at least one part, such as language_model")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Passes filled by what samples cost, in place of a fixed number of samples; of data that come from files."""
+    """Micro-batches limited by tokens and pixels instead of by a fixed number of samples; only for data from files."""
+
+    OLD_KEYS: ClassVar = {"passes": "micro_batches"}
 
     tokens: int | None = None
-    """Positions that the language model computes in a pass, padding included, at most."""
+    """Most positions that the language model computes in a micro-batch, padding included."""
     pixels: int | None = None
-    """Pixels of all images of a pass, as resized, at most."""
-    passes: int = 1
-    """Per optimiser step, shared by the processes."""
+    """Most pixels of all images of a micro-batch, as resized."""
+    micro_batches: int = 1
+    """Micro-batches per optimiser step, shared by the processes."""
 
     def __post_init__(self) -> None:
-        if self.tokens is None and self.pixels is None:
-            raise InputError("budget: give tokens, pixels or both")
-        if min(1 if self.tokens is None else self.tokens, 1 if self.pixels is None else self.pixels, self.passes) < 1:
-            raise InputError("budget: tokens, pixels and passes are 1 or more")
+        given = [value for value in (self.tokens, self.pixels) if value is not None]
+        if not given:
+            raise ConfigError("budget: give tokens, pixels or both")
+        if min(*given, self.micro_batches) < 1:
+            raise ConfigError("budget: tokens, pixels and micro_batches must be 1 or more")
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of training."""
 
+    OLD_KEYS: ClassVar = {
+        "trains": "learning_rates",
+        "accumulate": "gradient_accumulation_steps",
+        "balance": "answer_length_weighting",
+        "guidance": "attention_supervision",
+        "marks": "position_label_weight",
+        "letters": "character_label_weight",
+        "questions": "prompt_loss_weight",
+    }
+    """Keys of earlier recipes -> their names now."""
+
     name: str
-    """Names the folder of the stage's checkpoint."""
+    """Name of the stage and, after its number, of the folder of its checkpoint."""
     steps: int | None = None
     """Optimiser steps."""
-    trains: dict[str, float] = field(default_factory=dict)
-    """Part -> peak learning rate. Parts: stem, stage1, stage2 ..., projector, language_model, and
-    head, of the objectives dense and align and with marks. Others are frozen."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Part -> peak learning rate. Parts: stem, stage1, stage2 ..., projector, language_model, and head (the auxiliary
+    heads of the objectives dense and align, and of position labels). Other parts are frozen."""
     data: Data = field(default_factory=Data)
-    """What the stage sees."""
+    """Samples to train on."""
     objective: Objective = "chat"
-    """`chat` supervises the assistant's text; `dense` trains the first four stages on what stands where; `align`
-    trains visual tokens to name what they show."""
+    """`chat` supervises the assistant's text; `dense` trains the first four stages of the tower to predict what each
+    cell shows; `align` trains visual tokens to name what they show."""
     epochs: float | None = None
-    """In place of steps, where the data are files: how often every sample comes."""
+    """Replaces `steps` for data from files: how often every sample is used."""
     pixels: dict[str, Any] = field(default_factory=dict)
-    """Settings of the image processor that change with this stage and stay changed: min_pixels, side ..."""
+    """Settings of the image processor to change for this stage and all later ones: min_pixels, side ..."""
     batch_size: int = 8
-    """Samples per optimiser step; with a budget, at most so many."""
+    """Samples per optimiser step; with a budget, the most samples."""
     budget: Budget | None = None
-    """Fill passes up to so many tokens and pixels, with samples of similar cost."""
+    """Fill micro-batches up to a number of tokens and pixels, with samples of similar cost."""
     packing: bool = False
-    """Lay the samples of a pass end to end in one row, none seeing another, in place of padding them."""
-    accumulate: int = 1
-    """Forward passes per optimiser step: each takes batch_size / accumulate samples."""
+    """Concatenate the samples of a micro-batch in one row instead of padding them; attention stays within samples."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimiser step, each of batch_size / gradient_accumulation_steps samples."""
     schedule: Literal["cosine", "linear", "constant", "stable"] = "cosine"
-    """Of the learning rate, after the warm-up. stable: constant, and linear to 0 in the last fifth of the steps; a run
-    can then be made longer from where that begins (arXiv 2404.06395, section 4)."""
+    """Learning rate after the warm-up. stable: constant, then linear to 0 in the last fifth of the steps; such a run
+    can be made longer from the step at which the decay begins (arXiv 2404.06395, section 4)."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonal steps for the matrices that mix channels, AdamW for the rest; at the same learning rate."""
+    """muon: orthogonal steps for the matrices that mix channels, AdamW for the rest, at the same learning rate."""
     weight_decay: float = 0.0
-    """On matrices only."""
+    """Decay of matrices; vectors are not decayed."""
     weight_decays: dict[str, float] = field(default_factory=dict)
-    """Part -> its weight decay, where it is another."""
+    """Part -> its weight decay, if different from `weight_decay`."""
     layer_decays: dict[str, float] = field(default_factory=dict)
-    """Part -> by how much the learning rate of each of its layers is smaller than that of the next, for language_model
-    and the tower's stages: 0.9 halves it in seven layers."""
+    """Part -> factor of the learning rate from each layer to the layer before it, for language_model and the tower's
+    stages: with 0.9 the rate halves in seven layers."""
     ema: float = 0.0
-    """Evaluate and leave a running average of the weights, of which each step keeps this share; 0: the last weights."""
+    """Decay of a running average of the weights, which is evaluated and saved; 0: use the weights of the last step."""
     adam_beta2: float = 0.999
-    """AdamW's memory of squared gradients."""
+    """Decay of AdamW's average of squared gradients."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; .inf leaves them as they are."""
+    """Gradients are clipped to this norm; .inf turns clipping off."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: products under autocast, Muon's steps and the tower's frozen stages; weights stay in float32."""
+    """bfloat16: autocast, Muon's steps and the tower's frozen stages; weights stay in float32."""
     calibrate: bool = False
-    """Shift and scale the last stage and the projector on a few pages before the first step, where they are new."""
-    balance: float = 0.0
-    """0: every supervised token counts alike; 1: every answer does, however long; between: in between."""
-    guidance: float = 0.0
-    """Weight of the loss that asks the language model's attention to look where an answer stands and at what a question
-    names."""
-    marks: float = 0.0
-    """Weight of the loss that asks, through heads that are no part of it, the language model's lower layers at each
-    visual token which line, word, bar ... stands there, and its box; `trains` then has the part `head`."""
-    letters: float = 0.0
-    """Weight, in a stage with marks, of the loss that asks each visual token, before the language model, for the
-    characters in it."""
-    questions: float = 0.0
-    """Weight of the loss of all text that is no answer: a language model from nothing learns to read from what
-    questions name of the page, too."""
+    """Shift and scale the tower's last stage and the projector on a few pages before the first step, if new."""
+    answer_length_weighting: float = 0.0
+    """0: every supervised token has the same weight; 1: every answer has, however long; values between interpolate."""
+    attention_supervision: float = 0.0
+    """Weight of a loss on the language model's attention: it should look at the place of the answer and of what a
+    question names. Only for the generated world."""
+    position_label_weight: float = 0.0
+    """Weight of a loss on auxiliary heads, which are not part of the model: each visual token predicts, in the lower
+    layers of the language model, its line, word, bar ... and box. `learning_rates` then needs the part `head`."""
+    character_label_weight: float = 0.0
+    """Weight, in a stage with position labels, of a loss that asks each visual token, before the language model, for
+    the characters in it."""
+    prompt_loss_weight: float = 0.0
+    """Weight of the loss of all text that is not an answer. A language model that was never trained also learns to read
+    from the parts of a page that questions name."""
     gradient_checkpointing: bool = False
-    """Trade time for memory, in the tower too."""
+    """Recompute activations in the backward pass, also in the tower: less memory, more time."""
     feature_cache_gb: float = 0.0
-    """Keep so many GB of what the tower's frozen stages make of the images of files, beside the output folder."""
+    """Size in GB of a cache on disk of the outputs of the tower's frozen stages, next to the output folder; only for
+    data from files."""
     evaluation: Evaluation | None = None
-    """Measure the loss on held-out samples meanwhile."""
+    """Measure the loss on held-out samples while training."""
     adapter: Adapter | None = None
     """Train some parts by LoRA; the stage's folder then holds an adapter (see `convllava merge`)."""
 
     def __post_init__(self) -> None:
-        self._check_finite(f"stage {self.name}")
-        self._check_shares(f"stage {self.name}")
-        self._check_length(f"stage {self.name}")
-        for is_bad, told in self._rules():
-            if is_bad:
-                raise InputError(f"stage {self.name}: {told}")
-        self._check_decays(f"stage {self.name}")
-
-    def _rules(self) -> typing.Iterator[tuple[bool, str]]:
-        """What must not be, and what is said then."""
-        chat, pointed = self.objective == "chat", self.guidance != 0 or self.calibrate
-        yield (
-            not re.fullmatch(r"[\w-]+", self.name),
-            "a name has letters, digits, - and _ only, since it names a folder",
-        )
-        yield (
-            self.batch_size % self.accumulate != 0,
-            (f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}"),
-        )
-        yield (
-            not self.trains or min(self.trains.values()) < 0,
-            "trains needs at least one part, and no learning rate below 0",
-        )
-        yield not 0 <= self.warmup <= 1, f"warmup is a share of the steps, 0 to 1; got {self.warmup}"
-        yield not 0 <= self.adam_beta2 < 1, f"adam_beta2 is 0 or more and below 1; got {self.adam_beta2}"
-        yield self.weight_decay < 0 or self.max_grad_norm <= 0, "weight_decay is 0 or more, max_grad_norm above 0"
-        yield (
-            not 0 <= self.balance <= 1,
-            (f"balance lies between 0, tokens alike, and 1, answers alike; got {self.balance}"),
-        )
-        yield not 0 <= self.ema < 1, f"ema is a share of 0 or more and below 1, such as 0.999; got {self.ema}"
-        yield self.objective == "dense" and self.calibrate, "calibrate is for the objectives align and chat"
-        yield self.calibrate and not self.data.images, "calibrate needs images, but data.images is false"
-        yield self.gradient_checkpointing and not chat, "gradient_checkpointing is for the objective chat"
-        yield self.balance != 0 and not chat, "balance is for the objective chat"
-        yield (
-            self.questions < 0 or (self.questions > 0 and not chat),
-            "questions is a weight of 0 or more, for the objective chat",
-        )
-        yield (
-            self.guidance < 0 or (self.guidance > 0 and (not chat or not self.data.images)),
-            "guidance is a weight of 0 or more, for the objective chat with images",
-        )
-        yield (
-            self.adapter is not None and (not chat or pointed),
-            "adapter is for the objective chat, without guidance and calibrate",
-        )
-        yield (
-            self.marks < 0 or (self.marks > 0 and self.guidance <= 0),
-            "marks is a weight of 0 or more, for stages with guidance",
-        )
-        yield (
-            self.marks > 0 and "head" not in self.trains,
-            "marks are learnt by a head, which trains needs with its learning rate, such as head: 1.0e-3",
-        )
-        yield (
-            chat and self.marks == 0 and "head" in self.trains,
-            "of the objective chat only a stage with marks has a head; take it out of trains",
-        )
-        yield (
-            self.letters < 0 or (self.letters > 0 and (self.marks <= 0 or not self._trains_pixels())),
-            "letters is a weight of 0 or more, for stages with marks that train the projector or the tower",
-        )
-        yield self.packing and (not chat or self.guidance > 0), "packing is for the objective chat without guidance"
-        yield (
-            bool(self.data.sources) and (not chat or pointed),
-            "files have conversations only, which suit no dense, align, guidance or calibrate",
-        )
-        yield (
-            self.evaluation is not None and bool(self.evaluation.sources) != bool(self.data.sources),
-            "evaluation.sources are files if data.sources are, and only then",
-        )
-        yield from self._cache_rules()
-        yield from self._budget_rules()
-
-    def _trains_pixels(self) -> bool:
-        return bool(set(self.trains) - {"language_model", "head"})
-
-    def _cache_rules(self) -> typing.Iterator[tuple[bool, str]]:
-        yield self.feature_cache_gb < 0, "feature_cache_gb is 0 or more"
-        if self.feature_cache_gb == 0:
-            return
-        yield (
-            not self.data.sources,
-            "feature_cache_gb is for files (data.sources), whose images come again; no generated page does",
-        )
-        for part in {"stem", "stage1"} & set(self.trains):
-            yield True, f"feature_cache_gb keeps what comes before the first stage that trains, and {part} trains"
-
-    def _budget_rules(self) -> typing.Iterator[tuple[bool, str]]:
-        if (budget := self.budget) is None:
-            return
-        yield (
-            not self.data.sources,
-            "budget is for files (data.sources): what a generated page costs is not known before it is drawn",
-        )
-        yield self.accumulate != 1, "budget.passes stands in place of accumulate"
-        yield (
-            self.balance != 0 or self.questions != 0,
-            "balance and questions are means within one pass, which a budget makes unequal; leave them or it out",
-        )
-        yield (
-            self.batch_size % budget.passes != 0,
-            f"batch_size {self.batch_size} is no multiple of budget.passes {budget.passes}",
-        )
+        for problem in self._problems():
+            raise ConfigError(f"stage {self.name}: {problem}")
 
     @property
     def all_sources(self) -> list[Source]:
-        """Files that it trains on or is evaluated on."""
+        """Files that the stage trains on or is evaluated on."""
         return [*self.data.sources, *(self.evaluation.sources if self.evaluation else [])]
 
-    def _check_decays(self, where: str) -> None:
+    def _problems(self) -> Iterator[str]:
+        """Say what is wrong with the settings, one by one."""
+        for key, value in flattened(dataclasses.asdict(self)).items():
+            if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("max_grad_norm", math.inf):
+                yield f"{key} must be a finite number; got {value}"
+        for key in ("grounding", "captions", "casual_questions", "glyph_sheets", "max_skipped"):
+            if not 0 <= (share := getattr(self.data, key)) <= 1:
+                yield f"data.{key} must be between 0 and 1; got {share:g}"
+        if min(1 if self.steps is None else self.steps, self.batch_size, self.gradient_accumulation_steps) < 1:
+            yield "steps, batch_size and gradient_accumulation_steps must be 1 or more"
+        if self.data.max_tokens is not None and self.data.max_tokens < 1:
+            yield f"data.max_tokens must be 1 or more; got {self.data.max_tokens}"
+        if (self.steps is None) == (self.epochs is None):
+            yield "give either steps or epochs"
+        if self.epochs is not None and (self.epochs <= 0 or not self.data.sources):
+            yield "epochs must be above 0, and needs data from files (data.sources)"
+        if not re.fullmatch(r"[\w-]+", self.name):
+            yield "a name has only letters, digits, - and _, since it names a folder"
+        if self.batch_size % self.gradient_accumulation_steps:
+            yield (
+                f"batch_size {self.batch_size} is not a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
+            )
+        if not self.learning_rates or min(self.learning_rates.values()) < 0:
+            yield "learning_rates needs at least one part, and no learning rate below 0"
+        if not 0 <= self.warmup <= 1:
+            yield f"warmup is a share of the steps, 0 to 1; got {self.warmup}"
+        if not 0 <= self.adam_beta2 < 1:
+            yield f"adam_beta2 must be 0 or more and below 1; got {self.adam_beta2}"
+        if self.weight_decay < 0 or self.max_grad_norm <= 0:
+            yield "weight_decay must be 0 or more, max_grad_norm above 0"
+        if not 0 <= self.answer_length_weighting <= 1:
+            yield f"answer_length_weighting must be between 0 and 1; got {self.answer_length_weighting}"
+        if not 0 <= self.ema < 1:
+            yield f"ema must be 0 or more and below 1, such as 0.999; got {self.ema}"
+        yield from self._problems_of_objective()
+        yield from self._problems_of_memory()
         for part in self.layer_decays:
             if not re.fullmatch(r"language_model|stage\d+", part):
-                raise InputError(
-                    f"{where}: layer_decays: {part} has no layers; language_model and the tower's stages have"
-                )
+                yield f"layer_decays: {part} has no layers; only language_model and the tower's stages have"
         for name, decays in (("weight_decays", self.weight_decays), ("layer_decays", self.layer_decays)):
             for part, decay in decays.items():
-                if part not in self.trains:
-                    raise InputError(f"{where}: {name} names {part}, which trains does not")
+                if part not in self.learning_rates:
+                    yield f"{name}: {part} has no learning rate in learning_rates"
                 if not 0 <= decay <= 1:
-                    raise InputError(f"{where}: {name}: {part} must be 0 to 1; got {decay}")
+                    yield f"{name}: {part} must be between 0 and 1; got {decay}"
 
-    def _check_finite(self, where: str) -> None:
-        for key, value in _flat(dataclasses.asdict(self)).items():
-            boundless = key == "max_grad_norm" and value == math.inf
-            if isinstance(value, float) and not math.isfinite(value) and not boundless:
-                raise InputError(f"{where}: {key} is a finite number; got {value}")
+    def _problems_of_objective(self) -> Iterator[str]:
+        """Say which settings do not fit the objective or the data."""
+        is_chat, needs_pages = self.objective == "chat", self.attention_supervision != 0 or self.calibrate
+        for key in ("prompt_loss_weight", "attention_supervision", "position_label_weight", "character_label_weight"):
+            if getattr(self, key) < 0:
+                yield f"{key} must be 0 or more"
+        for key in (
+            "gradient_checkpointing",
+            "answer_length_weighting",
+            "prompt_loss_weight",
+            "attention_supervision",
+            "packing",
+            "adapter",
+        ):
+            if getattr(self, key) and not is_chat:
+                yield f"{key} needs the objective chat"
+        if self.objective == "dense" and self.calibrate:
+            yield "calibrate needs the objective align or chat"
+        if self.calibrate and not self.data.images:
+            yield "calibrate needs images, but data.images is false"
+        if self.attention_supervision and not self.data.images:
+            yield "attention_supervision needs images, but data.images is false"
+        if self.adapter is not None and needs_pages:
+            yield "adapter cannot be combined with attention_supervision or calibrate"
+        if self.position_label_weight and not self.attention_supervision:
+            yield "position_label_weight needs attention_supervision"
+        if self.position_label_weight and "head" not in self.learning_rates:
+            yield "position_label_weight trains a head, which needs a learning rate, such as head: 1.0e-3"
+        if is_chat and not self.position_label_weight and "head" in self.learning_rates:
+            yield "with the objective chat only position_label_weight has a head; take head out of learning_rates"
+        if self.character_label_weight and not self.position_label_weight:
+            yield "character_label_weight needs position_label_weight"
+        if self.character_label_weight and not set(self.learning_rates) - {"language_model", "head"}:
+            yield "character_label_weight needs a learning rate of the projector or of a part of the tower"
+        if self.packing and self.attention_supervision:
+            yield "packing cannot be combined with attention_supervision"
+        if self.data.sources and (not is_chat or needs_pages):
+            yield "files hold conversations, which do not fit dense, align, attention_supervision or calibrate"
+        if self.evaluation is not None and bool(self.evaluation.sources) != bool(self.data.sources):
+            yield "give evaluation.sources if the stage has data.sources, and only then"
 
-    def _check_shares(self, where: str) -> None:
-        for key in ("grounding", "captions", "casual", "sheets", "max_skipped"):
-            if not 0 <= (share := getattr(self.data, key)) <= 1:
-                raise InputError(f"{where}: data.{key} is a share from 0 to 1; got {share:g}")
-
-    def _check_length(self, where: str) -> None:
-        if min(1 if self.steps is None else self.steps, self.batch_size, self.accumulate) < 1:
-            raise InputError(f"{where}: steps, batch_size and accumulate must be 1 or more")
-        if self.data.max_tokens is not None and self.data.max_tokens < 1:
-            raise InputError(f"{where}: data.max_tokens is 1 or more; got {self.data.max_tokens}")
-        if (self.steps is None) == (self.epochs is None):
-            raise InputError(f"{where}: give either steps or epochs")
-        if self.epochs is not None and (self.epochs <= 0 or not self.data.sources):
-            raise InputError(f"{where}: epochs is a number above 0, of data that come from files (data.sources)")
+    def _problems_of_memory(self) -> Iterator[str]:
+        """Say which settings of the feature cache and of the budget do not fit the rest."""
+        if self.feature_cache_gb < 0:
+            yield "feature_cache_gb must be 0 or more"
+        if self.feature_cache_gb > 0:
+            if not self.data.sources:
+                yield "feature_cache_gb needs data from files (data.sources); generated pages never repeat"
+            for part in {"stem", "stage1"} & set(self.learning_rates):
+                yield f"feature_cache_gb caches the frozen stages before the first one that trains, but {part} trains"
+        if (budget := self.budget) is None:
+            return
+        if not self.data.sources:
+            yield "budget needs data from files (data.sources): the cost of a generated page is not known in advance"
+        if self.gradient_accumulation_steps != 1:
+            yield "budget.micro_batches replaces gradient_accumulation_steps"
+        if self.answer_length_weighting or self.prompt_loss_weight:
+            yield (
+                "answer_length_weighting and prompt_loss_weight are means within one micro-batch, whose sizes differ "
+                "with a budget; leave out either them or the budget"
+            )
+        if self.batch_size % budget.micro_batches:
+            yield f"batch_size {self.batch_size} is not a multiple of budget.micro_batches {budget.micro_batches}"
 
 
 @dataclass(frozen=True)
@@ -361,82 +440,60 @@ class Recipe:
     data_root: str = "."
     """Folder that paths of data are relative to."""
     seed: int = 0
-    """Of weights, data and everything else that draws numbers."""
+    """Seed of weights, data and everything else that is random."""
     workers: int = 1
-    """Processes that make samples ahead of the trainer."""
+    """Processes that prepare samples for the trainer."""
     sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"
-    """How several processes share a model: each has it whole; FSDP2; or DeepSpeed's ZeRO, of which stage 2 shards
-    gradients and optimiser, and 3 the weights too."""
+    """How several processes share a model. none: each has a copy; fsdp: FSDP2; zero2 and zero3: DeepSpeed's ZeRO, whose
+    stage 2 shards gradients and optimiser state, and stage 3 also the weights."""
     report_to: list[str] = field(default_factory=list)
-    """Where else to log beside log.jsonl and TensorBoard, by transformers' names: wandb, trackio, mlflow ..."""
+    """Loggers in addition to log.jsonl and TensorBoard, by transformers' names: wandb, trackio, mlflow ..."""
     save_every: int = 500
-    """Steps between checkpoints from which a killed run continues."""
+    """Steps between the checkpoints from which a killed run continues."""
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         if not names:
-            raise InputError("a recipe needs at least one stage")
+            raise ConfigError("a recipe needs at least one stage")
         if len(set(names)) != len(names):
-            raise InputError(f"the stages' names must differ; got {', '.join(names)}")
+            raise ConfigError(f"the stages' names must differ; got {', '.join(names)}")
         if self.workers < 0 or self.save_every < 1:
-            raise InputError("workers is 0 or more, save_every 1 or more")
+            raise ConfigError("workers must be 0 or more, save_every 1 or more")
         if not 0 <= self.seed < 2**31:
-            raise InputError(f"seed is 0 or more and below 2**31; got {self.seed}")
+            raise ConfigError(f"seed must be 0 or more and below 2**31; got {self.seed}")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Args:
+            path: The file.
+            overrides: Settings to replace, by dotted keys; stages by their name or number. Either a mapping,
+                `{"data_root": "photos", "stages.0.steps": 10}`, or texts with YAML values, `["stages.0.steps=10"]`.
+
+        Raises:
+            ConfigError: if there is no such file, it is not YAML, or it has an unknown key or a bad value; the message
+                names the nearest known key.
+        """
+        recipe: Recipe = read_yaml(cls, Path(path), overrides)
+        return recipe
+
+    def dump(self) -> str:
+        """Return the recipe as YAML with every default written out; `load` reads it back to an equal recipe."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Return each setting that could make the weights differ: "stages.instruct.steps: 10 -> 20"."""
+        old, new = (flattened(dataclasses.asdict(recipe)) for recipe in (self, other))
+        absent = "(absent)"
+        return [
+            f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+            for key in [*old, *(key for key in new if key not in old)]
+            if old.get(key, absent) != new.get(key, absent) and not _WITHOUT_EFFECT_ON_WEIGHTS.fullmatch(key)
+        ]
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML, with `key=value` overrides such as `stages.0.steps=10`.
-
-    Raises:
-        InputError: no such file, broken YAML, or a key or value that no recipe has; the nearest known key is named.
-    """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no recipe at {path}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:  # a date that is none is a ValueError
-        raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
-    for change in overrides:
-        recipe_yaml.override(content, change)
-    return typing.cast(Recipe, recipe_yaml.build(Recipe, content, str(path)))
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe, every default written out, as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
-
-
-_NEVER_LEARNT = re.compile(
+_WITHOUT_EFFECT_ON_WEIGHTS = re.compile(
     r"workers|save_every|report_to(\.\d+)?|stages\.[^.]+\.(data\.max_skipped|evaluation\.pictures)"
 )
-"""Settings that change no weight: how fast, how often kept, what is told, and when to give up."""
-
-
-def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Every setting in which what two recipes learn may differ: "stages.instruct.steps: 10 -> 20"."""
-    old, new = (_flat(dataclasses.asdict(recipe)) for recipe in (before, after))
-    keys = [*old, *(key for key in new if key not in old)]
-    absent = "(absent)"
-    return [
-        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
-        for key in keys
-        if old.get(key, absent) != new.get(key, absent) and not _NEVER_LEARNT.fullmatch(key)
-    ]
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested content by dotted keys; items of a list by their name, if they have one, else by their index."""
-    if isinstance(content, dict) and content:
-        pairs: typing.Iterable[tuple[Any, Any]] = content.items()
-    elif isinstance(content, list) and content:
-        pairs = (
-            (item.get("name", index) if isinstance(item, dict) else index, item) for index, item in enumerate(content)
-        )
-    else:
-        return {prefix: content}
-    return {
-        key: value
-        for name, item in pairs
-        for key, value in _flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+"""Settings that may change when a run is resumed."""

@@ -77,7 +77,7 @@ def _check_deepspeed(sharding: str) -> None:
 def _unshareable(stage: Stage) -> dict[str, bool]:
     return {
         f"objective {stage.objective}": stage.objective != "chat",
-        "marks": stage.marks > 0,
+        "position_label_weight": stage.position_label_weight > 0,
         "optimizer muon": stage.optimizer == "muon",
         "ema": stage.ema > 0,
         "feature_cache_gb": stage.feature_cache_gb > 0,

@@ -49,7 +49,7 @@ from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.objectives.attention_supervision import guide_attention
 from convllava.training.objectives.auxiliary_heads import detach_heads
 from convllava.training.objectives.select import trained_module
-from convllava.training.recipe import Recipe, Stage, differences, dump_recipe, load_recipe
+from convllava.training.recipe import Recipe, Stage
 from convllava.training.trainer import StageTrainer, training_arguments
 from convllava.training.validate import check_stages
 
@@ -121,7 +121,7 @@ def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
     """Write the resolved recipe as it now holds, once the run in the folder is found to learn the same."""
     check_output(output, resume)
     saved = output / "recipe.yaml"
-    if saved.exists() and (changes := differences(load_recipe(saved), recipe)):
+    if saved.exists() and (changes := Recipe.load(saved).differences(recipe)):
         shown = "; ".join([*changes[:_SHOWN], *["..."][: len(changes) > _SHOWN]])
         raise InputError(
             f"the run in {output} has another recipe ({shown}); resume with the same recipe and settings, or "
@@ -129,7 +129,7 @@ def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
         )
     make_output(output)
     with replacing(saved) as partial:
-        partial.write_text(dump_recipe(recipe), encoding="utf-8")
+        partial.write_text(recipe.dump(), encoding="utf-8")
 
 
 def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Path) -> None:
@@ -143,7 +143,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     before = folder.with_name(f"{index - 1}-{recipe.stages[index - 1].name}") if index > 0 else None
     trained = trained_module(stage, model, processor, before)
     if is_first_process():
-        print_parts(f"stage {index}: {stage.name}", trained, stage.trains)
+        print_parts(f"stage {index}: {stage.name}", trained, stage.learning_rates)
     dataset = in_passes(recipe, index, processor, folder.parent, make_dataset(recipe, index, processor))
     checkpoint = get_last_checkpoint(progress) if progress.exists() else None
     if stage.calibrate and checkpoint is None:
@@ -153,7 +153,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     bar = ProgressBar(f"{index}-{stage.name}", trainer.counts)
     if is_first_process():
         observe(trainer, stage, index, folder, bar, Assistant(model, processor))
-    if stage.guidance:
+    if stage.attention_supervision:
         guide_attention(model)
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
@@ -234,7 +234,7 @@ def write_stage(
     beside: dict[str, dict[str, Tensor]],
 ) -> None:
     """The stage's folder: a whole checkpoint, or an adapter beside the one that it was trained on."""
-    text = dump_recipe(recipe)
+    text = recipe.dump()
     if recipe.stages[index].adapter is None:
         checkpoints.write(model, processor, folder, weights=weights, beside=beside, recipe=text)
         return

@@ -133,7 +133,7 @@ class StageTrainer(Trainer):
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
         self.held_out = HeldOutLoss()
-        self.guided_layers = guided_layers(model) if stage.guidance else {}
+        self.guided_layers = guided_layers(model) if stage.attention_supervision else {}
         super().__init__(model=model, **keywords)
         self.add_callback(SavesAsAsked())
         self.average = Average(model, stage.ema) if stage.ema else None  # of weights that lie where they train
@@ -176,7 +176,7 @@ class StageTrainer(Trainer):
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
         mask = inputs.pop("attention_mask", None)
         guidance = self._guidance(inputs)
-        if self.stage.balance or self.stage.questions or guidance is not None:
+        if self.stage.answer_length_weighting or self.stage.prompt_loss_weight or guidance is not None:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = self._chat_loss(outputs, labels, guidance, self._asked(inputs, labels, mask))
@@ -204,7 +204,7 @@ class StageTrainer(Trainer):
         """Take the guides out of the batch and put into it what records where attention looks."""
         found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}  # of a world's samples, all
         marks = inputs.pop(MARKS, ())
-        if not self.stage.guidance or not self.trained.training:
+        if not self.stage.attention_supervision or not self.trained.training:
             return None
         inputs["guidance"] = Guidance(self.guided_layers, found, marks)
         if marks:
@@ -213,7 +213,7 @@ class StageTrainer(Trainer):
 
     def _asked(self, inputs: Mapping[str, Any], labels: Tensor, mask: Tensor | None) -> Tensor | None:
         """The text that is not answers, as labels, where the stage learns to foretell it too."""
-        if not self.stage.questions or not self.trained.training:
+        if not self.stage.prompt_loss_weight or not self.trained.training:
             return None
         return asked_labels(inputs["input_ids"], labels, self.config.image_token_id, mask, inputs.get("position_ids"))
 
@@ -225,19 +225,19 @@ class StageTrainer(Trainer):
         All are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
         over the whole batch, however it is shared.
         """
-        logits, weights = outputs["logits"], answer_weights(labels, self.stage.balance)
+        logits, weights = outputs["logits"], answer_weights(labels, self.stage.answer_length_weighting)
         loss = answer_loss(logits, labels, weights)
         if self.trained.training:
             self.notes = {ANSWER_LOSS: loss.item()}  # what stages with other weights of the rest have in common
         if asked is not None:
-            loss = loss + self.stage.questions * asked_loss(logits, asked)
+            loss = loss + self.stage.prompt_loss_weight * asked_loss(logits, asked)
         if guidance is not None:
             looks = {kind: guidance.loss(kind, weights) for kind in guidance.layers}
             self.notes |= {f"{kind}_guidance": value.item() for kind, value in looks.items()}
-            loss = loss + self.stage.guidance * torch.stack(list(looks.values())).sum()
+            loss = loss + self.stage.attention_supervision * torch.stack(list(looks.values())).sum()
         if "marks" in outputs:
             told = outputs["marks"]
-            losses = {"loss": self.stage.marks, "letters": self.stage.letters}
+            losses = {"loss": self.stage.position_label_weight, "letters": self.stage.character_label_weight}
             self.notes |= {name: told[name].item() for name in told.keys() - losses.keys() if told[name].isfinite()}
             loss = loss + sum(weight * told[name] for name, weight in losses.items() if name in told)
         return loss / (self.args.gradient_accumulation_steps if self.trained.training else 1)

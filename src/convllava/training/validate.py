@@ -100,4 +100,4 @@ def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, process
             detach_heads(model)
         return
     check_adaptable(stage)
-    freeze_all_but(model, stage.trains)
+    freeze_all_but(model, stage.learning_rates)

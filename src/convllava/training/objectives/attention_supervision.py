@@ -79,7 +79,7 @@ def check_attention(model: Any, stage: Stage) -> None:
     Raises:
         InputError: names the family.
     """
-    needs = [name for name in ("guidance", "packing") if getattr(stage, name)]
+    needs = [name for name in ("attention_supervision", "packing") if getattr(stage, name)]
     if needs and not getattr(model.model.language_model, "_supports_attention_backend", False):
         family = model.config.text_config.model_type
         raise InputError(f"stage {stage.name}: the attention of a {family} cannot have {needs[0]}; leave it out")

@@ -28,7 +28,7 @@ def trained_module(
         trained = DensePretraining(model.model.vision_tower)
     elif stage.objective == "align":
         trained = Alignment(model, vocabulary_of(processor.tokenizer))
-    elif stage.marks:
-        attach_heads(model, before, letters=stage.letters > 0)
-    freeze_all_but(trained, stage.trains)
+    elif stage.position_label_weight:
+        attach_heads(model, before, letters=stage.character_label_weight > 0)
+    freeze_all_but(trained, stage.learning_rates)
     return trained
