@@ -272,7 +272,7 @@ def started_here(server):
         (("tower", "--towers", "X"), "there is no tower 'X'"),
         (("tower", "--sides", "100"), "give multiples of 64"),
         (("first-token", "--language", "9b"), "there is no language model '9b'"),
-        (("serving", "--tokens", "32,0"), "--tokens 32,0: give whole numbers above 0"),
+        (("serving", "--tokens", "32,0"), "--tokens 32,0: give positive integers"),
         (("tower", "--peers"), "`peers` has no effect on tower, which takes `repeats`, `sides`, `towers`"),
         (("serving", "--towers", "T,S"), "give `towers` one value"),
         (("scale", "--sides", "2048"), "`sides` has no effect on scale, which takes `repeats`"),

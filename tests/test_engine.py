@@ -273,7 +273,7 @@ def test_rotations_that_follow_the_longest_text_are_refused_beyond_what_was_trai
     decoder = AutoModel.from_config(small(rope_parameters=rope)).eval()
     head = torch.nn.Linear(32, 50)
     RaggedModel(decoder, head, 2, 16)
-    with pytest.raises(InputError, match=rf"rope_type {kind} turns .* a context of at most 16 tokens, not 17"):
+    with pytest.raises(InputError, match=rf"rope_type {kind} changes .* a `context` of at most 16 tokens, not 17"):
         RaggedModel(decoder, head, 2, 17)
 
 
@@ -288,7 +288,7 @@ def test_a_window_that_is_in_the_mask_alone_is_refused_beyond_it(monkeypatch):
 
     monkeypatch.setattr(ragged_attention, "attend", untold)
     RaggedModel(decoder, head, 2, 16)
-    with pytest.raises(InputError, match="does not tell attention how far it sees"):
+    with pytest.raises(InputError, match="does not pass its sliding window to attention"):
         RaggedModel(decoder, head, 2, 32)
     monkeypatch.undo()
     ragged_attention.register()

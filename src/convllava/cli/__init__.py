@@ -20,12 +20,12 @@ from convllava.errors import InputError
 
 app = typer.Typer(
     name="convllava",
-    help="Ask pictures, and train the models that answer.",
+    help="Ask questions about images, and train the models that answer.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Look at the data of a recipe before it trains.", no_args_is_help=True)
+data = typer.Typer(help="Look at the data of a recipe before training.", no_args_is_help=True)
 
 app.command()(ask)
 app.command()(chat)

@@ -1,7 +1,7 @@
-"""Attention of a pass over tokens of many sequences: each sequence looks at its own keys and values alone.
+"""Attention over tokens of many sequences in one pass: each sequence attends only to its own keys and values.
 
-Sequences of which one token each is in the pass, which is how answers are written, share a call where they lie in slots
-side by side: a call costs more than what it computes for a short sequence.
+If several sequences in neighbouring slots have one token each in the pass, as while answers are written, they share one
+call. For a short sequence a call costs more than its computation.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from convllava.errors import InputError
 
 NAME = "convllava_ragged"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""Arguments of attention that some models give and that change its numbers."""
+"""Arguments that some models pass to attention and that change its result."""
 _CALL = 256
-"""A call saved is worth attending to so many tokens in vain (measured with heads of 32 and of 64, on a CPU)."""
+"""Saving one call is worth this many masked tokens (measured on a CPU with head sizes 32 and 64)."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one sequence in a pass: `count` of them, after the `start` tokens that its slot holds already."""
+    """Tokens of one sequence in a pass: `count` tokens after the `start` tokens that its slot holds already."""
 
     slot: int
     start: int
@@ -44,8 +44,9 @@ class Span:
 class KeyValues:
     """Keys and values of `slots` sequences of at most `length` tokens, layer by layer.
 
-    A layer is (slots, heads, length, head size), made when it is first used, for only the model knows its sizes. On a
-    CPU the system gives memory to a row when it is first written: short conversations do not pay for long ones.
+    A layer is (slots, heads, length, head size). It is allocated at its first use, because only the model knows its
+    sizes. On a CPU the operating system allocates memory when it is first written, so that short conversations use
+    little of it.
     """
 
     def __init__(self, slots: int, length: int) -> None:
@@ -53,41 +54,42 @@ class KeyValues:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer; `key` and `value` of (1, heads, tokens, head size) tell their sizes."""
+        """Return keys and values of a layer, sized like `key` and `value`: (1, heads, tokens, head size)."""
         if index not in self._layers:
             self._layers[index] = (self._zeros(key), self._zeros(value))
         return self._layers[index]
 
     def _zeros(self, like: Tensor) -> Tensor:
-        """Finite where nothing has been written, since a row without weight is still multiplied by it."""
+        """Return zeros: a masked row is multiplied by its weight 0, so it must be finite."""
         shape = (self.slots, like.shape[1], self.length, like.shape[3])
         if like.device.type != "cpu":
             return like.new_zeros(shape)
-        # torch would write the zeros, where the system promises them.
+        # torch would write the zeros; memory from the system is zero without being written.
         memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
         return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, count: int) -> None:
-        """Give one slot the first `count` tokens of another."""
+        """Copy the first `count` tokens of one slot to another."""
         for pair in self._layers.values():
             for rows in pair:
                 rows[target, :, :count] = rows[source, :, :count]
 
 
 Run = tuple[Span, ...]
-"""Spans that share a call: one of any length, or several of one token each in slots side by side."""
+"""Spans that share a call: one of any length, or several of one token each in neighbouring slots."""
 
 
 @dataclass
-class Pass:
-    """What attention must know of the pass it is part of.
+class RaggedBatch:
+    """The sequences of one pass, for the attention of every layer.
 
     Attributes:
-        cache: Where keys and values are held.
-        spans: In the order of the pass's tokens.
-        slots, positions: (tokens,) of each token.
-        windows: What each layer has said of how many tokens a token sees.
+        cache: Keys and values of all slots.
+        spans: Spans in the order of the pass's tokens.
+        slots, positions: (tokens,) slot and position of each token.
+        runs: Spans grouped by calls.
+        windows: Sliding window that each layer passed to attention, in tokens.
     """
 
     cache: KeyValues
@@ -102,15 +104,17 @@ class Pass:
         self.runs = list(_runs(self.spans))
 
     def mask(self, run: Run, window: int | None, group: int, like: Tensor) -> Tensor | None:
-        """What is added to the scores of a run: (spans, 1, group * count, keys from `first_key` on).
+        """Return the additive mask of a run: (spans, 1, group * count, keys from `_first_key` on).
+
+        All layers with the same window share it.
 
         Args:
-            window: How many tokens a token sees, if not all.
-            group: Query heads to a head of keys.
-            like: Has the scores' type.
+            window: Number of tokens that a token attends to; None means all.
+            group: Query heads per key head.
+            like: A tensor with the type of the scores.
 
         Returns:
-            None where every token sees all those keys; the same in all layers of one window.
+            None if every token attends to all these keys.
         """
         key = (run, window, group)
         if key not in self._masks:
@@ -132,7 +136,7 @@ def _runs(spans: Sequence[Span]) -> Iterator[Run]:
 
 
 def _can_share(run: Run) -> bool:
-    """Whether spans can share a call, and its longest sequence does not make the others pay more than it saves."""
+    """Return whether spans can share a call, and padding to the longest costs less than the calls saved."""
     if any(span.count > 1 for span in run) or run[-1].slot != run[-2].slot + 1:
         return False
     ends = [span.end for span in run]
@@ -140,7 +144,7 @@ def _can_share(run: Run) -> bool:
 
 
 def _first_key(run: Run, window: int | None) -> int:
-    """Before it, no token of a run sees any."""
+    """Return the first key that any token of a run attends to."""
     return 0 if window is None else max(0, min(span.start for span in run) + 1 - window)
 
 
@@ -150,15 +154,15 @@ def _mask(run: Run, window: int | None, group: int, like: Tensor) -> Tensor | No
     starts = torch.tensor([span.start for span in run], device=like.device)
     queries = starts[:, None, None] + torch.arange(run[0].count, device=like.device)[:, None]
     keys = torch.arange(_first_key(run, window), max(span.end for span in run), device=like.device)
-    unseen = keys > queries
+    hidden = keys > queries
     if window is not None:
-        unseen |= keys <= queries - window
-    added = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -math.inf)
+        hidden |= keys <= queries - window
+    added = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
     return added.repeat(1, group, 1)[:, None]
 
 
 def register() -> None:
-    """Make `attend` known to transformers by `NAME`."""
+    """Register `attend` with transformers under `NAME`."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -170,24 +174,24 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    ragged: Pass | None = None,
+    ragged: RaggedBatch | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of (1, heads, tokens, head size) queries, each span's to its own slot (transformers' interface).
+    """Compute attention of (1, heads, tokens, head size) queries, each span to its own slot (transformers' interface).
 
     Returns:
-        (1, tokens, heads, head size), and no weights.
+        (1, tokens, heads, head size), and None for the attention weights.
 
     Raises:
-        InputError: the model's attention does what this one cannot.
+        InputError: if the model's attention has a feature that is not supported here.
     """
-    if ragged is None:  # not one of our passes
+    if ragged is None:  # a forward pass of the model itself
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise InputError(f"attention with {name} cannot decode several texts at once")
-    # Any layer of transformers has its number; nn.Module does not know of it.
+    # Attention modules of transformers have this attribute; nn.Module does not declare it.
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     ragged.windows[layer] = sliding_window
     keys, values = ragged.cache.layer(layer, key, value)
@@ -203,11 +207,17 @@ def attend(
 
 
 def _attend_run(
-    query: Tensor, keys: Tensor, values: Tensor, run: Run, ragged: Pass, scaling: float | None, window: int | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    run: Run,
+    ragged: RaggedBatch,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
-    """(heads, tokens, head size) -> (tokens, heads, head size).
+    """Compute attention of one run: (heads, tokens, head size) -> (tokens, heads, head size).
 
-    Heads that share keys are laid out as further queries of the same head: nothing is repeated in memory.
+    Query heads that share keys become additional queries of the same head, so that no key is repeated in memory.
     """
     (heads, tokens, size), shared = query.shape, keys.shape[1]
     group, spans = heads // shared, len(run)
