@@ -1,4 +1,4 @@
-"""A file of questions: answered as one by one, continued after a kill, and a bad line costs no other its answer."""
+"""Files of questions: batched equals single, resumed equals uninterrupted, and bad lines do not affect others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def answer(questions, output, model, **settings):
     return answer_file(questions, output, model, **({"max_new_tokens": 5, "batch_size": 3} | settings))
 
 
-def test_answers_of_a_file_equal_those_of_single_questions(questions, model, tmp_path):
+def test_answers_of_a_file_equal_single_questions(questions, model, tmp_path):
     summary = answer(questions, tmp_path / "answers.jsonl", model)
     assert (summary["answered"], summary["errors"], summary["continued"]) == (7, 0, 0)
     assistant = load(model, device="cpu")
@@ -56,18 +56,18 @@ def test_answers_of_a_file_equal_those_of_single_questions(questions, model, tmp
     assert entries(tmp_path / "answers.jsonl") == expected
 
 
-def test_a_killed_run_continues_and_ends_with_the_same_file(questions, model, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_run(questions, model, tmp_path, monkeypatch):
     output = tmp_path / "answers.jsonl"
     answer(questions, output, model)
     whole = output.read_bytes()
     output.write_bytes(whole[: whole.index(b"line 5") + 3])
     assert answer(questions, output, model)["continued"] == 4
     assert output.read_bytes() == whole
-    monkeypatch.setattr(Assistant, "encode", None)  # nothing is left to be asked
+    monkeypatch.setattr(Assistant, "encode", None)  # no question is left
     assert answer(questions, output, model)["continued"] == 7
 
 
-def test_bad_lines_are_answered_by_their_errors_and_the_others_by_answers(model, tmp_path):
+def test_a_bad_line_gets_an_error_and_the_others_get_answers(model, tmp_path):
     picture(64, 64).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no image")
     good = {"image": "good.png", "question": "what?"}
@@ -86,7 +86,7 @@ def test_bad_lines_are_answered_by_their_errors_and_the_others_by_answers(model,
         assert word in entry["error"]
 
 
-def test_answers_made_otherwise_are_kept_and_the_run_refused(questions, model, tmp_path):
+def test_other_settings_are_rejected_and_the_output_is_kept(questions, model, tmp_path):
     output = tmp_path / "answers.jsonl"
     answer(questions, output, model)
     whole = output.read_bytes()
@@ -97,7 +97,7 @@ def test_answers_made_otherwise_are_kept_and_the_run_refused(questions, model, t
     assert output.read_bytes() == whole
 
 
-def test_answers_of_other_weights_in_the_same_folder_are_refused(questions, model, tmp_path):
+def test_other_weights_in_the_same_folder_are_rejected(questions, model, tmp_path):
     folder, output = shutil.copytree(model, tmp_path / "model"), tmp_path / "answers.jsonl"
     answer(questions, output, str(folder))
     write(*fresh(), folder)
@@ -110,7 +110,7 @@ def test_answers_of_other_weights_in_the_same_folder_are_refused(questions, mode
 @pytest.mark.parametrize(
     ("content", "word"), [("", "no questions"), ('{"id": 1}\n{"id": "1"}\n', "line 2"), ("\udcff", "UTF-8")]
 )
-def test_a_file_that_cannot_be_asked_is_refused_as_a_whole(content, word, tmp_path):
+def test_unreadable_question_files_are_rejected(content, word, tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=word):
@@ -126,12 +126,12 @@ def test_an_id_is_a_string_or_an_integer(identity, tmp_path):
 
 
 @given(st.text())
-def test_any_line_is_a_question_or_says_why_not(tmp_path_factory, text):
+def test_any_line_gives_a_question_or_an_error(tmp_path_factory, text):
     line = _line(text, "line 1", tmp_path_factory.getbasetemp())
     assert bool(line.error) != bool(line.question)
 
 
 @pytest.mark.parametrize("given", [("image", "questions"), ("image",), ("questions",), ("output",), ()])
-def test_one_question_or_a_file_of_them_is_asked(given, tmp_path):
+def test_incomplete_arguments_of_ask_are_rejected(given, tmp_path):
     with pytest.raises(InputError, match="give IMAGE and QUESTION, or --input and --output"):
         ask(**dict.fromkeys(given, tmp_path / "a"))

@@ -1,4 +1,4 @@
-"""A conversation: equal to the whole history asked at once, ended in the middle, and typed through a pipe."""
+"""Chat sessions equal asking with the whole history; answers can be ended; `convllava chat` works through a pipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def conversation(assistant):
 
 
 def offline(assistant, turns):
-    """The answers to (text, images) turns, the whole history asked anew each time."""
+    """Answer (text, images) turns with `Assistant.chat` and the whole history each time."""
     messages, seen, answers = [], [], []
     for text, images in turns:
         marks = [{"type": "image"} for _ in images]
@@ -45,7 +45,7 @@ TURNS = [
 ]
 
 
-def test_answers_equal_those_to_the_whole_history(conversation, assistant):
+def test_session_answers_equal_answers_to_the_whole_history(conversation, assistant):
     found = []
     for text, images in TURNS:
         for image in images:
@@ -56,7 +56,7 @@ def test_answers_equal_those_to_the_whole_history(conversation, assistant):
     assert ["".join(conversation.say("what?"))] == offline(assistant, [("what?", [])])
 
 
-def test_an_answer_that_is_ended_stays_as_far_as_it_was_said(conversation, assistant):
+def test_a_session_keeps_the_pieces_of_an_ended_answer(conversation, assistant):
     pieces = conversation.say("what is red?")
     said = next(pieces)
     pieces.close()
@@ -68,7 +68,7 @@ def test_an_answer_that_is_ended_stays_as_far_as_it_was_said(conversation, assis
     assert "".join(conversation.say("what?")) == assistant.chat(messages, max_new_tokens=6)
 
 
-def test_what_cannot_be_asked_is_not_kept(conversation, assistant):
+def test_a_rejected_message_is_not_kept(conversation, assistant):
     image = picture(64, 64, 1)
     conversation.add_image(image)
     for text in ("<image>", "\udcff", "what " * 600):
@@ -78,20 +78,20 @@ def test_what_cannot_be_asked_is_not_kept(conversation, assistant):
 
 
 class Interrupted:
-    """A conversation in whose every answer Ctrl-C is pressed."""
+    """A session in which the user presses Ctrl-C during each answer."""
 
     def say(self, text):
         yield f"{text} an"
         raise KeyboardInterrupt
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_chat(capsys):
+def test_ctrl_c_ends_the_answer_and_not_the_chat(capsys):
     answer_lines(Interrupted(), iter(["one", "two", "/quit", "three"]))  # type: ignore[arg-type]
     assert capsys.readouterr().out == "one an\ntwo an\n"
 
 
 class Failing:
-    """A conversation whose engine fails, and the next answers of which start a new one."""
+    """A session in which the first answer fails."""
 
     def say(self, text):
         if text == "one":
@@ -105,12 +105,12 @@ def test_a_failed_answer_does_not_end_the_chat(capsys):
     assert (printed.out, printed.err) == ("two\n", "the model failed; the log says why\n")
 
 
-def test_a_conversation_that_fills_the_context_is_to_begin_anew(conversation):
+def test_a_conversation_that_fills_the_context_is_rejected(conversation):
     with pytest.raises(InputError, match="fills the 512 tokens of the context; start a new one"):
         next(conversation.say("what " * 600))
 
 
-def test_files_are_found_as_terminals_write_them(tmp_path):
+def test_paths_are_found_in_all_forms_that_terminals_write(tmp_path):
     plain, spaced = tmp_path / "a.png", tmp_path / "b's c.png"
     for path in (plain, spaced):
         path.touch()
@@ -122,7 +122,7 @@ def test_files_are_found_as_terminals_write_them(tmp_path):
         assert paths_in(line) == []
 
 
-def test_a_chat_through_a_pipe_prints_the_answers_alone(parts, assistant, tmp_path):
+def test_a_chat_through_a_pipe_prints_only_answers(parts, assistant, tmp_path):
     write(*parts, tmp_path / "model")
     first, second = picture(64, 64, 1), picture(64, 128, 2)
     first.save(tmp_path / "1.png")

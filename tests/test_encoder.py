@@ -1,4 +1,4 @@
-"""Images wait together, are encoded together, and are not encoded again while they are remembered."""
+"""The image queue: waiting images are encoded together, and cached images are not encoded again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from convllava.inference.image_queue import FeatureCache, ImageEncoder, digest_o
 
 
 class Paused:
-    """An assistant whose tower waits to be let go, so that a test decides what waits together."""
+    """An assistant whose tower waits for the test, so that the test decides which images wait together."""
 
     def __init__(self, assistant):
         self.assistant, self.passes = assistant, []
@@ -49,7 +49,7 @@ def submit(encoder, assistant, number):
     return encoder.submit(str(number), assistant.processor.image_processor(image, return_tensors="pt"))
 
 
-def test_images_that_wait_are_encoded_together_as_alone(encoder, paused, assistant):
+def test_batched_images_equal_single(encoder, paused, assistant):
     first = submit(encoder, assistant, 0)
     paused.entered.acquire(timeout=20)
     futures = [submit(encoder, assistant, number) for number in (1, 2, 3, 4)]
@@ -60,7 +60,7 @@ def test_images_that_wait_are_encoded_together_as_alone(encoder, paused, assista
     assert paused.passes == [1, 3, 1]  # 2 + 3 + 1 parts of 64 x 64 pixels, and no room for two more
 
 
-def test_an_image_that_is_asked_for_twice_is_encoded_once(encoder, paused, assistant):
+def test_an_image_submitted_twice_is_encoded_once(encoder, paused, assistant):
     first = submit(encoder, assistant, 0)
     paused.entered.acquire(timeout=20)
     again, twice = submit(encoder, assistant, 0), [submit(encoder, assistant, 1) for _ in range(2)]
@@ -70,7 +70,7 @@ def test_an_image_that_is_asked_for_twice_is_encoded_once(encoder, paused, assis
     assert (encoder.stats.images, encoder.stats.passes, encoder.stats.hits) == (2, 2, 1)
 
 
-def test_several_workers_have_passes_at_a_time_and_give_what_one_gives(paused, assistant):
+def test_parallel_workers_equal_one_worker(paused, assistant):
     encoder = ImageEncoder(paused.encode_pixels, batch_pixels=1, workers=2)
     futures = [submit(encoder, assistant, number) for number in (0, 1, 2, 1)]
     assert all(paused.entered.acquire(timeout=20) for _ in range(2))
@@ -83,7 +83,7 @@ def test_several_workers_have_passes_at_a_time_and_give_what_one_gives(paused, a
     encoder.close()
 
 
-def test_an_image_nobody_waits_for_any_more_is_left_out(encoder, paused, assistant):
+def test_an_image_with_cancelled_futures_is_skipped(encoder, paused, assistant):
     first = submit(encoder, assistant, 0)
     paused.entered.acquire(timeout=20)
     given_up, wanted = submit(encoder, assistant, 1), submit(encoder, assistant, 2)
@@ -94,7 +94,7 @@ def test_an_image_nobody_waits_for_any_more_is_left_out(encoder, paused, assista
     assert encoder.known("1") is None
 
 
-def test_who_waits_hears_of_a_failure_and_the_next_image_is_encoded(encoder, paused, assistant):
+def test_an_encoding_error_reaches_the_future_and_the_next_image_is_encoded(encoder, paused, assistant):
     bad = encoder.submit("bad", {"image_sizes": torch.tensor([[64, 64]])})
     paused.go.release(10)
     with pytest.raises(KeyError):
@@ -102,7 +102,7 @@ def test_who_waits_hears_of_a_failure_and_the_next_image_is_encoded(encoder, pau
     assert submit(encoder, assistant, 0).result(20).tokens.shape[1] == 32
 
 
-def test_the_oldest_images_are_forgotten_first():
+def test_the_cache_drops_the_least_recently_used_images():
     cache = FeatureCache(max_bytes=3 * 40)
     images = {name: EncodedImage("", torch.zeros(10), (64, 64)) for name in "abcde"}
     for name in "abc":
@@ -115,5 +115,5 @@ def test_the_oldest_images_are_forgotten_first():
     assert cache.bytes == 0
 
 
-def test_digests_tell_files_apart():
+def test_digests_differ_between_files():
     assert digest_of(b"a") == digest_of(b"a") != digest_of(b"b")

@@ -1,4 +1,4 @@
-"""Continuous batching: every answer is what it would be alone, whatever else is being written."""
+"""Continuous batching: every answer equals `generate`, whatever other answers are written at the same time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assistant(parts):
 
 
 class Writer:
-    """An engine whose steps a test takes itself."""
+    """An engine without a thread: the test runs the steps."""
 
     def __init__(self, assistant, **options):
         self.assistant, self.engine = (
@@ -62,7 +62,7 @@ def text_of(events):
 
 
 def offline(assistant, question, image, count=8):
-    """The greedy answer of `generate` to one prompt."""
+    """Return the greedy answer of `generate` to one prompt."""
     images = [] if image is None else [numbered(image)]
     content = [*({"type": "image", "image": one} for one in images), {"type": "text", "text": question}]
     return generated(assistant, [{"role": "user", "content": content}], count)
@@ -77,15 +77,15 @@ def generated(assistant, messages, count):
     return assistant.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_answers_of_the_random_model_tell_questions_and_images_apart(assistant):
-    """Or no comparison of answers could fail."""
+def test_random_model_answers_differ_between_questions_and_images(assistant):
+    """Without this, no comparison of answers could fail."""
     answers = {offline(assistant, question, image, 12) for question in QUESTIONS for image in (None, 0, 1, 2)}
     assert len(answers) > 8
     assert sum(len(set(answer)) for answer in answers) > 4 * len(answers)
 
 
 @pytest.mark.parametrize("mix", range(6))
-def test_greedy_answers_are_the_same_in_any_company(assistant, mix):
+def test_batched_greedy_answers_equal_generate(assistant, mix):
     dice = random.Random(mix)
     writer = Writer(assistant, slots=dice.randint(1, 4), step_tokens=dice.choice([5, 16, 128]))
     asked = []
@@ -101,7 +101,7 @@ def test_greedy_answers_are_the_same_in_any_company(assistant, mix):
     assert writer.engine.scheduler.running == writer.engine.scheduler.waiting == 0
 
 
-def test_the_weights_in_the_package_answer_as_alone():
+def test_batched_answers_of_the_shipped_weights_equal_generate():
     assistant = load("tiny")
     writer = Writer(assistant, slots=3, step_tokens=32)
     asked = [(question, image) for question in QUESTIONS[:3] for image in (0, 1)]
@@ -110,7 +110,7 @@ def test_the_weights_in_the_package_answer_as_alone():
     assert [text_of(found) for found in events] == [offline(assistant, *one) for one in asked]
 
 
-def test_weights_by_columns_answer_the_same():
+def test_weights_by_columns_give_equal_answers():
     assistant = Assistant(*talkative())
     expected = [offline(assistant, question, 1) for question in QUESTIONS]
     writer = Writer(assistant)
@@ -120,7 +120,7 @@ def test_weights_by_columns_answer_the_same():
     assert [text_of(found) for found in events] == expected
 
 
-def test_a_long_prompt_stalls_nobody(assistant):
+def test_a_long_prompt_does_not_stall_other_answers(assistant):
     writer = Writer(assistant, slots=3, step_tokens=12)
     _, short = writer.ask("what?", max_new_tokens=30)
     writer.engine.step()
@@ -135,7 +135,7 @@ def test_a_long_prompt_stalls_nobody(assistant):
     assert not long
 
 
-def test_a_second_question_reuses_the_first_one_s_keys_and_values(assistant):
+def test_a_second_turn_reuses_cached_keys_and_values(assistant):
     writer = Writer(assistant, slots=2)
     _, events = writer.ask("what is red?", 1)
     writer.finish()
@@ -150,12 +150,12 @@ def test_a_second_question_reuses_the_first_one_s_keys_and_values(assistant):
     writer.finish()
     assert answer.cached > 5
     assert text_of(found) == expected
-    other = writer.ask("what is red?", 4)[0]  # as wide, but another picture
+    other = writer.ask("what is red?", 4)[0]  # as wide, but another image
     writer.finish()
     assert other.cached <= 2
 
 
-def test_the_same_prompt_is_read_once(assistant):
+def test_equal_prompts_are_read_once(assistant):
     writer = Writer(assistant, slots=4, step_tokens=16)
     asked = [writer.ask(QUESTIONS[3], 1) for _ in range(3)]
     writer.finish()
@@ -163,7 +163,7 @@ def test_the_same_prompt_is_read_once(assistant):
     assert len({text_of(events) for _, events in asked}) == 1
 
 
-def test_a_conversation_keeps_its_slot_while_another_is_free(assistant):
+def test_a_conversation_keeps_its_slot_while_another_slot_is_free(assistant):
     writer = Writer(assistant, slots=2)
     first, _ = writer.ask("describe the image " * 10, 1)
     writer.finish()
@@ -174,7 +174,7 @@ def test_a_conversation_keeps_its_slot_while_another_is_free(assistant):
     assert again.cached == len(first.prompt.keys) - 1
 
 
-def test_a_seed_draws_the_same_in_any_company(assistant):
+def test_sampled_answer_depends_on_its_seed_only(assistant):
     writer = Writer(assistant, slots=4)
     drawn = {"temperature": 1.0, "seed": 7, "max_new_tokens": 12}
     _, alone = writer.ask("what?", **drawn)
@@ -187,7 +187,7 @@ def test_a_seed_draws_the_same_in_any_company(assistant):
     assert all(events[-1].finish for events in asked)
 
 
-def test_the_likeliest_tokens_are_drawn_as_often_as_they_are_likely():
+def test_top_p_sampling_matches_the_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     sampler = Sampler(Sampling(temperature=1.0, top_p=0.75, seed=0))
     drawn = torch.tensor([sampler.pick(logits) for _ in range(2000)]).bincount(minlength=4) / 2000
@@ -195,7 +195,7 @@ def test_the_likeliest_tokens_are_drawn_as_often_as_they_are_likely():
     assert Sampler(Sampling(temperature=5.0, top_p=0.01, seed=0)).pick(logits) == 0
 
 
-def test_logarithms_of_probability_are_the_model_s_own(assistant):
+def test_logprobs_equal_the_model(assistant):
     writer = Writer(assistant)
     answer, events = writer.ask("what is red?", logprobs=3, max_new_tokens=4)
     writer.finish()
@@ -208,7 +208,7 @@ def test_logarithms_of_probability_are_the_model_s_own(assistant):
         assert [found for found, _ in token.top] == logprobs[place].topk(3).indices.tolist()
 
 
-def test_a_cancelled_answer_leaves_its_place(assistant):
+def test_a_cancelled_answer_frees_its_slot(assistant):
     writer = Writer(assistant, slots=1)
     running, events = writer.ask("what?", max_new_tokens=200)
     queued, _ = writer.ask("what is red?")
@@ -222,7 +222,7 @@ def test_a_cancelled_answer_leaves_its_place(assistant):
     assert text_of(last) == offline(assistant, "describe the image", None)
 
 
-def test_a_failed_step_fails_its_answers_and_no_others(assistant, monkeypatch):
+def test_a_failed_step_fails_only_current_answers(assistant, monkeypatch):
     writer = Writer(assistant)
     done = []
     monkeypatch.setattr(writer.engine.model, "forward", lambda *_: 1 / 0)
@@ -236,7 +236,7 @@ def test_a_failed_step_fails_its_answers_and_no_others(assistant, monkeypatch):
     assert text_of(events) == offline(assistant, "what?", None)
 
 
-def test_the_thread_writes_and_closes(assistant):
+def test_engine_thread_finishes_or_fails_answers_on_close(assistant):
     writer = Writer(assistant)
     writer.engine.start()
     _, events = writer.ask("what?", max_new_tokens=400)
@@ -246,7 +246,7 @@ def test_the_thread_writes_and_closes(assistant):
         writer.ask("what?")
 
 
-def test_what_does_not_fit_is_refused(assistant):
+def test_prompts_and_settings_out_of_range_are_rejected(assistant):
     with pytest.raises(InputError, match=r"the context is 512; shorten"):
         Writer(assistant).ask("what?", max_new_tokens=510)
     with pytest.raises(InputError, match="`step_tokens` is 8, too few for 8 slots"):
@@ -267,7 +267,7 @@ def test_answers_ignore_penalties_and_sampling_of_the_generation_config(parts):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotations_that_follow_the_longest_text_are_refused_beyond_what_was_trained(kind):
+def test_rope_types_that_depend_on_length_are_rejected_beyond_the_trained_length(kind):
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if kind == "longrope" else {}
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, **factors}
     decoder = AutoModel.from_config(small(rope_parameters=rope)).eval()
@@ -277,16 +277,16 @@ def test_rotations_that_follow_the_longest_text_are_refused_beyond_what_was_trai
         RaggedModel(decoder, head, 2, 17)
 
 
-def test_a_window_that_is_in_the_mask_alone_is_refused_beyond_it(monkeypatch):
+def test_a_sliding_window_only_in_the_mask_is_rejected_for_longer_contexts(monkeypatch):
     config = small("mistral", sliding_window=16)
     decoder, head = AutoModel.from_config(config).eval(), torch.nn.Linear(32, 50)
-    RaggedModel(decoder, head, 2, 32)  # tells attention of it
-    told = ragged_attention.attend
+    RaggedModel(decoder, head, 2, 32)  # passes it to attention
+    original = ragged_attention.attend
 
-    def untold(*arguments, **kwargs):
-        return told(*arguments, **{**kwargs, "sliding_window": None})
+    def without_window(*arguments, **kwargs):
+        return original(*arguments, **{**kwargs, "sliding_window": None})
 
-    monkeypatch.setattr(ragged_attention, "attend", untold)
+    monkeypatch.setattr(ragged_attention, "attend", without_window)
     RaggedModel(decoder, head, 2, 16)
     with pytest.raises(InputError, match="does not pass its sliding window to attention"):
         RaggedModel(decoder, head, 2, 32)
@@ -305,7 +305,7 @@ def small(family="llama", **settings):
     text=st.text(st.sampled_from("abc ré日"), max_size=30),
     stop=st.lists(st.text("abc é", min_size=1, max_size=4), max_size=3),
 )
-def test_pieces_are_the_whole_text_up_to_its_first_stop(parts, text, stop):
+def test_streamed_text_equals_decoded_text_up_to_the_first_stop(parts, text, stop):
     tokenizer = parts[1].tokenizer
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     stream, pieces, shown = TextStream(tokenizer, stop), [], 0
@@ -328,7 +328,7 @@ def test_pieces_are_the_whole_text_up_to_its_first_stop(parts, text, stop):
 @given(
     tokens=st.lists(st.integers(0, 400), max_size=20), stop=st.lists(st.text("ab,", min_size=1, max_size=2), max_size=2)
 )
-def test_no_tokens_whatever_break_the_text(parts, tokens, stop):
+def test_random_tokens_give_the_decoded_text(parts, tokens, stop):
     tokenizer = parts[1].tokenizer
     stream = TextStream(tokenizer, stop)
     for token in tokens:
@@ -342,7 +342,7 @@ def test_no_tokens_whatever_break_the_text(parts, tokens, stop):
     assert stream.is_stopped or stream.text == whole
 
 
-def test_a_special_token_within_an_answer_takes_no_space_with_it(parts):
+def test_special_tokens_do_not_remove_spaces(parts):
     tokenizer = parts[1].tokenizer
     text, special = tokenizer("a b", add_special_tokens=False)["input_ids"], tokenizer.all_special_ids[0]
     for place in range(len(text)):
@@ -371,7 +371,7 @@ def test_answer_many_equals_generate_and_reads_an_image_once(parts, monkeypatch)
 
 
 def test_all_ways_to_ask_equal_generate(parts):
-    """Many prompts with and without images, that share beginnings, on one assistant and in any order."""
+    """Many prompts on one assistant, with and without images, with shared prefixes."""
     assistant, dice = Assistant(*parts), random.Random(0)
     image, first = numbered(1), "what is red?"
     history = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": first}]}]

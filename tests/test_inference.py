@@ -1,4 +1,4 @@
-"""Asking: every kind of image, streams, chats and batches, all equal to plain generation; and what is refused."""
+"""Asking: images of all types, streams, chats and batches equal `generate`; bad input is rejected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_ask_equals_plain_generation(assistant):
     assert assistant.ask(image, "what?", **SETTINGS) == expected
 
 
-def test_every_form_of_an_image_gives_the_same_answer(assistant, tmp_path):
+def test_all_image_types_give_the_same_answer(assistant, tmp_path):
     image = picture(64, 128)
     image.save(tmp_path / "a.png")
     buffer = io.BytesIO()
@@ -45,7 +45,7 @@ def test_every_form_of_an_image_gives_the_same_answer(assistant, tmp_path):
     assert len(answers) == 1
 
 
-def test_encoded_images_do_not_meet_the_image_count_of_transformers(assistant, monkeypatch):
+def test_encoded_images_skip_the_image_count_of_transformers(assistant, monkeypatch):
     expected = assistant.ask(picture(64, 64), "what?", **SETTINGS)
 
     def count(*args, **kwargs):
@@ -55,7 +55,7 @@ def test_encoded_images_do_not_meet_the_image_count_of_transformers(assistant, m
     assert assistant.ask(assistant.encode(picture(64, 64)), "what?", **SETTINGS) == expected
 
 
-def test_the_processor_needs_images_or_a_text(assistant):
+def test_processor_without_images_and_text_is_rejected(assistant):
     with pytest.raises(InputError, match="give images, a text or both"):
         assistant.processor()
 
@@ -91,19 +91,19 @@ def test_sampling_options_of_an_answer(assistant):
 @pytest.mark.parametrize(
     "message", [{"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": [{"text": "x"}]}, "x"]
 )
-def test_malformed_messages_are_refused_before_images_are_placed(assistant, message):
+def test_malformed_messages_are_rejected(assistant, message):
     with pytest.raises(InputError, match="message"):
         assistant.chat([message], [picture(64, 64)])
 
 
-def test_many_answers_equal_single_ones(assistant):
+def test_batched_answers_equal_single(assistant):
     images = [picture(64, 64, 1), picture(130, 64, 2), picture(64, 300, 3)]
     questions = [(images[i % 3], f"what is {'red ' * (i % 4)}?") for i in range(7)]
     batched = [answer for batch in assistant.answer_many(questions, batch_size=3, **SETTINGS) for answer in batch]
     assert batched == [assistant.ask(image, question, **SETTINGS) for image, question in questions]
 
 
-def test_chat_places_images_where_the_parts_are(assistant):
+def test_chat_puts_images_at_their_parts(assistant):
     first, second = picture(64, 64, 1), picture(64, 128, 2)
     marks = [{"type": "image"}, {"type": "text", "text": "what?"}]
     explicit = [
@@ -120,7 +120,7 @@ def test_chat_places_images_where_the_parts_are(assistant):
     assert isinstance(assistant.chat(plain, **SETTINGS), str)
 
 
-def test_conversations_in_one_batch_equal_single_ones_and_errors_stay_alone():
+def test_batched_conversations_equal_single_next_to_errors():
     assistant = load("tiny", device="cpu")
     first, second = (World("heldout", seed=1, size=256).sample(index).image for index in range(2))
     read = [{"role": "user", "content": "Read the page."}]
@@ -133,7 +133,7 @@ def test_conversations_in_one_batch_equal_single_ones_and_errors_stay_alone():
     assert len(set(single)) == 3
 
 
-def test_report_measures_the_answer(assistant):
+def test_report_measures_its_answer(assistant):
     report = assistant.report(picture(70, 200), "what?", max_new_tokens=6)
     assert report["answer"] == assistant.ask(picture(70, 200), "what?", **SETTINGS)
     assert report["image_size"] == [200, 70]
@@ -142,7 +142,7 @@ def test_report_measures_the_answer(assistant):
     assert 0 < report["seconds_to_first_token"] <= report["seconds"]
 
 
-def test_bad_prompts_are_refused(assistant):
+def test_bad_prompts_are_rejected(assistant):
     image = picture(64, 64)
     with pytest.raises(InputError, match="literal mark <image>"):
         assistant.ask(image, "an <image>?")
@@ -154,7 +154,7 @@ def test_bad_prompts_are_refused(assistant):
         assistant.ask(image, "what " * 600)
 
 
-def test_models_by_folder(parts, tmp_path):
+def test_model_from_a_folder_answers_as_before(parts, tmp_path):
     write(*parts, tmp_path / "model")
     assert load(tmp_path / "model").ask(picture(64, 64), "what?", **SETTINGS) == Assistant(*parts).ask(
         picture(64, 64), "what?", **SETTINGS
@@ -168,12 +168,12 @@ def test_weights_on_a_cpu_are_float32(parts, tmp_path, device):
 
 
 @pytest.mark.parametrize("name", ["tinny", "./nowhere", "/no/where", "a/b/c"])
-def test_unknown_models_are_refused(name):
+def test_unknown_models_are_rejected(name):
     with pytest.raises(InputError, match=r"there is no model .*tiny"):
         load(name)
 
 
-def test_broken_folders_are_refused(parts, tmp_path):
+def test_broken_folders_are_rejected(parts, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no config\.json"):
         load(tmp_path / "empty")
@@ -184,7 +184,7 @@ def test_broken_folders_are_refused(parts, tmp_path):
         load(tmp_path / "cut")
 
 
-def test_an_image_asked_about_many_times_is_encoded_once(assistant):
+def test_an_image_with_many_questions_is_encoded_once(assistant):
     calls = []
     handle = assistant.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     images = [picture(64, 64, 1), picture(64, 64, 2)]
@@ -193,7 +193,7 @@ def test_an_image_asked_about_many_times_is_encoded_once(assistant):
     assert len(calls) == 2
 
 
-def test_weights_that_are_not_complete_are_refused(parts, tmp_path):
+def test_incomplete_weights_are_rejected(parts, tmp_path):
     write(*parts, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     name = "model.multi_modal_projector.linear_1.weight"
@@ -202,7 +202,7 @@ def test_weights_that_are_not_complete_are_refused(parts, tmp_path):
         load(tmp_path / "model")
 
 
-def test_other_models_are_refused(tmp_path):
+def test_other_model_types_are_rejected(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="of type llama, not convllava"):
         load(tmp_path)

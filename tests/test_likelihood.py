@@ -1,4 +1,4 @@
-"""Scoring answers: equal to plain arithmetic on the logits, batched equal to single, greedy when the model says it."""
+"""Scores of answers equal arithmetic on the logits; batched equals single; only the model's own answer is greedy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def requests_of_all_kinds():
 
 
 def by_hand(assistant, images, text, answer):
-    """The sum over an answer's tokens of one plain forward pass."""
+    """Sum the log probabilities of an answer's tokens in one forward pass."""
     inputs = assistant.processor(images=images, text=text + answer, return_tensors="pt", padding=True)
     prompt = assistant.processor(images=images, text=text, return_tensors="pt", padding=True)["input_ids"].shape[1]
     with torch.no_grad():
@@ -40,14 +40,14 @@ def by_hand(assistant, images, text, answer):
     return scores.gather(-1, inputs["input_ids"][0, prompt:, None]).sum().item()
 
 
-def test_a_score_is_the_sum_over_the_answer_and_the_end_of_its_turn(assistant):
+def test_score_equals_the_sum_over_answer_and_end_of_turn(assistant):
     image = picture(70, 200)
     found = log_likelihoods(assistant, [([image], QUESTION, "top left 7")])[0].total
     expected = by_hand(assistant, [image], "<|user|><image> what is red?<|assistant|>", " top left 7<|end|>")
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_batched_scores_equal_single_ones(assistant):
+def test_batched_scores_equal_single(assistant):
     requests = requests_of_all_kinds()
     batched = log_likelihoods(assistant, requests)
     single = [log_likelihoods(assistant, [request])[0] for request in requests]
@@ -55,7 +55,7 @@ def test_batched_scores_equal_single_ones(assistant):
     assert len({round(score.total, 2) for score in batched}) == len(requests)
 
 
-def test_what_the_model_says_is_greedy_and_nothing_else_is():
+def test_only_the_models_own_answer_is_greedy():
     assistant = load("tiny", device="cpu")
     page = World("heldout", seed=1, size=256, kinds={"scene": 1}).sample(0)
     questions = [turn.question for turn in page.turns[:3]]
@@ -70,24 +70,24 @@ def test_what_the_model_says_is_greedy_and_nothing_else_is():
     assert all(own.total > other.total for own, other in zip(scores[::2], scores[1::2], strict=True))
 
 
-def test_a_beginning_of_what_the_model_says_is_not_greedy():
+def test_a_prefix_of_the_models_own_answer_is_not_greedy():
     assistant = load("tiny", device="cpu")
     page = World("heldout", seed=1, size=256).sample(0).image
     said = assistant.ask(page, "Read the page.")
-    beginning = said[:-1]  # what is printed is spelled: one token less
+    beginning = said[:-1]  # printed text is spelled out, so this is one token less
     question = [{"role": "user", "content": "Read the page."}]
     scores = log_likelihoods(assistant, [([page], question, said), ([page], question, beginning)])
     assert [score.is_greedy for score in scores] == [True, False]
 
 
-def test_an_encoded_image_scores_as_the_image(assistant):
+def test_an_encoded_image_scores_like_the_image(assistant):
     image = picture(64, 128)
     encoded = assistant.encode(image)
     scores = log_likelihoods(assistant, [([image], QUESTION, "red"), ([encoded], QUESTION, "red")])
     assert scores[0].total == pytest.approx(scores[1].total, abs=1e-4)
 
 
-def test_a_long_prompt_and_a_long_answer_of_different_requests_fit(assistant):
+def test_a_long_prompt_and_a_long_answer_fit_in_one_batch(assistant):
     long = [{"role": "user", "content": "what " * 240}]
     requests = [([], long, "red"), ([], QUESTION, "red " * 150)]
     batched = log_likelihoods(assistant, requests)
@@ -95,11 +95,11 @@ def test_a_long_prompt_and_a_long_answer_of_different_requests_fit(assistant):
     assert [score.total for score in batched] == pytest.approx([score.total for score in single], rel=1e-4)
 
 
-def test_nothing_to_score_gives_nothing(assistant):
+def test_no_requests_give_no_scores(assistant):
     assert log_likelihoods(assistant, []) == []
 
 
-def test_what_cannot_be_scored_is_refused(assistant):
+def test_bad_requests_are_rejected(assistant):
     with pytest.raises(InputError, match="literal mark <image>"):
         log_likelihoods(assistant, [([], QUESTION, "an <image>")])
     with pytest.raises(InputError, match="the context is 512"):

@@ -1,4 +1,4 @@
-"""Entry points name functions that are there, in a module that needs no engine."""
+"""Entry points name existing functions, in modules that import neither lmms-eval nor vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 GROUPS = ("lmms_eval.models", "vllm.general_plugins")
 
 
-def test_entry_points_load_without_the_engines_that_call_them():
+def test_entry_points_load_without_importing_lmms_eval_or_vllm():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     for group in GROUPS:
         module, _, name = project["entry-points"][group]["convllava"].partition(":")

@@ -1,4 +1,4 @@
-"""Many sequences in one pass give what each gives alone, for any language model that attends through transformers."""
+"""Sequences in one ragged pass equal single sequences, for several families of language models."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def own_logits(model, ids):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_spans_of_many_texts_give_what_each_gives_alone(name):
+def test_batched_spans_equal_single_sequences(name):
     model = causal_lm(CONFIGS[name])
     many = ragged(model)
     one, two, three = texts(17, 9, 12)
@@ -71,7 +71,7 @@ def test_spans_of_many_texts_give_what_each_gives_alone(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_texts_that_share_a_call_give_what_each_gives_alone(name, monkeypatch):
+def test_sequences_in_one_attention_call_equal_single_sequences(name, monkeypatch):
     model = causal_lm(CONFIGS[name])
     many = ragged(model)
     written = texts(9, 20, 4, 4)
@@ -99,13 +99,13 @@ def test_texts_that_share_a_call_give_what_each_gives_alone(name, monkeypatch):
     ],
     ids=["unequal", "a gap", "backwards", "a prompt between", "much longer", "a prompt", "nothing"],
 )
-def test_neighbours_share_a_call_where_that_costs_less(spans, calls):
+def test_neighbouring_slots_share_a_call_if_it_costs_less(spans, calls):
     runs = list(ragged_attention._runs(spans))
     assert [span for run in runs for span in run] == spans
     assert len(runs) == calls
 
 
-def test_a_copied_beginning_goes_on_as_the_original():
+def test_a_copied_prefix_continues_as_the_original():
     model = causal_lm(CONFIGS["llama"])
     many = ragged(model)
     (text,) = texts(20)
@@ -115,7 +115,7 @@ def test_a_copied_beginning_goes_on_as_the_original():
     torch.testing.assert_close(found[0], own_logits(model, text), rtol=1e-4, atol=1e-4)
 
 
-def test_the_model_itself_works_as_before():
+def test_the_models_own_forward_stays_equal():
     model = causal_lm(CONFIGS["windows"])
     (text,) = texts(20)
     before = own_logits(model, text)
@@ -123,7 +123,7 @@ def test_the_model_itself_works_as_before():
     assert torch.equal(own_logits(model, text), before)
 
 
-def test_weights_by_columns_give_the_same_and_leave_the_embedding_alone():
+def test_weights_by_columns_give_equal_logits_and_keep_the_embedding():
     model = causal_lm(CONFIGS["qwen2"])
     (text,) = texts(20)
     before = own_logits(model, text)
@@ -141,7 +141,7 @@ def test_weights_by_columns_give_the_same_and_leave_the_embedding_alone():
         (FalconMambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4), "falcon_mamba"),
     ],
 )
-def test_models_that_would_give_other_numbers_are_refused(config, reason):
+def test_unsupported_language_models_are_rejected(config, reason):
     model = causal_lm(config)
     with pytest.raises(InputError, match=reason):
         ragged(model)

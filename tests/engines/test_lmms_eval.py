@@ -1,4 +1,4 @@
-"""lmms-eval runs a task of generated pages with our model: what it records equals what the model says and scores.
+"""lmms-eval runs tasks of generated pages: its recorded answers and scores equal those of the assistant.
 
 Not part of `make test`: `make test-harness` installs lmms-eval and runs this.
 """
@@ -53,7 +53,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 
 def documents():
-    """Questions about pages of unlike shapes, the last of them about two pages."""
+    """Return questions about pages of different shapes; the last question is about two pages."""
     world = World("heldout", seed=5, size=256)
     pages = [world.sample(index) for index in range(PAGES)]
     docs = [
@@ -82,7 +82,7 @@ def tasks(tmp_path_factory, docs) -> Path:
 
 
 def run(tasks: Path, task: str, output: Path, *options: str, launcher: str = "lmms-eval"):
-    """The results and the recorded samples of one run of the command line, which exits with 0 even if it fails."""
+    """Run lmms-eval and return its results and recorded samples. It exits with 0 even if it fails."""
     command = f"{Path(sys.executable).parent}/{launcher} --model convllava --model_args pretrained=tiny --tasks {task}"
     command = f"{command} --include_path {tasks} --output_path {output} --log_samples"
     setting = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tasks / "cache"), "ACCELERATE_USE_CPU": "true"}
@@ -105,13 +105,12 @@ def assistant():
 @pytest.fixture(scope="module")
 def answers(assistant, docs):
     return [
-        str(assistant.chat([{"role": "user", "content": doc["question"]}], doc["images"], max_new_tokens=24))
-        for doc in docs
+        assistant.chat([{"role": "user", "content": doc["question"]}], doc["images"], max_new_tokens=24) for doc in docs
     ]
 
 
 @pytest.mark.parametrize("options", [["--batch_size", "3"], ["--force_simple"]], ids=["chat", "simple"])
-def test_answers_through_lmms_eval_are_the_assistants_own(tasks, docs, answers, tmp_path, options):
+def test_lmms_eval_answers_equal_the_assistant(tasks, docs, answers, tmp_path, options):
     results, samples = run(tasks, "pages", tmp_path, *options)
     assert [response(sample) for sample in sorted(samples, key=lambda sample: sample["doc_id"])] == answers
     hits = [answer == doc["answer"] for answer, doc in zip(answers, docs, strict=True)]
@@ -119,13 +118,13 @@ def test_answers_through_lmms_eval_are_the_assistants_own(tasks, docs, answers, 
     assert sum(hits) > 0
 
 
-def test_several_processes_share_the_questions(tasks, answers, tmp_path):
+def test_answers_of_two_processes_equal_one(tasks, answers, tmp_path):
     torchrun = "torchrun --standalone --nproc-per-node 2 -m lmms_eval"
     _, samples = run(tasks, "pages", tmp_path, launcher=torchrun)
     assert [response(sample) for sample in sorted(samples, key=lambda sample: sample["doc_id"])] == answers
 
 
-def test_choices_through_lmms_eval_are_the_likeliest(tasks, docs, assistant, tmp_path):
+def test_lmms_eval_choices_equal_log_likelihoods(tasks, docs, assistant, tmp_path):
     results, samples = run(tasks, "choices", tmp_path, "--force_simple", "--batch_size", "5")
     hits = []
     for sample, doc in zip(samples, docs, strict=True):
@@ -138,20 +137,20 @@ def test_choices_through_lmms_eval_are_the_likeliest(tasks, docs, assistant, tmp
     assert results["acc,none"] == pytest.approx(sum(hits) / len(hits))
 
 
-def test_images_stand_where_a_text_has_their_marks():
+def test_images_replace_their_marks_in_the_text():
     image, first, second = {"type": "image"}, {"type": "text", "text": "of "}, {"type": "text", "text": " or"}
     assert lmms_eval._interleave("of <image> or<image>", "<image>", 2) == [first, image, second, image]
     assert lmms_eval._interleave(" or", "<image>", 2) == [image, image, second]
     assert lmms_eval._interleave(" or", "<image>", 0) == [second]
 
 
-def test_an_answer_ends_before_the_first_text_that_ends_it():
+def test_an_answer_ends_before_the_first_stop_text():
     assert lmms_eval._cut("a\nb.c", ["\n", "."]) == lmms_eval._cut("a.b\nc", ["\n", "."]) == "a"
     assert lmms_eval._cut("a\nb", "\n") == "a"
     assert lmms_eval._cut("a\nb", None) == lmms_eval._cut("a\nb", [""]) == "a\nb"
 
 
-def test_a_temperature_means_sampling():
+def test_a_temperature_above_zero_means_sampling():
     greedy = {"do_sample": False, "max_new_tokens": 256}
     assert (
         lmms_eval._generation({"temperature": 0, "top_p": 1.0, "until": ["x"], "image_aspect_ratio": "pad"}) == greedy
@@ -161,13 +160,31 @@ def test_a_temperature_means_sampling():
     assert lmms_eval._generation({**warm, "do_sample": True, "top_k": None}) == warm
 
 
-def test_batches_share_their_settings_and_lose_nothing():
+@pytest.mark.parametrize("setting", [{"num_beams": 3}, {"repetition_penalty": 1.3}, {}], ids=str)
+def test_answers_with_search_settings_equal_generate(assistant, docs, monkeypatch, setting):
+    model, processor, doc = lmms_eval.ConvLlavaChat(device="cpu"), assistant.processor, docs[0]
+    conversation = [{"role": "user", "content": doc["question"]}], [assistant.encode(doc["images"][0])]
+    monkeypatch.setattr(model, "_conversation", lambda request: conversation)
+    parts = [{"type": "image", "image": doc["images"][0]}, {"type": "text", "text": doc["question"]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=12, **setting)
+    expected = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert model._generate([None], {"max_new_tokens": 12, **setting}) == [expected]
+
+
+def test_batches_share_settings_and_contain_all_requests():
     settings = [{"a": 1}, {"a": 2}, {"a": 1}, {"a": 1}]
     assert list(lmms_eval._batches(settings, 2)) == [({"a": 1}, [0, 2]), ({"a": 1}, [3]), ({"a": 2}, [1])]
 
 
-def test_what_cannot_be_asked_is_refused():
-    with pytest.raises(InputError, match="batch_size=auto: give the number"):
+def test_unsupported_requests_are_rejected():
+    with pytest.raises(InputError, match="`batch_size` is auto; give the number"):
         lmms_eval.ConvLlavaSimple(batch_size="auto")
     with pytest.raises(InputError, match="no setting 'max_frames'; it has mode"):
         lmms_eval.ConvLlavaChat(max_frames=8)

