@@ -136,8 +136,8 @@ def test_answers_depend_on_the_image(tiny, pages):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A published checkpoint, converted to our layout: square images, no row separators, an image placeholder beyond the
-    vocabulary. It gets one attention head instead of four, because vLLM does not support such small heads."""
+    """A published checkpoint, converted to our layout, with square images, no row separators, and an image placeholder
+    beyond the vocabulary. It gets one attention head instead of four: vLLM does not support such small heads."""
     folder = tmp_path_factory.mktemp("published")
     source = folder / "source"
     shutil.copytree(Path(__file__).parents[1] / "data" / "official" / "checkpoint", source)
