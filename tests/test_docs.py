@@ -35,13 +35,13 @@ def commands_of(page: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != CHANGELOG], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != CHANGELOG], ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_commands_exist_with_their_options(page):
     for program, words in commands_of(page):
         command = typer.main.get_command(app if program == "convllava" else benchmarks_app)
@@ -51,6 +51,8 @@ def test_commands_exist_with_their_options(page):
             command, words = command.commands[words[0]], words[1:]
         if default := getattr(command, "default", None):  # `convllava eval --model M` is short for `eval run`
             command = command.commands[default]
+        if words and words[0].startswith("-"):  # `convllava eval --model X` is `convllava eval run --model X`
+            command = getattr(command, "commands", {}).get("run", command)
         known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
         if getattr(command, "commands", {}):  # a group must be followed by one of its commands
             assert not words or words[0].startswith("-"), (program, words)
