@@ -41,7 +41,9 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != CHANGELOG], ids=lambda page: f"{page.parent.name}/{page.name}")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != CHANGELOG], ids=lambda page: f"{page.parent.name}/{page.name}"
+)
 def test_commands_exist_with_their_options(page):
     for program, words in commands_of(page):
         command = typer.main.get_command(app if program == "convllava" else benchmarks_app)
