@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import socket
 import time
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,6 +16,8 @@ from serving import PATH, request, serving, until
 
 from convllava.inference import Assistant
 from convllava.serving import connection
+from convllava.serving.app import EventStream
+from convllava.serving.limits import Limits
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -121,3 +125,27 @@ def test_bytes_that_are_not_http_get_an_api_error(connect):
         header, body = answer(connect(sent))
         assert header.startswith(b"HTTP/1.1 400")
         assert body["error"]["code"] == "invalid_http"
+
+
+def test_stream_that_nobody_reads_ends_soon_after_its_deadline(server):
+    async def endless():
+        while True:
+            yield "data: x\n\n"
+
+    async def forever(*_):
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        closed, stack, started = [], AsyncExitStack(), time.monotonic()
+        stack.callback(closed.append, True)
+        service = SimpleNamespace(limits=Limits(), metrics=server.service.metrics)
+        deadline = asyncio.get_running_loop().time() + 0.2
+        stream = EventStream(service, SimpleNamespace(stream=endless), deadline, stack)
+        await stream({}, forever, lambda message: forever() if message["type"] == "http.response.body" else sent())
+        assert closed
+        assert 0.2 < time.monotonic() - started < 3
+
+    async def sent() -> None:
+        pass
+
+    asyncio.run(run())

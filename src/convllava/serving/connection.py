@@ -141,7 +141,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, _Resu
         work: The coroutine.
 
     Raises:
-        ApiError: 499 if the client disconnects; and whatever the coroutine raises.
+        ApiError: 499 if the client disconnects. Errors of the coroutine are passed on.
     """
 
     async def wait_for_disconnect() -> None:

@@ -43,10 +43,11 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            name = parse_host(Headers(scope=scope).get("host", ""))
+            host = Headers(scope=scope).get("host", "")
+            name = parse_host(host)
             if name not in self._names and not _is_loopback_address(name):
                 message = (
-                    f"this server does not answer to the name {name[:100]!r}; its owner can add it to `allow_hosts`"
+                    f"this server does not answer to the name {host[:100]!r}; its owner can add it to `allow_hosts`"
                 )
                 error = ApiError(403, message, "unknown_host")
                 await discard_body(Request(scope, receive))

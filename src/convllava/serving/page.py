@@ -36,7 +36,7 @@ HEADERS = {
 
 
 def add_page(app: FastAPI, service: Service, check_key: Callable[[Request], None]) -> None:
-    """Serve the page at `/ui/` and what it needs at `/ui/info`; `/` redirects to it.
+    """Serve the page at `/ui/` and its data at `/ui/info`; `/` redirects to the page.
 
     The files need no key: the page asks for the key and sends it with each request.
 

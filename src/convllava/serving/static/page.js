@@ -5,7 +5,7 @@ const BOX = /\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\
 
 let key = sessionStorage.getItem("key") ?? "";
 let info = null; // the answer of /ui/info without a picture
-let picture = null; // {url, budgets}: the file as a data: URL, and what it costs at each budget
+let picture = null; // {url, budgets}: the file as a data: URL, and its cost at each budget
 let turns = []; // finished turns: {question, answer}
 let running = null; // AbortController of the question that is being answered
 
