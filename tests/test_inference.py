@@ -10,6 +10,7 @@ import torch
 from conftest import picture
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from transformers.utils import logging
 
 from convllava import InputError, load
 from convllava.checkpoints import write
@@ -159,6 +160,14 @@ def test_model_from_a_folder_answers_as_before(parts, tmp_path):
     assert load(tmp_path / "model").ask(picture(64, 64), "what?", **SETTINGS) == Assistant(*parts).ask(
         picture(64, 64), "what?", **SETTINGS
     )
+
+
+def test_load_shows_no_progress_bar_and_restores_the_setting(parts, tmp_path, capfd):
+    write(*parts, tmp_path / "model")
+    logging.enable_progress_bar()
+    load(tmp_path / "model")
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu")])

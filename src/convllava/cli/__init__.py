@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from convllava import __version__
-from convllava.cli.ask import ask, chat, demo
+from convllava.cli.ask import ask, demo
+from convllava.cli.chat import chat
 from convllava.cli.eval import app as eval_app
 from convllava.cli.models import convert, export, info, merge
 from convllava.cli.serve import serve

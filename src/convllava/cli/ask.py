@@ -1,4 +1,4 @@
-"""Commands that ask a model: `ask`, `chat` and `demo`."""
+"""Commands that ask a model: `ask` and `demo`."""
 
 from __future__ import annotations
 
@@ -51,21 +51,6 @@ def ask(
             print("{output}: {answered} answered, {errors} with errors, {seconds} s".format(**summary))
     else:
         raise InputError("give IMAGE and QUESTION, or --input and --output: both of one pair and none of the other")
-
-
-def chat(
-    images: Annotated[list[str] | None, typer.Argument(help="Images of the first message.")] = None,
-    model: Model = "tiny",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    image_mode: ImageMode = None,
-    short_side: ShortSide = None,
-    max_pixels: MaxPixels = None,
-) -> None:
-    """Chat about images in the terminal; `/image PATH`, or only a path, adds an image."""
-    from convllava.cli.chat import chat as run
-
-    settings = pixels(image_mode, short_side, max_pixels)
-    run(model, images or [], pixels=settings, max_new_tokens=max_new_tokens)
 
 
 def demo(

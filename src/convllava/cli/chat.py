@@ -1,48 +1,44 @@
-"""A chat in a terminal, or through a pipe: answers go to stdout, everything else to stderr.
-
-convllava chat receipt.png
-"""
+"""A chat in a terminal, or through a pipe: answers go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote, urlsplit
 
+import typer
+
+from convllava.cli.options import ImageMode, MaxPixels, Model, ShortSide, pixels
 from convllava.errors import InputError
-from convllava.inference import load
-from convllava.inference.chat_session import ChatSession
-from convllava.inference.ragged_model import store_by_columns
+
+if TYPE_CHECKING:
+    from convllava.inference.chat_session import ChatSession
 
 HELP = "/image PATH, or only a path, adds an image; /reset starts a new chat; /quit ends; Ctrl-C ends an answer."
 
 
 def chat(
-    model: str = "tiny",
-    images: Sequence[str] = (),
-    *,
-    pixels: Mapping[str, Any] | None = None,
-    max_new_tokens: int = 256,
+    images: Annotated[list[str] | None, typer.Argument(help="Images of the first message.")] = None,
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    image_mode: ImageMode = None,
+    short_side: ShortSide = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
-    """Chat with a model until stdin ends.
+    """Chat about images in the terminal; `/image PATH`, or only a path, adds an image."""
+    from convllava.inference import load
+    from convllava.inference.chat_session import ChatSession
+    from convllava.inference.ragged_model import store_by_columns
 
-    Args:
-        model, pixels: See `convllava.load`.
-        images: Paths of the images of the first message.
-        max_new_tokens: Longest answer.
-
-    Raises:
-        InputError: if the model or one of these images cannot be loaded.
-    """
-    assistant = load(model, pixels=pixels)
+    assistant = load(model, pixels=pixels(image_mode, short_side, max_pixels))
     store_by_columns(assistant.model.model.language_model, assistant.model.lm_head)  # this process only decodes
     session = ChatSession(assistant, max_new_tokens)
-    for path in images:
+    for path in images or []:
         _add_image(session, path)
     _note(HELP)
     answer_lines(session, _typed_lines())

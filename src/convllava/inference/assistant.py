@@ -11,11 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, Unpack
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import BatchFeature
+from transformers.utils import logging
 
 from convllava import checkpoints
 from convllava.errors import InputError
@@ -57,10 +59,25 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    model, processor = checkpoints.read(path, dtype)
+    with _no_loading_bar():
+        model, processor = checkpoints.read(path, dtype)
     processor.image_processor.change(**(pixels or {}))
     model.to(device)  # type: ignore[arg-type]  # a decorated method loses its self
     return Assistant(model.eval(), processor)
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Hide the "Loading weights" bar of transformers, but not the bars of downloads."""
+    loading, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:  # the call above disabled them too
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if loading:
+            logging.enable_progress_bar()
 
 
 class Assistant:
@@ -250,7 +267,8 @@ class Assistant:
             try:
                 while True:
                     while not delivered:
-                        self._step(engine)
+                        with self._lock:
+                            engine.step()
                     event = delivered.popleft()
                     yield event
                     if event.finish:
@@ -269,15 +287,12 @@ class Assistant:
         try:
             answers += [engine.submit(prompt, sampling) for prompt in prompts]
             while any(answer.finish is None for answer in answers):
-                self._step(engine)
+                with self._lock:
+                    engine.step()
         finally:
             for answer in answers:
                 engine.cancel(answer)
         return [answer.text for answer in answers]
-
-    def _step(self, engine: Engine | SequentialEngine) -> None:
-        with self._lock:
-            engine.step()
 
     def _checked(self, prompt: Prompt, sampling: Sampling) -> Prompt:
         context = self.model.config.text_config.max_position_embeddings

@@ -117,9 +117,21 @@ class RaggedBatch:
             None if every token attends to all these keys.
         """
         key = (run, window, group)
-        if key not in self._masks:
-            self._masks[key] = _mask(run, window, group, like)
-        return self._masks[key]
+        if key in self._masks:
+            return self._masks[key]
+        if run[0].count == 1 and len({span.end for span in run}) == 1:
+            added = None
+        else:
+            starts = torch.tensor([span.start for span in run], device=like.device)
+            queries = starts[:, None, None] + torch.arange(run[0].count, device=like.device)[:, None]
+            keys = torch.arange(_first_key(run, window), max(span.end for span in run), device=like.device)
+            hidden = keys > queries
+            if window is not None:
+                hidden |= keys <= queries - window
+            scores = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+            added = scores.repeat(1, group, 1)[:, None]
+        self._masks[key] = added
+        return added
 
 
 def _runs(spans: Sequence[Span]) -> Iterator[Run]:
@@ -146,19 +158,6 @@ def _can_share(run: Run) -> bool:
 def _first_key(run: Run, window: int | None) -> int:
     """Return the first key that any token of a run attends to."""
     return 0 if window is None else max(0, min(span.start for span in run) + 1 - window)
-
-
-def _mask(run: Run, window: int | None, group: int, like: Tensor) -> Tensor | None:
-    if run[0].count == 1 and len({span.end for span in run}) == 1:
-        return None
-    starts = torch.tensor([span.start for span in run], device=like.device)
-    queries = starts[:, None, None] + torch.arange(run[0].count, device=like.device)[:, None]
-    keys = torch.arange(_first_key(run, window), max(span.end for span in run), device=like.device)
-    hidden = keys > queries
-    if window is not None:
-        hidden |= keys <= queries - window
-    added = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
-    return added.repeat(1, group, 1)[:, None]
 
 
 def register() -> None:

@@ -125,13 +125,10 @@ class _ConvLlava(lmms):
         items = []
         for request in requests:
             messages, images = self._text_and_images(request)
-            items.append((images, messages, self._answer(request)))
+            target = request.args[1]
+            items.append((images, messages, target(self._doc(request)) if callable(target) else target))
         # lmms-eval turns any tuple into a string unless it is a GenerationResult.
         return [GenerationResult((-score.total, score.is_greedy)) for score in log_likelihoods(self.assistant, items)]
-
-    def _answer(self, request: Instance) -> str:
-        target = request.args[1]
-        return target(self._doc(request)) if callable(target) else target
 
     def _doc(self, request: Instance) -> Any:
         doc_id, task, split = request.args[3:6]
