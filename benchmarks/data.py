@@ -20,9 +20,9 @@ from benchmarks.measure import Row, Settings, Work, side_by_side
 from convllava import checkpoints
 from convllava.data.dataset import FileDataset
 from convllava.data.formats import open_records
-from convllava.data.formats.tar_index import CACHE
-from convllava.data.mixture import Mixture, Part
-from convllava.data.validation import Examination
+from convllava.data.formats.tar import CACHE
+from convllava.data.mixture import Mixture, MixtureSource
+from convllava.data.validation import SourceCheck
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.synthetic import World
 
@@ -128,7 +128,7 @@ def _reading_works(path: Path) -> dict[str, tuple[Work, int]]:
         return work
 
     records = open_again()
-    mixture = Mixture([Part(records)])
+    mixture = Mixture([MixtureSource(records)])
     order = [mixture[place][1] for place in range(RECORDS)]
     shuffled = np.random.default_rng(0).permutation(RECORDS)[:FEW].tolist()
     processor = checkpoints.processor(checkpoints.find("tiny"))
@@ -136,7 +136,7 @@ def _reading_works(path: Path) -> dict[str, tuple[Work, int]]:
         "in_order": (read(records, order), RECORDS),
         "one_of_eight": (read(records, order[::PROCESSES]), len(order[::PROCESSES])),
         "random": (read(records, shuffled), FEW),
-        "check": (read(Examination(Part(records), processor, None, True), range(FEW)), FEW),
+        "check": (read(SourceCheck(MixtureSource(records), processor, None, True), range(FEW)), FEW),
         "train": (read(FileDataset(mixture, processor, RECORDS), range(FEW)), FEW),
         "open": (open_first_time, RECORDS),
         "reopen": (open_again, RECORDS),

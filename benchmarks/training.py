@@ -15,10 +15,10 @@ from benchmarks.encoders import stock_convnext
 from benchmarks.measure import Row, Settings, Work, side_by_side
 from convllava import checkpoints
 from convllava.checkpoints.inspection import language_models, towers
-from convllava.data.batching import Limits, Passes
+from convllava.data.batching import MicroBatchBudget, MicroBatchPlan
 from convllava.data.collate import collate, lengths_of, pack
 from convllava.data.formats import Records
-from convllava.data.mixture import Mixture, Part
+from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.synthetic_chat import ChatDataset
 from convllava.model.builder import build_fresh
 from convllava.model.vision_tower import ConvLlavaVisionModel
@@ -151,9 +151,9 @@ def filled_to_budget(samples: list[dict[str, Any]], fixed: list[dict[str, Any]])
     areas = [int(one["image_sizes"].prod(-1).sum()) if "image_sizes" in one else 0 for one in samples]
     costs = np.array([(len(one["input_ids"]), area) for one, area in zip(samples, areas, strict=True)])
     positions = max(batch["input_ids"].numel() for batch in fixed)
-    limits = Limits(1, BATCHED_SAMPLES, positions, max(map(_pixels, fixed)))
-    mixture = Mixture([Part(_Numbers())])
-    passes = Passes(mixture, [costs], limits)
+    limits = MicroBatchBudget(1, BATCHED_SAMPLES, positions, max(map(_pixels, fixed)))
+    mixture = Mixture([MixtureSource(_Numbers())])
+    passes = MicroBatchPlan(mixture, [costs], limits)
     chosen = passes.first(passes.steps_of(BATCHED_SAMPLES))
     return [[samples[mixture[place][1]] for place in places] for places in chosen]
 

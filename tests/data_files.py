@@ -27,7 +27,7 @@ TALKS: list[tuple[list[str], list[tuple[str, str]]]] = [
     (["c.png"], [("describe", "left")]),
     (["b.png"], [("<image>what?", "Größe")]),
 ]
-"""Images, and turns of user and assistant."""
+"""For each sample its images, and its turns of user and assistant."""
 FILES = (
     "data.jsonl",
     "onevision.parquet",
@@ -64,7 +64,7 @@ def write_json(path: Path) -> None:
 
 
 def onevision() -> pyarrow.Table:
-    """One image a row is the rule there; a list is our extension."""
+    """Return LLaVA-OneVision's columns. It has one image a row; lists of images are our extension."""
     rows = [
         {"id": record["id"], "images": [{"bytes": png(name), "path": name} for name in record["image"]]}
         | {"conversations": record["conversations"], "data_source": "drawn"}
@@ -106,7 +106,7 @@ def members() -> dict[str, bytes]:
 
 
 def write_all(home: Path) -> Path:
-    """The same records in all of `FILES`, and in data.json with its images beside it."""
+    """Write the same records in all of `FILES`, and in data.json with the images next to it."""
     (home / "images").mkdir()
     for name in SHAPES:
         (home / "images" / name).write_bytes(png(name))
@@ -148,7 +148,7 @@ def items_of(plan: Recipe, count: int = 5) -> list[dict[str, torch.Tensor]]:
 
 def in_file_order(plan: Recipe) -> list[dict[str, torch.Tensor]]:
     dataset: Any = make_dataset(plan, 0, fresh()[1])
-    return [dataset.item(dataset.sample(0, number)) for number in range(len(dataset.mixture.parts[0].records))]
+    return [dataset.item(dataset.sample(0, number)) for number in range(len(dataset.mixture.sources[0].records))]
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -23,11 +23,11 @@ from convllava import cli
 from convllava.checkpoints import SHIPPED
 from convllava.data import validation as looking
 from convllava.data.collate import IGNORE, encode
-from convllava.data.contact_sheet import _SUPERVISED, draw_sheet, picture_of, shown
+from convllava.data.contact_sheet import _SUPERVISED, draw_sheet, picture_of, sheet_sample
 from convllava.data.dataset import FileDataset
 from convllava.data.mixture import Mixture
 from convllava.data.records import PROBLEMS, with_images
-from convllava.data.validation import Examination, without_pixels
+from convllava.data.validation import SourceCheck, without_pixels
 from convllava.errors import InputError
 from convllava.geometry import Size
 from convllava.model.image_processing import mean_colour, render
@@ -35,7 +35,7 @@ from convllava.model.processing import ConvLlavaProcessor
 from convllava.model.tokenizer import build_tokenizer
 from convllava.training import check_data
 from convllava.training.check_data import check, verdict
-from convllava.training.datasets import parts_of
+from convllava.training.datasets import mixture_sources
 from convllava.training.initialise import processor_of, start
 from convllava.training.preview import preview
 from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage
@@ -120,9 +120,9 @@ def test_every_problem_is_found_with_its_row(folder):
 def test_a_check_skips_what_training_skips_and_counts_its_tokens(folder):
     plan = recipe(folder)
     processor = fresh()[1]
-    (part,) = parts_of(plan, plan.stages[0].data.sources)
-    examination = Examination(part, processor, 60, True)
-    training = FileDataset(Mixture([part]), processor, len(RECORDS), max_tokens=60)
+    (source,) = mixture_sources(plan, plan.stages[0].data.sources)
+    examination = SourceCheck(source, processor, 60, True)
+    training = FileDataset(Mixture([source]), processor, len(RECORDS), max_tokens=60)
     for number in range(len(RECORDS)):
         finding = examination[number]
         if finding.problem in (None, "cut"):
@@ -141,7 +141,7 @@ def test_a_check_skips_what_training_skips_and_counts_its_tokens(folder):
 def test_a_processor_without_pixels_writes_the_same_text(folder, mode):
     plan, processor = recipe(folder), fresh()[1]
     processor.image_processor.change(**mode)
-    samples = FileDataset(Mixture(parts_of(plan, plan.stages[0].data.sources)), processor, 1)
+    samples = FileDataset(Mixture(mixture_sources(plan, plan.stages[0].data.sources)), processor, 1)
     messages = with_images(samples.sample(0, 1))
     real, light = encode(processor, messages), encode(without_pixels(processor), messages)
     for key in ("input_ids", "labels", "image_sizes"):
@@ -151,14 +151,14 @@ def test_a_processor_without_pixels_writes_the_same_text(folder, mode):
 
 
 def test_two_workers_find_what_none_finds(folder, monkeypatch):
-    monkeypatch.setattr(looking, "_TOGETHER", 2)
+    monkeypatch.setattr(looking, "_CHUNK", 2)
     alone, two = (check(recipe(folder), folder / f"out{workers}", workers) for workers in (0, 2))
     assert alone == two
     assert report(folder / "out0") == report(folder / "out2")
 
 
 def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
-    monkeypatch.setattr(looking, "_TOGETHER", 2)
+    monkeypatch.setattr(looking, "_CHUNK", 2)
     whole = check(recipe(folder), folder / "whole", 0)
     with killed_noting(5):
         check(recipe(folder), folder / "parts", 0)
@@ -170,8 +170,8 @@ def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
     assert report(folder / "parts") == report(folder / "whole")
 
 
-def test_data_that_were_mended_after_a_kill_are_looked_at_anew(folder, monkeypatch):
-    monkeypatch.setattr(looking, "_TOGETHER", 2)
+def test_data_repaired_after_a_kill_are_checked_again(folder, monkeypatch):
+    monkeypatch.setattr(looking, "_CHUNK", 2)
     with killed_noting(5):
         check(recipe(folder), folder / "out", 0)
     write(folder, [RECORDS[0][1]] * len(RECORDS))
@@ -246,7 +246,7 @@ def test_the_command_ends_well_with_bad_samples_and_in_two_with_too_many(folder,
 
 def test_a_source_that_is_damaged_as_a_whole_ends_a_check_before_it_writes(folder):
     (folder / "data.tar").write_bytes(b"no tar")
-    with pytest.raises(InputError, match=r"data\.tar is not a whole, uncompressed tar file"):
+    with pytest.raises(InputError, match=r"data\.tar is not a complete, uncompressed tar file"):
         check(recipe(folder, Source("data.tar")), folder / "out", 0)
     assert not (folder / "out").exists()
     pages = dataclasses.replace(recipe(folder), stages=[Stage("pages", 1, {"projector": 1e-3})])
@@ -304,7 +304,7 @@ def supervised_item(processor: ConvLlavaProcessor, answer: str) -> dict[str, Any
 
 def test_a_sheet_marks_the_text_that_is_supervised(parts):
     item = supervised_item(parts[1], "red")
-    sample = shown(item, parts[1], 64, 3)
+    sample = sheet_sample(item, parts[1], 64, 3)
     supervised, visual = (
         int((item["labels"] != IGNORE).sum()),
         int((item["input_ids"] == parts[1].image_token_id).sum()),
@@ -314,7 +314,7 @@ def test_a_sheet_marks_the_text_that_is_supervised(parts):
     assert f"[{visual} visual tokens]" in [text for text, _ in sample.text]
     assert has_colour(draw_sheet([sample]), _SUPERVISED)
     item["labels"] = torch.full_like(item["labels"], IGNORE)
-    assert not has_colour(draw_sheet([shown(item, parts[1], 64, 3)]), _SUPERVISED)
+    assert not has_colour(draw_sheet([sheet_sample(item, parts[1], 64, 3)]), _SUPERVISED)
 
 
 def has_colour(image: Image.Image, colour: tuple[int, int, int]) -> bool:
@@ -322,7 +322,9 @@ def has_colour(image: Image.Image, colour: tuple[int, int, int]) -> bool:
 
 
 def test_long_text_is_shortened_and_long_words_are_broken(parts):
-    short, long = (draw_sheet([shown(supervised_item(parts[1], text), parts[1], 64, 0)]) for text in ("a", "a" * 3000))
+    short, long = (
+        draw_sheet([sheet_sample(supervised_item(parts[1], text), parts[1], 64, 0)]) for text in ("a", "a" * 3000)
+    )
     assert long.width == short.width
     assert long.height < short.height + 20 * 30
 

@@ -1,4 +1,4 @@
-"""Conversations as sequences and batches: labels are the answers, and packed samples are separate ones."""
+"""Conversations as sequences and batches: labels cover exactly the answers, and packed samples do not interact."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_labels_are_exactly_the_answers_and_their_ends():
     assert item["labels"][item["labels"] != IGNORE].equal(item["input_ids"][item["labels"] != IGNORE])
 
 
-def test_a_template_that_marks_no_answer_is_refused():
+def test_a_template_without_answer_marks_is_rejected():
     _, processor = engine.start(recipe(CHAT))
     processor.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
     with pytest.raises(InputError, match="marks no assistant text"):
@@ -47,7 +47,7 @@ def test_batched_loss_equals_the_mean_over_all_supervised_tokens():
     torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_longer_padding_changes_no_loss():
+def test_loss_does_not_depend_on_padding():
     model, processor = fresh()
     items, pad = mixed_items(processor), processor.tokenizer.pad_token_id
     padded = collate(items, pad, multiple=64)
@@ -101,12 +101,12 @@ def answers_and_guides(item: dict) -> list[tuple]:
 
 
 def mixed_items(processor):
-    """Two pages, one of them long, and text alone."""
+    """Two pages, one of them with more turns, and a sample without an image."""
     pages = ChatDataset(World(size=128, simple=True, turns=4), processor, 2)
     return [pages[0], ChatDataset(World(size=128, simple=True, turns=1), processor, 2, images=False)[1], pages[1]]
 
 
-def test_packed_equals_separate():
+def test_packed_logits_and_loss_equal_separate():
     model, processor = fresh()
     items = mixed_items(processor)
     with torch.no_grad():
@@ -118,14 +118,14 @@ def test_packed_equals_separate():
     torch.testing.assert_close(packed.loss, mean, atol=1e-5, rtol=0)
 
 
-def test_packing_wastes_nothing_and_padding_is_counted_beside_it(parts):
+def test_packing_adds_no_positions(parts):
     items = mixed_items(parts[1])
     lengths = [len(item["input_ids"]) for item in items]
     assert lengths_of(pack(items)) == lengths_of(collate(items, 0)) == lengths
     assert pack(items)["input_ids"].shape == (1, sum(lengths))
 
 
-def test_a_family_whose_samples_would_see_each_other_in_a_row_is_refused(tmp_path):
+def test_packing_is_rejected_for_models_that_would_mix_samples(tmp_path):
     plan = recipe(dataclasses.replace(CHAT, packing=True))
     layers = {"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
     language = {**plan.model.language, **layers, "num_key_value_heads": 2}
@@ -134,7 +134,7 @@ def test_a_family_whose_samples_would_see_each_other_in_a_row_is_refused(tmp_pat
         engine.train(plan, tmp_path / "run")
 
 
-def test_a_packed_run_has_the_losses_of_a_padded_one(tmp_path):
+def test_a_packed_run_has_the_losses_of_a_padded_run(tmp_path):
     data = dataclasses.replace(DATA, turns=6)
     stage = dataclasses.replace(CHAT, data=data, batch_size=4)
     engine.train(recipe(stage), tmp_path / "padded")

@@ -1,4 +1,4 @@
-"""The same samples in files of every format, near and far: what training sees of them is the same."""
+"""Every format, local or remote, gives training the same samples."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def far(folder) -> str:
-    """The same files at memory://."""
+    """Copy the files to memory://."""
     system = fsspec.filesystem("memory")
     for path in folder.rglob("*"):
         if path.is_file():
@@ -51,7 +51,7 @@ def far(folder) -> str:
     return "memory://far"
 
 
-def test_the_case_of_a_name_tells_nothing(tmp_path):
+def test_the_format_does_not_depend_on_upper_or_lower_case(tmp_path):
     for name in ("d.jsonl", "D.JSONL"):
         (tmp_path / name).write_text('{"id": 1}\n{"id": 2}\n')
         assert [record["id"] for record in open_records(name, [str(tmp_path / name)])] == [1, 2]
@@ -67,16 +67,16 @@ def test_every_format_gives_the_same_items(request, place, path, folder):
     assert all(map(same, found, expected))
 
 
-def test_a_limit_takes_the_first_of_all_shards(folder):
+def test_a_limit_takes_the_first_records_of_all_shards(folder):
     pieces = [str(folder / f"piece-{number}.parquet") for number in (0, 1)]
     whole, some = open_records("pieces", pieces), open_records("pieces", pieces, limit=4)
     assert (len(whole), len(some)) == (5, 4)
     assert [some[number] for number in range(4)] == [whole[number] for number in range(4)]
-    assert whole.blocks.starts.tolist() == [0, 2, 3]
-    assert open_records("pieces", pieces, limit=2).blocks.starts.tolist() == [0]
+    assert whole.row_groups.starts.tolist() == [0, 2, 3]
+    assert open_records("pieces", pieces, limit=2).row_groups.starts.tolist() == [0]
 
 
-def test_two_workers_give_what_none_gives(folder):
+def test_two_workers_give_the_same_items_as_none(folder):
     sources = [Source("finevision.parquet"), Source("data.tar"), Source("saved")]
     dataset = make_dataset(recipe(folder, *sources, steps=12), 0, fresh()[1])
     alone, two = (
@@ -101,7 +101,7 @@ def test_addresses_and_paths_join():
     assert storage.within("s3://bucket", "") == "s3://bucket"
 
 
-def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path):
+def test_a_file_that_disappears_is_named(tmp_path):
     write_tar(tmp_path / "a.tar", members())
     write_parquet(tmp_path / "a.parquet", finevision())
     for path in (tmp_path / "a.tar", tmp_path / "a.parquet"):
@@ -111,7 +111,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path):
             found[0]
 
 
-def test_a_damaged_file_of_any_format_is_one_line(folder, tmp_path):
+def test_damaged_files_give_one_line_errors(folder, tmp_path):
     for source, cut in (("data.tar", 3000), ("finevision.parquet", 500), ("data.json", 100)):
         path = tmp_path / source
         path.write_bytes((folder / source).read_bytes()[:cut])
@@ -120,15 +120,15 @@ def test_a_damaged_file_of_any_format_is_one_line(folder, tmp_path):
         assert "\n" not in str(refusal.value)
     for content in (b"\x1f\x8b" + bytes(600), b""):
         (tmp_path / "data.tar").write_bytes(content)
-        with pytest.raises(InputError, match=r"data\.tar is not a whole, uncompressed tar file"):
+        with pytest.raises(InputError, match=r"data\.tar is not a complete, uncompressed tar file"):
             open_one(tmp_path / "data.tar")
 
 
-def test_nothing_that_data_name_is_fetched(tmp_path):
+def test_addresses_inside_the_data_are_not_fetched(tmp_path):
     record = {"image": "memory://far/images/a.png", "conversations": conversations([("<image>?", "red")])}
     (tmp_path / "a.json").write_text(json.dumps([record]))
     with pytest.raises(
-        InputError, match=r"memory://far/images/a\.png is an address, and nothing that data name is fetched"
+        InputError, match=r"memory://far/images/a\.png is an address; addresses inside the data are not fetched"
     ):
         items_of(recipe(tmp_path, Source("a.json"), steps=1), 1)
 
@@ -137,7 +137,7 @@ def test_nothing_that_data_name_is_fetched(tmp_path):
     ("source", "message"),
     [
         (Source("gone.tar"), r"there is no data file .*gone\.tar"),
-        (Source("gone-*.tar"), r"no file is named like .*gone-\*\.tar"),
+        (Source("gone-*.tar"), r"no file matches .*gone-\*\.tar"),
         (Source("a.csv"), r"a\.csv is of no known format: \.json, \.jsonl, \.parquet, \.tar"),
         (Source("memory://nowhere/a.tar"), "there is no data file memory://nowhere/a.tar"),
         (Source("nonsense://a.tar"), "nonsense://a.tar cannot be read"),
@@ -145,7 +145,7 @@ def test_nothing_that_data_name_is_fetched(tmp_path):
     ],
     ids=lambda value: value.name if isinstance(value, Source) else "",
 )
-def test_a_source_that_cannot_be_is_named(tmp_path, source, message):
+def test_unusable_sources_are_named(tmp_path, source, message):
     splits = DatasetDict({name: Dataset(onevision().slice(0, 1)) for name in ("train", "test")})
     splits.save_to_disk(tmp_path / "splits")
     with pytest.raises(InputError, match=message) as refusal:

@@ -1,4 +1,4 @@
-"""Passes filled by what samples cost: nothing is lost, nothing exceeds its budget, and the order is one function."""
+"""Micro-batches within a token and pixel budget: no sample is lost, no limit is exceeded, the order is reproducible."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from killing import killed_after, killed_noting
 from training_runs import ONE, SMALLEST, TWO, logged, train
 
 from convllava.data import storage
-from convllava.data.batching import UNUSABLE, Limits, PassDataset, Passes
+from convllava.data.batching import UNUSABLE, MicroBatchBudget, MicroBatchDataset, MicroBatchPlan
 from convllava.data.formats import Records
-from convllava.data.mixture import Mixture, Part
+from convllava.data.mixture import Mixture, MixtureSource
 from convllava.errors import InputError
 from convllava.training import measuring
 from convllava.training import train as engine
@@ -36,7 +36,7 @@ BUDGET = Budget(tokens=150, pixels=4 * 128 * 128, micro_batches=2)
 
 
 class Empty(Records):
-    """Records that are only counted."""
+    """Records that are counted but never read."""
 
     name = "empty"
 
@@ -51,23 +51,23 @@ class Empty(Records):
 
 
 @st.composite
-def planned(draw: Any) -> tuple[Passes, Limits]:
+def planned(draw: Any) -> tuple[MicroBatchPlan, MicroBatchBudget]:
     costs = st.tuples(st.integers(1, 60) | st.just(UNUSABLE), st.sampled_from([0, 0, 100, 300]))
     sources = draw(st.lists(st.lists(costs, min_size=1, max_size=40), min_size=1, max_size=3))
     arrays = [np.array([(5, 0), *(cost if cost[0] > 0 else (UNUSABLE, 0) for cost in source)]) for source in sources]
-    limits = Limits(
-        passes=draw(st.integers(1, 4)),
+    limits = MicroBatchBudget(
+        micro_batches=draw(st.integers(1, 4)),
         samples=draw(st.integers(1, 8)),
         tokens=draw(st.none() | st.integers(60, 200)),
         pixels=draw(st.none() | st.integers(300, 900)),
         packed=draw(st.booleans()),
     )
-    mixture = Mixture([Part(Empty(len(array))) for array in arrays], draw(st.integers(0, 3)))
-    return Passes(mixture, arrays, limits), limits
+    mixture = Mixture([MixtureSource(Empty(len(array))) for array in arrays], draw(st.integers(0, 3)))
+    return MicroBatchPlan(mixture, arrays, limits), limits
 
 
-def cost_at(passes: Passes, place: int) -> tuple[int, int]:
-    """Of the sample that training takes there: the next one that can be used."""
+def cost_at(passes: MicroBatchPlan, place: int) -> tuple[int, int]:
+    """Return the cost of the sample that training takes there: the next usable one."""
     part, record = passes.mixture[place]
     found = passes.costs[passes.firsts[part] + record]
     return tuple(found.tolist()) if found[0] != UNUSABLE else cost_at(passes, place + 1)
@@ -75,11 +75,11 @@ def cost_at(passes: Passes, place: int) -> tuple[int, int]:
 
 @settings(max_examples=60)
 @given(planned())
-def test_no_pass_exceeds_its_budget_and_every_place_comes_once(both):
+def test_no_micro_batch_exceeds_its_budget_and_every_position_is_used_once(both):
     passes, limits = both
     steps = passes.steps_of(3 * len(passes.mixture))
     found = passes.first(steps)
-    assert len(found) == steps * limits.passes
+    assert len(found) == steps * limits.micro_batches
     for chosen in found:
         tokens, pixels = zip(*(cost_at(passes, place) for place in chosen), strict=True)
         positions = sum(tokens) if limits.packed else len(tokens) * max(tokens)
@@ -88,25 +88,27 @@ def test_no_pass_exceeds_its_budget_and_every_place_comes_once(both):
         assert sum(pixels) <= (limits.pixels or sum(pixels))
     places = Counter(place for chosen in found for place in chosen)
     assert max(places.values()) == 1
-    # What is missing of the first epochs is what was left of a group: less than a step, and comes next.
+    # Positions that are missing were left over from a group: less than a step, used in the next group.
     left = [place for place in range(3 * len(passes.mixture)) if place not in places]
-    assert len(left) < passes.group + limits.passes * limits.samples
-    assert found == Passes(passes.mixture, np.split(passes.costs, passes.firsts[1:]), limits).first(steps)
+    assert len(left) < passes.group + limits.micro_batches * limits.samples
+    assert found == MicroBatchPlan(passes.mixture, np.split(passes.costs, passes.firsts[1:]), limits).first(steps)
 
 
 @settings(max_examples=30)
 @given(planned(), st.integers(1, 30))
-def test_a_shorter_training_is_the_beginning_of_a_longer_one(both, steps):
+def test_a_shorter_training_equals_the_beginning_of_a_longer_one(both, steps):
     passes, limits = both
-    assert passes.first(steps) == passes.first(steps + 5)[: steps * limits.passes]
+    assert passes.first(steps) == passes.first(steps + 5)[: steps * limits.micro_batches]
 
 
-def test_the_passes_of_a_step_cost_alike_and_text_is_apart():
+def test_micro_batches_of_a_step_have_similar_cost_and_text_is_separate():
     draw = np.random.default_rng(0)
     tokens = draw.integers(20, 1000, 4000)
     pixels = np.where(draw.random(4000) < 0.3, 0, 500 * tokens)
-    mixture = Mixture([Part(Empty(4000))])
-    passes = Passes(mixture, [np.stack([tokens, pixels], axis=1)], Limits(4, 64, tokens=8000, pixels=4_000_000))
+    mixture = Mixture([MixtureSource(Empty(4000))])
+    passes = MicroBatchPlan(
+        mixture, [np.stack([tokens, pixels], axis=1)], MicroBatchBudget(4, 64, tokens=8000, pixels=4_000_000)
+    )
     found = passes.first(passes.steps_of(4000))
     own = [np.array([passes.costs[mixture[place][1]] for place in chosen]) for chosen in found]
     useful = sum(chosen[:, 0].sum() for chosen in own) / sum(len(chosen) * chosen[:, 0].max() for chosen in own)
@@ -145,16 +147,16 @@ def test_the_batches_that_training_gets_are_within_the_budget(folder, packing):
     processor = processor_of(planned)
     collate = make_collator(planned.stages[0], processor)
     passes = in_passes(planned, 0, processor, folder / "run", make_dataset(planned, 0, processor))
-    assert isinstance(passes, PassDataset)
+    assert isinstance(passes, MicroBatchDataset)
     for number in range(len(passes)):
         batch = collate([passes[number]])
         assert batch["input_ids"].numel() <= BUDGET.tokens
         assert sum(image[0].numel() for image in batch.get("pixel_values", ())) <= BUDGET.pixels
     assert len(passes) == planned.stages[0].steps * BUDGET.micro_batches
-    assert len(passes.places) >= 48
+    assert len(passes.positions) >= 48
 
 
-def test_costs_are_measured_once_and_again_where_the_file_is_another(folder, monkeypatch):
+def test_costs_are_measured_once_for_each_version_of_a_file(folder, monkeypatch):
     measured = []
     measure = measuring.measure
     monkeypatch.setattr(measuring, "measure", lambda *all: measured.append(1) or measure(*all))
@@ -171,7 +173,7 @@ def test_costs_are_measured_once_and_again_where_the_file_is_another(folder, mon
     assert measured == [1, 1, 1]
 
 
-def test_of_runs_that_start_together_one_measures(folder, monkeypatch):
+def test_only_one_of_two_simultaneous_runs_measures(folder, monkeypatch):
     append, others = measuring.Notes.append, []
 
     def while_another_starts(self, job, findings):
@@ -189,7 +191,7 @@ def test_of_runs_that_start_together_one_measures(folder, monkeypatch):
     assert with_planned_steps(recipe(folder), folder / "later") == one
 
 
-def test_a_process_whose_files_the_first_one_never_measures_says_so(folder, monkeypatch):
+def test_a_process_with_other_files_than_the_first_one_is_rejected(folder, monkeypatch):
     monkeypatch.setattr(measuring, "is_first_process", lambda: False)
     monkeypatch.setattr(measuring, "_PATIENCE", 0.0)
     monkeypatch.setattr(measuring, "_LOOK_AGAIN", 0.01)
@@ -199,7 +201,7 @@ def test_a_process_whose_files_the_first_one_never_measures_says_so(folder, monk
         with_planned_steps(recipe(folder), folder / "run")
 
 
-def test_a_measuring_that_was_killed_goes_on(folder, monkeypatch):
+def test_a_killed_measurement_is_resumed(folder, monkeypatch):
     with killed_noting(10):
         with_planned_steps(recipe(folder), folder / "run")
     append, seen = measuring.Notes.append, []
@@ -208,7 +210,7 @@ def test_a_measuring_that_was_killed_goes_on(folder, monkeypatch):
     assert [finding.index for finding in seen] == list(range(10, 24))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_and_skips_what_is_bad(folder):
+def test_a_resumed_run_equals_an_uninterrupted_one_and_skips_bad_samples(folder):
     whole = dataclasses.replace(recipe(folder), save_every=2)
     engine.train(whole, folder / "whole")
     with killed_after(3):
@@ -240,19 +242,19 @@ def test_two_processes_have_the_losses_of_one(folder):
         ({"batch_size": 15}, "batch_size 15 is not a multiple of budget.micro_batches 2"),
     ],
 )
-def test_a_budget_that_cannot_be_is_refused(folder, change, message):
+def test_impossible_budgets_are_rejected(folder, change, message):
     with pytest.raises(InputError, match=message):
         recipe(folder, **change)
 
 
-def test_a_sample_larger_than_a_pass_is_named_before_anything_is_written(folder):
+def test_a_sample_larger_than_the_budget_is_named_before_anything_is_written(folder):
     for budget, told in ((Budget(tokens=15), "budget.tokens 15 is less than record"), (Budget(pixels=9000), "16,384")):
         with pytest.raises(InputError, match=rf"stage files: .*{told}"):
             engine.train(recipe(folder, budget=budget), folder / "run")
         assert not (folder / "run").exists()
 
 
-def test_passes_that_processes_cannot_share_are_refused(folder, monkeypatch):
+def test_micro_batches_that_processes_cannot_share_are_rejected(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
         InputError, match=r"budget\.micro_batches 2 does not divide among 4 processes; make it a multiple of 4"
@@ -285,7 +287,7 @@ def test_a_stamp_changes_with_the_file(tmp_path, root):
     assert found[0] == found[1] != found[2] == found[3]
 
 
-def test_a_stamp_changes_where_the_file_system_identifies_a_file_by_its_address_alone(monkeypatch):
+def test_a_stamp_changes_if_the_file_system_identifies_files_by_address(monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "ukey", lambda self, path: path)  # as that of http does
     found = []
     for content in (b"[]", b"[1]"):
@@ -295,6 +297,6 @@ def test_a_stamp_changes_where_the_file_system_identifies_a_file_by_its_address_
     assert found[0] != found[1]
 
 
-def test_the_same_places_are_read_whatever_the_packing_of_items():
-    items = PassDataset(list(range(10)), [[3, 1], [0], [2, 9, 4]])
+def test_micro_batch_items_are_those_of_their_positions():
+    items = MicroBatchDataset(list(range(10)), [[3, 1], [0], [2, 9, 4]])
     assert [items[number] for number in range(len(items))] == [[3, 1], [0], [2, 9, 4]]

@@ -1,4 +1,4 @@
-"""Files of conversations: what they hold, in which order it comes, and what happens to samples that are no good."""
+"""Files of conversations: their content, the order of the samples, and the treatment of bad samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training_runs import ONE, SMALLEST, TWO, logged, train
 from convllava.data.collate import IGNORE, SKIPPED
 from convllava.data.dataset import FileDataset, steps_of
 from convllava.data.formats import Records, open_records
-from convllava.data.mixture import Mixture, Part
+from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.records import conversation_of
 from convllava.errors import InputError
 from convllava.training import train as engine
@@ -44,7 +44,7 @@ def write(folder: Path, records: list, name: str = "data.json") -> Path:
 
 
 def dataset(folder: Path, records: list, length: int = 8, **settings: object) -> FileDataset:
-    mixture = Mixture([Part(open_file(write(folder, records)), str(folder / "images"))])
+    mixture = Mixture([MixtureSource(open_file(write(folder, records)), str(folder / "images"))])
     return FileDataset(mixture, fresh()[1], length, **settings)  # type: ignore[arg-type]
 
 
@@ -60,7 +60,7 @@ def test_json_and_jsonl_hold_the_same_records(folder):
         assert len(open_file(folder / name, limit=2)) == 2
 
 
-def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
+def test_images_are_at_their_marks_and_come_first_without_marks():
     images = "images"
     marked = conversation_of(record(0, ["a.png", "b.png"], "this <image> or that <image>?"), 0, images)
     assert marked.messages[0]["content"] == [
@@ -78,30 +78,33 @@ def test_images_stand_where_their_marks_are_and_first_where_there_are_none():
     ("bad", "message"),
     [
         ({"id": "x"}, "sample x: no conversations"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "sample 7: turns alternate"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "sample 7: turns must alternate"),
         (record(1, gpt=" "), "sample s1: an empty answer"),
         (record(1, ["a.png", "b.png"]), "sample s1: 1 <image> marks for 2 images"),
         (record(1, None), "sample s1: 1 <image> marks for 0 images"),
-        ({"conversations": [{"from": "bot", "value": "hi"}]}, "a turn has from, one of human"),
-        ({"conversations": [{"from": ["human"], "value": "hi"}]}, "a turn has from, one of human"),
-        (record(1, 5), "image is a path or a list"),
-        (record(1, [None]), "image is a path or a list"),
-        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "system", "value": "hi"}]}, "turns alternate"),
+        ({"conversations": [{"from": "bot", "value": "hi"}]}, "a turn needs from, one of human"),
+        ({"conversations": [{"from": ["human"], "value": "hi"}]}, "a turn needs from, one of human"),
+        (record(1, 5), "image must be a path or a list"),
+        (record(1, [None]), "image must be a path or a list"),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "system", "value": "hi"}]},
+            "turns must alternate",
+        ),
     ],
 )
-def test_a_bad_record_is_named(bad, message):
+def test_bad_records_are_named(bad, message):
     with pytest.raises(InputError, match=message):
         conversation_of(bad, 7, "")
 
 
 @pytest.mark.parametrize("folder", ["images", "/data/images", "memory://images"])
 @pytest.mark.parametrize("image", ["/etc/a.png", "../a.png", "b/../../a.png", "/data/images/../a.png"])
-def test_an_image_elsewhere_than_below_its_folder_is_not_opened(folder, image):
-    with pytest.raises(InputError, match=f"{image} leads out of {folder}; write it below that, without '..', or"):
+def test_images_outside_their_folder_are_not_opened(folder, image):
+    with pytest.raises(InputError, match=f"{image} leads out of {folder}; give a path below it without '..', or"):
         conversation_of(record(1, image), 0, folder)
 
 
-def test_links_in_the_folder_of_images_and_whole_paths_below_it_are_opened(folder):
+def test_links_in_the_folder_and_absolute_paths_below_it_are_opened(folder):
     (folder / "images" / "link.png").symlink_to(folder / "images" / "a.png")
     (folder / "elsewhere").symlink_to(folder / "images", target_is_directory=True)
     for name in ("link.png", str(folder / "images" / "a.png")):
@@ -114,12 +117,12 @@ def test_links_in_the_folder_of_images_and_whole_paths_below_it_are_opened(folde
     ("name", "content", "message"),
     [
         ("data.jsonl", '{"id": 1}\n{"id": \n', "line 2 of .*data.jsonl is not JSON"),
-        ("data.json", "{}", "must hold a list of records"),
-        ("data.json", "[]", "must hold a list of records"),
-        ("data.json", "[1]", "must hold a list of records"),
+        ("data.json", "{}", "must hold a list of one or more records"),
+        ("data.json", "[]", "must hold a list of one or more records"),
+        ("data.json", "[1]", "must hold a list of one or more records"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path, name, content, message):
+def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         open_file(tmp_path / name)
@@ -137,23 +140,23 @@ def test_every_epoch_has_every_sample_in_another_order(folder):
     assert steps_of(6, 1, 4) == 2
 
 
-def test_a_bad_sample_is_replaced_and_told_of(folder):
+def test_a_bad_sample_is_replaced_and_reported(folder):
     (folder / "images" / "broken.png").write_bytes((folder / "images" / "a.png").read_bytes()[:200])
     items = dataset(folder, [record(0), record(1, "broken.png"), record(2, "b.png")], length=3)
     found = [items[index] for index in range(3)]
-    told = [skipped for item in found for skipped in item.get(SKIPPED, ())]
-    assert {name for name, _ in told} == {"data.json"}
-    (reason,) = {reason for _, reason in told}
+    reported = [skipped for item in found for skipped in item.get(SKIPPED, ())]
+    assert {name for name, _ in reported} == {"data.json"}
+    (reason,) = {reason for _, reason in reported}
     assert "sample s1" in reason
     assert "broken.png" in reason
 
 
-def test_a_dataset_of_no_usable_sample_says_so(folder):
+def test_a_dataset_without_usable_samples_is_rejected(folder):
     with pytest.raises(InputError, match=r"100 samples in a row cannot be used; the last: data\.json: sample s1"):
         dataset(folder, [record(1, "gone.png")])[0]
 
 
-def test_what_is_too_long_is_cut_in_its_text_only(folder):
+def test_long_samples_are_cut_in_their_text_only(folder):
     long = record(0, None, "what?", "red " * 50)
     whole = dataset(folder, [long])[0]
     cut = dataset(folder, [long], max_tokens=20)[0]
@@ -192,8 +195,8 @@ def test_training_on_files_with_and_without_images_counts_what_it_skips(folder):
         engine.train(recipe(folder), folder / "strict")
 
 
-def test_a_process_with_text_alone_neither_stops_nor_stalls_the_others(folder):
-    """The order is drawn, so of 4 samples with one image the two processes meet batches with and without one."""
+def test_a_process_without_images_does_not_stop_the_others(folder):
+    """With one image in 4 samples in random order, each of two processes gets batches without an image."""
     write(folder, [record(0), *(record(number, None, f"question {number}") for number in (1, 2, 3))])
     train(recipe(folder), folder / "one", ONE)
     train(recipe(folder), folder / "two", TWO)
@@ -202,7 +205,7 @@ def test_a_process_with_text_alone_neither_stops_nor_stalls_the_others(folder):
     assert two == pytest.approx(one, abs=1e-4)
 
 
-def test_a_plan_counts_steps_or_names_what_is_missing(folder):
+def test_a_plan_counts_steps_or_names_missing_files(folder):
     assert plan(recipe(folder))["missing"] == [str(folder / "data.json")]
     write(folder, [record(0)] * 5)
     found = plan(recipe(folder))
@@ -211,7 +214,7 @@ def test_a_plan_counts_steps_or_names_what_is_missing(folder):
     assert found["stages"][0]["trained"] == found["stages"][0]["parameters"]["projector"]
 
 
-def test_text_alone_costs_no_image(folder):
+def test_samples_without_images_have_no_pixels(folder):
     item = dataset(folder, [record(0, None, "hi")])[0]
     assert "pixel_values" not in item
     assert isinstance(item["input_ids"], torch.Tensor)
@@ -225,7 +228,7 @@ def test_text_alone_costs_no_image(folder):
         ({"pixels": {"rescale": 3}}, "stage later: pixels: the image processor has no setting 'rescale'"),
     ],
 )
-def test_what_would_stop_a_later_stage_is_refused_before_the_first(folder, change, message):
+def test_errors_of_a_later_stage_are_reported_before_the_first(folder, change, message):
     write(folder, [record(0)])
     first = recipe(folder).stages[0]
     later = dataclasses.replace(first, name="later", steps=1, epochs=None, **change)
@@ -234,13 +237,13 @@ def test_what_would_stop_a_later_stage_is_refused_before_the_first(folder, chang
     assert not (folder / "run").exists()
 
 
-def test_a_plan_names_folders_of_images_that_are_missing(folder):
+def test_a_plan_names_missing_image_folders(folder):
     write(folder, [record(0), record(1, "coco/train2017/1.jpg")])
     assert plan(recipe(folder))["missing"] == [str(folder / "images" / "coco" / "train2017")]
 
 
 @pytest.mark.parametrize("image", [5, [5], {"a": 1}, [None]])
-def test_a_plan_leaves_what_is_no_name_of_an_image_to_the_check(folder, image):
+def test_a_plan_ignores_images_that_are_not_paths(folder, image):
     write(folder, [record(0), record(1) | {"image": image}])
     assert plan(recipe(folder))["missing"] == []
 
@@ -256,14 +259,14 @@ def test_skips_are_remembered_by_a_resumed_run(tmp_path):
         resumed.note([("a.json", "sample 3")], 5)
 
 
-def test_a_name_that_is_no_text_is_written_down_and_read_back(tmp_path):
+def test_skipped_names_with_surrogates_are_written_and_read_back(tmp_path):
     stage = dataclasses.replace(recipe(tmp_path).stages[0], data=Data(sources=[Source("x")], max_skipped=1.0))
     for _ in range(2):
         Skips(tmp_path / "skipped.jsonl", stage, 100).note([("a.json", "sample a\ud800: no conversations")], 1)
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
 
 
-def test_bad_held_out_samples_are_told_and_not_counted(folder):
+def test_bad_held_out_samples_are_reported_and_not_counted(folder):
     write(folder, [record(number, None, f"question {number}") for number in range(4)])
     write(folder, [record(0), *(record(number, "gone.png") for number in (1, 2, 3))], "test.json")
     held_out = Evaluation(every=2, samples=4, sources=[Source("test.json", "images")], pictures=0)
@@ -273,12 +276,12 @@ def test_bad_held_out_samples_are_told_and_not_counted(folder):
     lines = [json.loads(line) for line in (folder / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [(line["file"], line["held_out"]) for line in lines] == [("test.json", True)] * 3
     resumed = Skips(folder / "run" / "skipped.jsonl", plan.stages[0], 4)
-    resumed.note([("test.json", "sample s1")], 5)  # of the training too
+    resumed.note([("test.json", "sample s1")], 5)  # also a training sample
     with pytest.raises(InputError, match="2 bad samples are more than"):
         resumed.note([("data.json", "sample 0")], 5)
 
 
-def test_a_plan_of_a_published_checkpoint_takes_it_as_it_is(folder):
+def test_a_plan_uses_the_settings_of_a_published_checkpoint(folder):
     write(folder, [record(0)])
     checkpoint = Path(__file__).parent / "data" / "official" / "checkpoint"
     found = plan(dataclasses.replace(recipe(folder), model=ModelSpec(checkpoint=str(checkpoint))))
@@ -286,7 +289,7 @@ def test_a_plan_of_a_published_checkpoint_takes_it_as_it_is(folder):
     assert found["stages"][0]["trained"] == 256 * 64 + 64 + 64 * 64 + 64
 
 
-def test_a_plan_of_an_unknown_architecture_names_those_that_are_known(folder):
+def test_a_plan_of_an_unknown_architecture_lists_the_known_ones(folder):
     spec = ModelSpec(vision_from="a", language_from="b", preset="convllava-1536-8b")
     with pytest.raises(
         InputError, match="there is no architecture 'convllava-1536-8b'; choose one of convllava-768-7b"
@@ -294,6 +297,6 @@ def test_a_plan_of_an_unknown_architecture_names_those_that_are_known(folder):
         plan(dataclasses.replace(recipe(folder), model=spec))
 
 
-def test_a_setting_beside_a_checkpoint_is_refused_also_where_it_says_no():
+def test_settings_next_to_a_checkpoint_are_rejected_even_if_false():
     with pytest.raises(InputError, match="checkpoint stands alone; leave out row_separator"):
         ModelSpec(checkpoint="tiny", row_separator=False)

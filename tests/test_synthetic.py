@@ -112,7 +112,7 @@ def test_the_closed_vocabulary_has_no_open_word() -> None:
         ({"kinds": {}}, "shares"),
         ({"kinds": {"sign": -1}}, "shares"),
         ({"turns": -1}, "`turns` is -1"),
-        ({"darkest": 0.0}, "`darkest` is 0.0"),
+        ({"min_brightness": 0.0}, "`min_brightness` is 0.0"),
     ],
 )
 def test_impossible_settings_are_rejected_by_name(settings: dict[str, Any], complaint: str) -> None:

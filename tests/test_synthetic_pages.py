@@ -42,8 +42,8 @@ def test_glyph_sheets_print_every_character() -> None:
     assert printed == set(CHARACTERS)
 
 
-def test_darkest_changes_only_the_brightness() -> None:
-    bright, dark = World(seed=5), World(seed=5, darkest=0.3)
+def test_min_brightness_changes_only_the_brightness() -> None:
+    bright, dark = World(seed=5), World(seed=5, min_brightness=0.3)
     pairs = [(bright.sample(index), dark.sample(index)) for index in range(40)]
     light = [
         ImageStat.Stat(b.image.convert("L")).mean[0] / ImageStat.Stat(a.image.convert("L")).mean[0] for a, b in pairs

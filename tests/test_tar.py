@@ -1,4 +1,4 @@
-"""Tar files: samples by their members, headers that are read once, and members that lead outside."""
+"""Tar files: the members of a sample, headers that are read once, and members that lead outside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from convllava.data.formats import tar, tar_index
+from convllava.data.formats import tar
 from convllava.errors import InputError
 from convllava.training.recipe import Source
 
@@ -27,7 +27,7 @@ def test_a_caption_answers_a_request(tmp_path):
     assert record["image"][0].content == png("a.png")
 
 
-def test_members_of_a_sample_may_lie_apart(tmp_path):
+def test_members_of_a_sample_need_not_be_neighbours(tmp_path):
     apart = sorted(members().items(), key=lambda member: member[0].endswith("json"))
     write_tar(tmp_path / "apart.tar", dict(apart))
     write_tar(tmp_path / "a.tar", members())
@@ -37,8 +37,8 @@ def test_members_of_a_sample_may_lie_apart(tmp_path):
 
 
 def test_the_headers_of_a_large_tar_are_read_once(tmp_path, monkeypatch):
-    monkeypatch.setenv(tar_index.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(tar_index, "_WORTH", 3)
+    monkeypatch.setenv(tar.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(tar, "_CACHED_FROM", 3)
     write_tar(tmp_path / "a.tar", members())
     whole = open_one(tmp_path / "a.tar")
     read = []
@@ -51,26 +51,26 @@ def test_the_headers_of_a_large_tar_are_read_once(tmp_path, monkeypatch):
         kept.write_bytes(damaged)
         assert len(open_one(tmp_path / "a.tar")) == 1
     monkeypatch.undo()
-    monkeypatch.setenv(tar_index.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(tar.CACHE, str(tmp_path / "cache"))
     write_tar(tmp_path / "a.tar", {"1.txt": b"another"})
     assert len(open_one(tmp_path / "a.tar")) == 1
 
 
-def test_an_index_that_cannot_be_kept_is_read_again(tmp_path, monkeypatch):
+def test_an_unusable_cache_does_not_stop_reading(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setenv(tar_index.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(tar_index, "_WORTH", 1)
+    monkeypatch.setenv(tar.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(tar, "_CACHED_FROM", 1)
     write_tar(tmp_path / "a.tar", members())
     assert len(open_one(tmp_path / "a.tar")) == len(open_one(tmp_path / "a.tar")) == 5
 
 
-def test_a_user_without_a_home_reads_tar_files_all_the_same(tmp_path, monkeypatch):
+def test_a_user_without_a_home_folder_can_read_tar_files(tmp_path, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv(tar_index.CACHE, raising=False)
+    monkeypatch.delenv(tar.CACHE, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(tar_index, "_WORTH", 1)
+    monkeypatch.setattr(tar, "_CACHED_FROM", 1)
     write_tar(tmp_path / "a.tar", members())
     assert len(open_one(tmp_path / "a.tar")) == 5
 
@@ -94,14 +94,14 @@ def hostile(path: Path, name: str, **fields: Any) -> Path:
         ("1.json", {"type": tarfile.CHRTYPE}),
     ],
 )
-def test_a_tar_that_leads_outside_is_refused(tmp_path, name, fields):
-    with pytest.raises(InputError, match=r"a\.tar: the member .* pack it anew") as refusal:
+def test_members_that_lead_outside_are_rejected(tmp_path, name, fields):
+    with pytest.raises(InputError, match=r"a\.tar: the member .* pack it again") as refusal:
         open_one(hostile(tmp_path / "a.tar", name, **fields))
     assert name in str(refusal.value)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10239), st.integers(0, 255)), min_size=1, max_size=6))
-def test_a_tar_of_damaged_bytes_reads_or_is_refused(tmp_path_factory, changes):
+def test_damaged_tar_files_are_read_or_rejected(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "damaged.tar"
     write_tar(path, {"1.png": b"no image", "1.json": b"{}", "2.txt": b"hello"})
     content = bytearray(path.read_bytes())
@@ -113,7 +113,7 @@ def test_a_tar_of_damaged_bytes_reads_or_is_refused(tmp_path_factory, changes):
         assert all(isinstance(found[number], dict) for number in range(len(found)))
 
 
-def test_a_giant_image_in_a_file_is_refused_before_it_is_decoded(tmp_path):
+def test_a_giant_image_is_rejected_before_it_is_decoded(tmp_path):
     file = io.BytesIO()
     Image.new("1", (20000, 10000)).save(file, "PNG")
     write_tar(tmp_path / "a.tar", {"1.png": file.getvalue(), "1.txt": b"white"})

@@ -1,6 +1,6 @@
-"""Samples on their way to the trainer: datasets, and how samples become batches."""
+"""Samples on their way to the trainer: data files, datasets, and how samples become batches."""
 
 from typing import Literal
 
 Format = Literal["json", "parquet", "webdataset", "datasets"]
-"""Of data files (see `formats`). Named here, where a recipe can be read without importing what reads the data."""
+"""Formats of data files (see `formats`). Defined here so that reading a recipe does not import the readers."""

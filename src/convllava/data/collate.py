@@ -1,4 +1,4 @@
-"""A page and its turns as one supervised sequence; several sequences as one batch."""
+"""Encode one conversation as a supervised sequence, and several sequences as one batch."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor
 
-from convllava.errors import InputError
+from convllava.errors import DataError
 from convllava.model.processing import ConvLlavaProcessor
 
 IGNORE = -100
+"""The label of positions without a loss."""
 GUIDES = ("answer", "mention")
 """What a position can be told to look at (see `guidance.guides`)."""
 MARKS = "marks"
 """The key under which an item of a generated page has what its visual tokens are asked for (see `marks.marks`)."""
 SKIPPED = "skipped"
-"""The key under which an item tells of the samples in whose place it was taken: (data file, what was wrong) each."""
+"""Key of an item with the bad samples that it replaces: a list of (name of the source, problem)."""
 CAPTION_REQUESTS = ("Describe the image.", "What does the page show?", "Read the page.")
 
 
 def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """One conversation -> input ids, labels (the assistant's text and its end, -100 elsewhere) and pixels.
+    """Encode one conversation.
 
     Returns:
-        input_ids, labels: (sequence,). pixel_values: (images, 3, height, width) and image_sizes: (images, 2), where
-        the conversation has images.
+        `input_ids` and `labels` of shape (sequence,); labels are the ids of the assistant's text and of its end, and
+        -100 elsewhere. With images also `pixel_values` (images, 3, height, width) and `image_sizes` (images, 2).
 
     Raises:
-        InputError: nothing is supervised, as when the chat template marks no assistant text.
+        DataError: if the chat template cannot write the conversation, or marks no assistant text to supervise.
     """
-    # Lists, not tensors: transformers walks over every token for every answer, which costs tensors 80 ms a sample.
+    # No return_tensors: transformers loops over the tokens for each answer, which takes 80 ms a sample with tensors.
     try:
         encoded = processor.apply_chat_template(
             [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
     except (TemplateError, UnicodeError, TypeError) as error:
-        raise InputError(f"the conversation cannot be written as a prompt: {error}") from None
+        raise DataError(f"the conversation cannot be written as a prompt: {error}") from None
     input_ids = torch.tensor(encoded["input_ids"][0])
     supervised = torch.tensor(encoded["assistant_masks"][0]).bool()
     if not supervised.any():
-        raise InputError(
+        raise DataError(
             "the chat template marks no assistant text; put {% generation %} ... {% endgeneration %} around it"
         )
     item = {"input_ids": input_ids, "labels": torch.where(supervised, input_ids, IGNORE)}
@@ -56,9 +57,9 @@ def encode(processor: ConvLlavaProcessor, messages: list[dict[str, Any]]) -> dic
 
 
 def collate(items: list[dict[str, Any]], pad_token_id: int, multiple: int = 1) -> dict[str, Any]:
-    """Right-padded batch; pixels stay a list of (3, height, width), so that unequal shapes cost nothing.
+    """Pad items on the right to one batch. Pixels stay a list of (3, height, width), so nothing pads unequal images.
 
-    Its length is a multiple of `multiple`, so that batches have few different ones.
+    The length is a multiple of `multiple`, so that batches have few different lengths.
 
     Guides (see `guidance.guides`) become (pairs, 3): sequence of the batch, position, position to look at; marks (see
     `marks.marks`) a list.
@@ -75,46 +76,45 @@ def collate(items: list[dict[str, Any]], pad_token_id: int, multiple: int = 1) -
             batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])
     if MARKS in items[0]:
         batch[MARKS] = [item[MARKS] for item in items]
-    return batch | _beside_text(items)
+    return batch | _images_and_skips(items)
 
 
 def pack(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """The samples end to end in one row, without padding.
+    """Concatenate the samples in one row without padding.
 
-    Positions begin anew with each sample; by them, and because there is no attention mask and no cache, transformers
-    keeps samples from looking at each other.
+    The positions start at 0 in each sample. With such positions, no attention mask and no cache, transformers prevents
+    attention between samples.
     """
     return {
         "use_cache": False,
         "input_ids": torch.cat([item["input_ids"] for item in items])[None],
-        # What ends one sample is not asked to foretell how the next begins.
+        # The last token of a sample does not predict the first token of the next one.
         "labels": torch.cat([F.pad(item["labels"][1:], (1, 0), value=IGNORE) for item in items])[None],
         "position_ids": torch.cat([torch.arange(len(item["input_ids"])) for item in items])[None],
-    } | _beside_text(items)
+    } | _images_and_skips(items)
 
 
 def lengths_of(batch: Mapping[str, Any]) -> list[int]:
-    """Tokens of each sample of a padded or packed batch; of one without text, none."""
+    """Return the number of tokens of each sample of a padded or packed batch; [] for a batch without text."""
     if "attention_mask" in batch:
         return batch["attention_mask"].sum(1).tolist()
     if "position_ids" in batch:
-        places = batch["position_ids"][0]
-        return torch.diff(
-            (places == 0).nonzero()[:, 0], append=torch.tensor([len(places)], device=places.device)
-        ).tolist()
+        positions = batch["position_ids"][0]
+        end = torch.tensor([len(positions)], device=positions.device)
+        return torch.diff((positions == 0).nonzero()[:, 0], append=end).tolist()
     return []
 
 
 def supervise_first(batch: Mapping[str, Any], samples: int) -> None:
-    """Take the labels of all but the first samples of a padded or packed batch away."""
+    """Remove the labels of all samples after the first `samples` of a padded or packed batch."""
     if "attention_mask" in batch:
         batch["labels"][samples:] = IGNORE
     else:
         batch["labels"][:, sum(lengths_of(batch)[:samples]) :] = IGNORE
 
 
-def _beside_text(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Images, and which samples were passed over."""
+def _images_and_skips(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collect the images without padding, and the skipped samples."""
     batch: dict[str, Any] = {}
     images = [
         pixels[:, :height, :width].contiguous()

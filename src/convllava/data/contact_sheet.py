@@ -1,5 +1,7 @@
-"""A contact sheet of samples as the model sees them: the pixels of each image under the grid of its visual tokens, and
-the text, of which the coloured part is what training supervises."""
+"""A contact sheet of samples as the model sees them.
+
+Each sample shows its resized images with the grid of visual tokens, and its text; the supervised part is blue.
+"""
 
 from __future__ import annotations
 
@@ -18,52 +20,48 @@ from convllava.model.processing import ConvLlavaProcessor
 
 _WIDTH, _MARGIN, _LINE, _TEXT = 460, 16, 20, 15
 _TALLEST = 460
-"""Pixels of a drawn image's sides, at most."""
+"""Largest height of a drawn image in pixels."""
 _MOST_LINES = 18
 _PROMPT, _SUPERVISED, _GRID = (90, 96, 110), (20, 80, 200), (255, 0, 120, 70)
-Run = tuple[str, bool]
-"""A stretch of text, and whether it is supervised."""
+TextRun = tuple[str, bool]
+"""A piece of text, and whether it is supervised."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One sample of the sheet: its title, its images as the model sees them, and its text."""
+class SheetSample:
+    """One sample of the sheet: its title, its images with the grid, and its text."""
 
     title: str
     images: list[Image.Image]
-    text: list[Run]
+    text: list[TextRun]
 
 
-def shown(item: dict[str, Any], processor: ConvLlavaProcessor, stride: int, number: int) -> Shown:
-    """An item of any dataset, for the sheet.
+def sheet_sample(item: dict[str, Any], processor: ConvLlavaProcessor, stride: int, number: int) -> SheetSample:
+    """Prepare an item of any dataset for the sheet.
 
     Args:
-        item: pixel_values, (images, 3, height, width) with image_sizes, or (3, height, width); input_ids and labels,
-            where it has text.
-        processor: Which encoded it.
-        stride: Of the grid that is drawn.
-        number: Of the sample.
+        item: `pixel_values` of shape (images, 3, height, width) with `image_sizes`, or of shape (3, height, width);
+            `input_ids` and `labels` if it has text.
+        processor: The processor that encoded the item.
+        stride: Pixels of a grid cell's side.
+        number: Number of the sample in its title.
     """
-    images = [_gridded(picture_of(pixels, processor.image_processor), stride) for pixels in _pixels_in(item)]
+    pixels: list[Tensor] = [item["pixel_values"]] if "pixel_values" in item else []
+    if "image_sizes" in item:
+        sizes = zip(item["pixel_values"], item["image_sizes"].tolist(), strict=True)
+        pixels = [values[:, :height, :width] for values, (height, width) in sizes]
+    images = [_with_grid(picture_of(values, processor.image_processor), stride) for values in pixels]
     if "input_ids" not in item:
-        return Shown(f"sample {number}: labels of cells", images, [])
+        return SheetSample(f"sample {number}: labels of cells", images, [])
     ids, supervised = item["input_ids"], item["labels"] != IGNORE
     visual = int((ids == processor.image_token_id).sum())
     title = f"sample {number}: {len(ids)} tokens, {visual} visual, {int(supervised.sum())} supervised"
     title += f" ({len(item[SKIPPED])} bad before it)" if SKIPPED in item else ""
-    return Shown(title, images, list(_runs(ids, supervised, processor)))
-
-
-def _pixels_in(item: dict[str, Tensor]) -> Iterator[Tensor]:
-    if "image_sizes" in item:
-        for pixels, (height, width) in zip(item["pixel_values"], item["image_sizes"].tolist(), strict=True):
-            yield pixels[:, :height, :width]
-    elif "pixel_values" in item:
-        yield item["pixel_values"]
+    return SheetSample(title, images, list(_runs(ids, supervised, processor)))
 
 
 def picture_of(pixels: Tensor, processor: ConvLlavaImageProcessorPil) -> Image.Image:
-    """(3, height, width) as the tower takes it -> the 8-bit image it was."""
+    """Turn normalised pixels of shape (3, height, width) back into the 8-bit image."""
     values = pixels.numpy().transpose(1, 2, 0)
     if processor.do_normalize:
         values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
@@ -72,8 +70,8 @@ def picture_of(pixels: Tensor, processor: ConvLlavaImageProcessorPil) -> Image.I
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
 
 
-def _gridded(image: Image.Image, stride: int) -> Image.Image:
-    """The image, no larger than the sheet has room for, under its grid."""
+def _with_grid(image: Image.Image, stride: int) -> Image.Image:
+    """Draw the grid on the image, scaled down to fit the sheet."""
     scale = min(1.0, (_WIDTH - 2 * _MARGIN) / image.width, _TALLEST / image.height)
     width, height = (max(1, round(side * scale)) for side in image.size)
     drawn = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -85,8 +83,8 @@ def _gridded(image: Image.Image, stride: int) -> Image.Image:
     return drawn
 
 
-def _runs(ids: Tensor, supervised: Tensor, processor: ConvLlavaProcessor) -> Iterator[Run]:
-    """The text in stretches that are wholly supervised or not; visual tokens are counted instead of written."""
+def _runs(ids: Tensor, supervised: Tensor, processor: ConvLlavaProcessor) -> Iterator[TextRun]:
+    """Yield pieces of text that are supervised or not. Visual tokens are written as their number."""
     kind = 2 * (ids == processor.image_token_id).long() + supervised.long()
     for stretch in torch.tensor_split(torch.arange(len(ids)), (kind.diff() != 0).nonzero()[:, 0] + 1):
         if int(kind[stretch[0]]) >= 2:
@@ -95,8 +93,8 @@ def _runs(ids: Tensor, supervised: Tensor, processor: ConvLlavaProcessor) -> Ite
             yield processor.tokenizer.decode(ids[stretch]), bool(supervised[stretch[0]])
 
 
-def draw_sheet(samples: Sequence[Shown]) -> Image.Image:
-    """The samples in columns, each under the shortest one so far."""
+def draw_sheet(samples: Sequence[SheetSample]) -> Image.Image:
+    """Draw the samples in columns. Each one goes to the column that is shortest so far."""
     panels = [_panel(sample) for sample in samples]
     tops = [_MARGIN] * max(1, min(len(panels), round(len(panels) ** 0.5 + 0.5)))
     places = []
@@ -110,7 +108,7 @@ def draw_sheet(samples: Sequence[Shown]) -> Image.Image:
     return sheet
 
 
-def _panel(sample: Shown) -> Image.Image:
+def _panel(sample: SheetSample) -> Image.Image:
     font = ImageFont.load_default(_TEXT)
     lines = list(_wrapped(sample.text, font))
     if len(lines) > _MOST_LINES:
@@ -124,20 +122,17 @@ def _panel(sample: Shown) -> Image.Image:
         panel.paste(image, (_MARGIN, top))
         top += image.height + _MARGIN
     for number, line in enumerate(lines):
-        _write(draw, line, top + number * _LINE, font)
+        left = float(_MARGIN)
+        for text, supervised in line:
+            colour = _SUPERVISED if supervised else _PROMPT
+            draw.text((left, top + number * _LINE), text, fill=colour, font=font)
+            left += font.getlength(text)
     return panel
 
 
-def _write(draw: ImageDraw.ImageDraw, line: list[Run], top: int, font: Any) -> None:
-    left = float(_MARGIN)
-    for text, supervised in line:
-        draw.text((left, top), text, fill=_SUPERVISED if supervised else _PROMPT, font=font)
-        left += font.getlength(text)
-
-
-def _wrapped(runs: Sequence[Run], font: Any) -> Iterator[list[Run]]:
-    """Lines no wider than a panel; a word that is wider is broken."""
-    line: list[Run] = []
+def _wrapped(runs: Sequence[TextRun], font: Any) -> Iterator[list[TextRun]]:
+    """Yield lines that are not wider than a panel. Words that are wider are broken."""
+    line: list[TextRun] = []
     width = 0.0
     for text, supervised in runs:
         for piece in _pieces(text):
@@ -153,7 +148,7 @@ def _wrapped(runs: Sequence[Run], font: Any) -> Iterator[list[Run]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Words with the blank after them, line breaks, and what is longer than any word in parts."""
+    """Yield words with the blank after them, line breaks, and very long words in parts."""
     for number, row in enumerate(text.split("\n")):
         if number:
             yield "\n"

@@ -1,4 +1,4 @@
-"""The dataset over one or more sources of conversations: which sample comes when, and what happens to bad ones."""
+"""The dataset over sources of conversations: the order of the samples, and the treatment of bad ones."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from torch.utils.data import Dataset
 from convllava.data.collate import IGNORE, SKIPPED, encode
 from convllava.data.mixture import Mixture
 from convllava.data.records import Conversation, SampleError, conversation_of, with_images
-from convllava.errors import InputError
+from convllava.errors import DataError, InputError
 from convllava.model.processing import ConvLlavaProcessor
 
-_PATIENCE = 100
-"""So many bad samples in a row are no longer a few bad samples."""
+_MAX_BAD_IN_A_ROW = 100
 
 
 class FileDataset(Dataset):
     """The samples of a mixture of sources, every epoch in another order.
 
-    Items are those of `conversation.encode`. A sample that cannot be used is replaced by the next one, and the item
-    tells of it under `skipped`: a list of (name of the source, what was wrong).
+    Items are those of `collate.encode`. A sample that cannot be used is replaced by the next one; the item then lists
+    it under `skipped` as (name of the source, problem).
 
     Args:
-        mixture: Which record comes when.
-        processor: Encodes them.
-        length: Items in all, over the epochs.
-        max_tokens: Longest sequence; None takes the tokenizer's.
-        truncate: Whether a longer one is cut, else it is skipped.
+        mixture: The order of the records.
+        processor: Encodes the samples.
+        length: Number of items, over all epochs.
+        max_tokens: Longest sequence; None takes the tokenizer's limit.
+        truncate: Whether longer samples are cut; otherwise they are skipped.
     """
 
     def __init__(
@@ -50,50 +49,52 @@ class FileDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         skipped = []
-        for place in range(index, index + _PATIENCE):
-            part, number = self.mixture[place]
+        for position in range(index, index + _MAX_BAD_IN_A_ROW):
+            source, number = self.mixture[position]
             try:
-                item = self.item(self.sample(part, number))
+                item = self.item(self.sample(source, number))
             except InputError as error:
-                skipped.append((self.mixture.parts[part].records.name, str(error)))
+                skipped.append((self.mixture.sources[source].records.name, str(error)))
                 continue
             return item | ({SKIPPED: skipped} if skipped else {})
-        raise InputError(f"{_PATIENCE} samples in a row cannot be used; the last: {skipped[-1][0]}: {skipped[-1][1]}")
+        raise DataError(
+            f"{_MAX_BAD_IN_A_ROW} samples in a row cannot be used; the last: {skipped[-1][0]}: {skipped[-1][1]}"
+        )
 
-    def conversation(self, place: int) -> list[dict[str, Any]]:
-        """The sample at a place as messages, with its images.
-
-        Raises:
-            SampleError: it cannot be used.
-        """
-        return with_images(self.sample(*self.mixture[place]))
-
-    def sample(self, part: int, number: int) -> Conversation:
-        """A record of a part of the mixture.
+    def conversation(self, position: int) -> list[dict[str, Any]]:
+        """Return the sample at a position of the stream as messages with decoded images.
 
         Raises:
-            SampleError: it cannot be read, or is no conversation.
+            SampleError: if the sample cannot be used.
         """
-        source = self.mixture.parts[part]
+        return with_images(self.sample(*self.mixture[position]))
+
+    def sample(self, source: int, number: int) -> Conversation:
+        """Return a record of a source of the mixture.
+
+        Raises:
+            SampleError: if the record cannot be read or is not a conversation.
+        """
+        found = self.mixture.sources[source]
         try:
-            record = source.records[number]
+            record = found.records[number]
         except InputError as error:
             raise SampleError(str(number), "unreadable record", str(error)) from None
-        return conversation_of(record, number, source.images)
+        return conversation_of(record, number, found.images)
 
     def item(self, sample: Conversation) -> dict[str, Tensor]:
-        """A sample encoded, within the longest sequence.
+        """Encode a sample and cut it to the longest sequence.
 
         Raises:
-            SampleError: it cannot be encoded, or not be cut.
+            SampleError: if the sample cannot be encoded or cut.
         """
         return self.within(sample.id, self.encoded(sample.id, with_images(sample)))
 
     def encoded(self, name: str, messages: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The messages of a sample encoded, however long.
+        """Encode the messages of a sample, at any length.
 
         Raises:
-            SampleError: the chat template cannot write them.
+            SampleError: if the chat template cannot write them.
         """
         try:
             return encode(self.processor, messages)
@@ -101,10 +102,10 @@ class FileDataset(Dataset):
             raise SampleError(name, "unwritable text", str(error)) from None
 
     def within(self, name: str, item: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An item, cut to the longest sequence where it may be.
+        """Return an item, cut to the longest sequence if it is longer.
 
         Raises:
-            SampleError: it must not be cut, or there would be no answer left.
+            SampleError: if it must not be cut, the cut would go through an image, or no answer would be left.
         """
         ids = item["input_ids"]
         if len(ids) <= self.max_tokens:
@@ -112,8 +113,8 @@ class FileDataset(Dataset):
         if not self.truncate:
             raise SampleError(name, "too long", f"{len(ids)} tokens, more than {self.max_tokens}")
         if (ids[self.max_tokens :] == self.processor.image_token_id).any():
-            told = f"{len(ids)} tokens, and a cut at {self.max_tokens} would go through an image"
-            raise SampleError(name, "too long", told)
+            detail = f"{len(ids)} tokens, and a cut at {self.max_tokens} would go through an image"
+            raise SampleError(name, "too long", detail)
         cut = item | {key: item[key][: self.max_tokens] for key in ("input_ids", "labels")}
         if (cut["labels"] == IGNORE).all():
             raise SampleError(name, "too long", f"{len(ids)} tokens, and the answer begins after {self.max_tokens}")
@@ -121,5 +122,5 @@ class FileDataset(Dataset):
 
 
 def steps_of(samples: int, epochs: float, batch_size: int) -> int:
-    """Optimiser steps in which every sample comes `epochs` times, the last batch filled up."""
+    """Return the optimiser steps in which every sample is used `epochs` times. The last batch is filled up."""
     return math.ceil(samples * epochs / batch_size)

@@ -1,6 +1,6 @@
-"""Several sources as one endless stream of samples, whose order is a function of the seed and the place alone.
+"""Several sources as one endless stream of samples. The order depends only on the seed and the position.
 
-A run that resumes counts to its place and goes on; no reader has a state that could be lost.
+A resumed run counts to its position and continues. No reader has a state that could be lost.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 
 from convllava.data.formats import Records
 from convllava.data.formats.base import WINDOW_BYTES
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 
 Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureSource:
     """One source of a mixture.
 
     Attributes:
-        records: What it holds.
-        images: Folder that the paths of its images are relative to.
-        repeat: How often an epoch takes each record; of 0.5 always the first half.
-        weight: In place of `repeat`: its share of an epoch, beside the weights of the others. Epochs go on where the
-            last one ended, so that all records come in their turn.
+        records: Its records.
+        images: Folder that image paths are relative to.
+        repeat: How often an epoch takes each record. With 0.5 it is always the first half.
+        weight: Instead of `repeat`: share of an epoch, relative to the weights of the other sources. The next epoch
+            continues where the last one ended, so that all records are used in turn.
     """
 
     records: Records
@@ -37,93 +37,86 @@ class Part:
 
 
 class Mixture:
-    """The samples of all epochs, each in an order of its own.
+    """The samples of all epochs, each epoch in another random order.
 
-    Records that lie in blocks (`Records.blocks`) come block by block: the blocks of all sources are shuffled, and as
-    many as `WINDOW_BYTES` hold are mixed with each other. Where they come among the others is drawn freely.
-
-    Raises:
-        InputError: an epoch has no sample.
-    """
-
-    def __init__(self, parts: Sequence[Part], seed: int = 0) -> None:
-        self.parts, self.seed = list(parts), seed
-        self.counts = _counts(self.parts)
-        self.ends = np.cumsum(self.counts)
-        if not self.ends[-1]:
-            raise InputError("an epoch of the data sources has no sample; raise repeat or limit")
-        nothing = np.empty(0, dtype=np.int64)
-        self._drawn: tuple[int, Integers, Integers] = (-1, nothing, nothing)
-
-    def __len__(self) -> int:
-        """Samples of an epoch."""
-        return int(self.ends[-1])
-
-    def __getitem__(self, place: int) -> tuple[int, int]:
-        """The number of the part, and of its record, at a place in the stream."""
-        epoch, number = divmod(place, len(self))
-        parts, records = self.epoch(epoch)
-        return int(parts[number]), int(records[number])
-
-    def epoch(self, number: int) -> tuple[Integers, Integers]:
-        """The parts, and the records of them, at all places of an epoch, in their order."""
-        if self._drawn[0] != number:
-            drawn = self._order(number)
-            parts = np.searchsorted(self.ends, drawn, side="right")
-            passed = np.array([self._passed(part, number) for part in range(len(self.parts))])
-            lengths = np.array([len(part.records) for part in self.parts])
-            turns = drawn - (self.ends - self.counts)[parts] + passed[parts]
-            self._drawn = (number, parts, turns % lengths[parts])
-        return self._drawn[1], self._drawn[2]
-
-    def _passed(self, part: int, epoch: int) -> int:
-        """How many samples earlier epochs took of a source that goes on where they ended."""
-        return epoch * self.counts[part] if self.parts[part].weight is not None else 0
-
-    def _order(self, epoch: int) -> Integers:
-        draw = np.random.default_rng([self.seed, epoch])
-        order = draw.permutation(len(self))
-        block, size = self._blocks(epoch)
-        places = np.flatnonzero(block[order] >= 0)
-        if len(places):
-            numbers = np.flatnonzero(block >= 0)
-            order[places] = numbers[_block_by_block(block[numbers], size, draw)]
-        return order
-
-    def _blocks(self, epoch: int) -> tuple[Integers, Integers]:
-        """Of each sample of an epoch the block that it lies in, -1 for none, and the bytes of each block."""
-        found, sizes, known = [], [], 0
-        for number, (part, count) in enumerate(zip(self.parts, self.counts, strict=True)):
-            if (blocks := part.records.blocks) is None:
-                found.append(np.full(count, -1))
-                continue
-            times, record = np.divmod(np.arange(count) + self._passed(number, epoch), len(part.records))
-            own = np.searchsorted(blocks.starts, record, side="right") - 1 + len(blocks.starts) * times
-            distinct, own = np.unique(own, return_inverse=True)
-            found.append(known + own)
-            sizes.append(blocks.sizes[distinct % len(blocks.starts)])
-            known += len(distinct)
-        return np.concatenate(found), np.concatenate([np.empty(0, dtype=np.int64), *sizes])
-
-
-def _counts(parts: Sequence[Part]) -> list[int]:
-    """Samples that an epoch takes of each source. Weights share what the sources hold together."""
-    weights = [part.weight for part in parts if part.weight is not None]
-    if weights:
-        whole = sum(len(part.records) for part in parts) / sum(weights)
-        return [round(whole * (part.weight or 0)) for part in parts]
-    return [round(len(part.records) * part.repeat) for part in parts]
-
-
-def _block_by_block(block: Integers, size: Integers, draw: np.random.Generator) -> Integers:
-    """An order of samples in which those of a window of blocks come together.
+    Records that can only be read in row groups (`Records.row_groups`) keep together: the row groups of all sources are
+    shuffled, and the rows of as many as `WINDOW_BYTES` hold are mixed with each other. Their positions among the other
+    samples are random.
 
     Args:
-        block: The block of each sample.
-        size: Bytes of each block.
+        sources: The sources.
+        seed: Seed of the order.
+
+    Raises:
+        ConfigError: if an epoch would have no sample.
     """
-    shuffled = draw.permutation(len(size))
-    before = np.cumsum(size[shuffled]) - size[shuffled]
-    window = np.empty_like(shuffled)
-    window[shuffled] = before // WINDOW_BYTES
-    return np.lexsort((draw.random(len(block)), window[block]))
+
+    def __init__(self, sources: Sequence[MixtureSource], seed: int = 0) -> None:
+        self.sources, self.seed = list(sources), seed
+        weights = [source.weight for source in sources if source.weight is not None]
+        if weights:
+            # With weights, an epoch is as long as all sources together.
+            total = sum(len(source.records) for source in sources) / sum(weights)
+            self.counts = [round(total * (source.weight or 0)) for source in sources]
+        else:
+            self.counts = [round(len(source.records) * source.repeat) for source in sources]
+        self.ends = np.cumsum(self.counts)
+        if not self.ends[-1]:
+            raise ConfigError("an epoch of the data sources has no sample; raise repeat or limit")
+        nothing = np.empty(0, dtype=np.int64)
+        self._last_epoch: tuple[int, Integers, Integers] = (-1, nothing, nothing)
+
+    def __len__(self) -> int:
+        """Return the number of samples of an epoch."""
+        return int(self.ends[-1])
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Return the number of the source, and of the record in it, at a position of the stream."""
+        epoch, number = divmod(position, len(self))
+        sources, records = self.epoch(epoch)
+        return int(sources[number]), int(records[number])
+
+    def epoch(self, number: int) -> tuple[Integers, Integers]:
+        """Return the sources and the records at all positions of an epoch, in order."""
+        if self._last_epoch[0] != number:
+            drawn = self._order(number)
+            sources = np.searchsorted(self.ends, drawn, side="right")
+            offsets = np.array([self._offset(source, number) for source in range(len(self.sources))])
+            lengths = np.array([len(source.records) for source in self.sources])
+            taken = drawn - (self.ends - self.counts)[sources] + offsets[sources]
+            self._last_epoch = (number, sources, taken % lengths[sources])
+        return self._last_epoch[1], self._last_epoch[2]
+
+    def _offset(self, source: int, epoch: int) -> int:
+        """Return how many samples earlier epochs took of a source with a weight; 0 for other sources."""
+        return epoch * self.counts[source] if self.sources[source].weight is not None else 0
+
+    def _order(self, epoch: int) -> Integers:
+        """Draw the order of an epoch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self))
+        group, sizes = self._row_groups(epoch)
+        positions = np.flatnonzero(group[order] >= 0)
+        if len(positions):
+            # Sort these samples by the window of their row group, and randomly within a window.
+            numbers = np.flatnonzero(group >= 0)
+            shuffled = rng.permutation(len(sizes))
+            window = np.empty_like(shuffled)
+            window[shuffled] = (np.cumsum(sizes[shuffled]) - sizes[shuffled]) // WINDOW_BYTES
+            order[positions] = numbers[np.lexsort((rng.random(len(numbers)), window[group[numbers]]))]
+        return order
+
+    def _row_groups(self, epoch: int) -> tuple[Integers, Integers]:
+        """Return the row group of each sample of an epoch (-1 for none), and the bytes of each row group."""
+        found, sizes, known = [], [], 0
+        for number, (source, count) in enumerate(zip(self.sources, self.counts, strict=True)):
+            if (groups := source.records.row_groups) is None:
+                found.append(np.full(count, -1))
+                continue
+            repeats, record = np.divmod(np.arange(count) + self._offset(number, epoch), len(source.records))
+            own = np.searchsorted(groups.starts, record, side="right") - 1 + len(groups.starts) * repeats
+            distinct, own = np.unique(own, return_inverse=True)
+            found.append(known + own)
+            sizes.append(groups.sizes[distinct % len(groups.starts)])
+            known += len(distinct)
+        return np.concatenate(found), np.concatenate([np.empty(0, dtype=np.int64), *sizes])

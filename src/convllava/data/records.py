@@ -1,7 +1,7 @@
-"""One sample, whatever file it comes from: a conversation whose images are where their marks stand.
+"""One sample of a data file as a conversation, whose images are at the positions of their marks.
 
-The layout is LLaVA's: `conversations` is a list of `{"from": "human" or "gpt", "value": text}`, in which `<image>`
-marks where an image stands; `image` is absent, one image or a list of them.
+The layout is LLaVA's: `conversations` is a list of `{"from": "human" or "gpt", "value": text}`. In the text, `<image>`
+marks the position of an image. `image` is absent, one image or a list of images.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from PIL import Image
-
 from convllava.data import storage
 from convllava.data.formats import Embedded
-from convllava.errors import InputError
+from convllava.errors import DataError, InputError
 from convllava.model.images import load_image
 
 IMAGE_MARK = "<image>"
@@ -32,18 +30,18 @@ Problem = Literal[
     "too long",
     "cut",
 ]
-"""What can be wrong with a sample; with all but the last it is skipped in training."""
+"""The problems of a sample. Training skips a sample with any of them except "cut"."""
 PROBLEMS: tuple[Problem, ...] = get_args(Problem)
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-class SampleError(InputError):
+class SampleError(DataError):
     """A sample that cannot be used.
 
     Attributes:
-        name: Of the sample.
-        problem: Which kind of problem it has.
-        detail: What exactly is wrong.
+        name: Id of the sample.
+        problem: The kind of problem.
+        detail: A description of the problem.
     """
 
     def __init__(self, name: str, problem: Problem, detail: str) -> None:
@@ -56,8 +54,8 @@ class Conversation:
     """One sample of a file.
 
     Attributes:
-        id: What the file calls it, else its number.
-        messages: As chat templates take them; an image part holds its address, or an `Embedded`, as `image`.
+        id: Its id in the file, or its number.
+        messages: In the form of chat templates. An image part holds an address or an `Embedded` under `image`.
     """
 
     id: str
@@ -65,18 +63,18 @@ class Conversation:
 
 
 def conversation_of(record: dict[str, Any], number: int, images: str) -> Conversation:
-    """A record as messages.
+    """Turn a record into messages.
 
-    Images that no mark places stand first in the first message of the user. As many marks as images is the rule; the
-    LLaVA mix has records with one image and a mark too many, which are refused like any other.
+    Images without marks come first in the first user message. Otherwise there must be as many marks as images; the
+    LLaVA mix has a few records with one mark too many, which are rejected like any other.
 
     Args:
-        record: As in the file.
-        number: Of the record, for its name where it has no id.
-        images: Folder that the paths of its images are relative to.
+        record: A record of a data file.
+        number: Number of the record, its name if it has no id.
+        images: Folder that image paths are relative to.
 
     Raises:
-        SampleError: names the sample, and what is wrong with it.
+        SampleError: if the record is not a conversation; the message names the sample and the problem.
     """
     name = str(record.get("id", number))
     turns = record.get("conversations")
@@ -84,66 +82,67 @@ def conversation_of(record: dict[str, Any], number: int, images: str) -> Convers
         raise SampleError(name, "no conversation", "no conversations")
     pictures = _pictures(record, name, images)
     messages = [_message(turn, name) for turn in turns]
-    _check_order(messages, name)
+    roles = [message["role"] for message in messages]
+    roles = roles[1:] if roles[0] == "system" else roles
+    if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
+        detail = (
+            f"turns must alternate, human first and gpt last, after an optional system turn; got {', '.join(roles)}"
+        )
+        raise SampleError(name, "unbalanced roles", detail)
     marks = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if pictures and not marks:
         first = next(message for message in messages if message["role"] == "user")
         marks = [{"type": "image"} for _ in pictures]
         first["content"] = [*marks, *first["content"]]
     if len(marks) != len(pictures):
-        told = f"{len(marks)} {IMAGE_MARK} marks for {len(pictures)} images"
-        raise SampleError(name, "marks and images differ", told)
+        detail = f"{len(marks)} {IMAGE_MARK} marks for {len(pictures)} images"
+        raise SampleError(name, "marks and images differ", detail)
     for mark, picture in zip(marks, pictures, strict=True):
         mark["image"] = picture
     return Conversation(name, messages)
 
 
 def _pictures(record: dict[str, Any], name: str, folder: str) -> list[str | Embedded]:
-    """Addresses of a record's images, or the images themselves."""
+    """Return the images of a record, or their addresses. Addresses must be below the folder that the recipe names.
+
+    Only the text of a path is checked: symbolic links inside the folder are the decision of its owner.
+    """
     given = record.get("image") or []
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list) or not all(isinstance(image, str | Embedded) for image in given):
-        raise SampleError(name, "unreadable record", f"image is a path or a list of paths; got {given!r}"[:200])
-    for image in given:
-        if isinstance(image, str) and (told := _leading_out(image, folder)):
-            raise SampleError(name, "missing image", f"{image[:120]} {told}")
-    return [image if isinstance(image, Embedded) else storage.within(folder, image) for image in given]
-
-
-def _leading_out(image: str, folder: str) -> str | None:
-    """Why an image's path is not opened: it does not lie below the folder that the recipe names. By its words alone:
-    what links in the folder point to is its owner's choice."""
-    if storage.is_remote(image):
-        return "is an address, and nothing that data name is fetched"
-    path, home = Path(image), Path(folder)
+        raise SampleError(name, "unreadable record", f"image must be a path or a list of paths; got {given!r}"[:200])
+    home = Path(folder)
     homes = () if storage.is_remote(folder) else (home.absolute(), home.resolve())
-    is_below = not path.is_absolute() or any(map(path.is_relative_to, homes))
-    if ".." in path.parts or not is_below:
-        return (
-            f"leads out of {folder or '.'}; write it below that, without '..', or name another folder as the source's "
-            "images"
-        )
-    return None
+    for image in given:
+        if isinstance(image, Embedded):
+            continue
+        if storage.is_remote(image):
+            detail = f"{image[:120]} is an address; addresses inside the data are not fetched"
+            raise SampleError(name, "missing image", detail)
+        path = Path(image)
+        if ".." in path.parts or (path.is_absolute() and not any(map(path.is_relative_to, homes))):
+            detail = (
+                f"{image[:120]} leads out of {folder or '.'}; give a path below it without '..', or set another folder "
+                "as the source's images"
+            )
+            raise SampleError(name, "missing image", detail)
+    return [image if isinstance(image, Embedded) else storage.within(folder, image) for image in given]
 
 
 def _message(turn: Any, name: str) -> dict[str, Any]:
     speaker = turn.get("from") if isinstance(turn, dict) else None
     if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(turn.get("value"), str):
-        told = f"a turn has from, one of {', '.join(_ROLES)}, and value; got {turn!r}"
-        raise SampleError(name, "malformed turn", told[:200])
+        detail = f"a turn needs from, one of {', '.join(_ROLES)}, and value; got {turn!r}"
+        raise SampleError(name, "malformed turn", detail[:200])
     role, text = _ROLES[speaker], turn["value"]
     if role == "assistant":
         if not text.strip():
             raise SampleError(name, "empty answer", "an empty answer")
         return {"role": role, "content": [{"type": "text", "text": text}]}
-    return {"role": role, "content": _parts(text)}
-
-
-def _parts(text: str) -> list[dict[str, Any]]:
-    """Text around marks as it stands, but without the blanks at its ends where there are marks, as in LLaVA."""
     pieces = text.split(IMAGE_MARK)
     if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+    # As in LLaVA, blanks at both ends of a text with marks are removed.
     filled = [number for number, piece in enumerate(pieces) if piece.strip()]
     if filled:
         pieces[filled[0]] = pieces[filled[0]].lstrip()
@@ -152,51 +151,37 @@ def _parts(text: str) -> list[dict[str, Any]]:
     for number, piece in enumerate(pieces):
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": piece}] if piece.strip() else []
-    return parts
-
-
-def _check_order(messages: list[dict[str, Any]], name: str) -> None:
-    roles = [message["role"] for message in messages]
-    roles = roles[1:] if roles[0] == "system" else roles
-    if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-        told = f"turns alternate, human first and gpt last, a system turn before or nowhere; got {', '.join(roles)}"
-        raise SampleError(name, "unbalanced roles", told)
+    return {"role": role, "content": parts}
 
 
 def with_images(sample: Conversation) -> list[dict[str, Any]]:
-    """The messages with decoded images.
+    """Return the messages of a conversation with decoded images.
 
     Raises:
-        SampleError: an image that is not there, or cannot be decoded.
+        SampleError: if an image is missing or cannot be decoded.
     """
-    return [
-        message | {"content": [_decoded(part, sample.id) for part in message["content"]]} for message in sample.messages
-    ]
 
+    def decoded(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        source = part["image"]
+        try:
+            if isinstance(source, Embedded):
+                return part | {"image": load_image(_NamedBytes(*source))}
+            if storage.is_remote(source):
+                with storage.opened(source) as file:
+                    return part | {"image": load_image(_NamedBytes(source, file.read()))}
+            return part | {"image": load_image(source)}
+        except InputError as error:
+            is_there = isinstance(source, Embedded) or storage.exists(source)
+            raise SampleError(sample.id, "undecodable image" if is_there else "missing image", str(error)) from None
 
-def _decoded(part: dict[str, Any], name: str) -> dict[str, Any]:
-    return part | {"image": _image(part["image"], name)} if part["type"] == "image" else part
-
-
-def _image(source: str | Embedded, name: str) -> Image.Image:
-    try:
-        file: Any = source
-        if isinstance(source, Embedded) or storage.is_remote(source):
-            file = _NamedBytes(source)
-        return load_image(file)
-    except InputError as error:
-        is_there = isinstance(source, Embedded) or storage.exists(source)
-        raise SampleError(name, "undecodable image" if is_there else "missing image", str(error)) from None
+    return [message | {"content": list(map(decoded, message["content"]))} for message in sample.messages]
 
 
 class _NamedBytes(BytesIO):
-    """A file in memory that says in messages what it is."""
+    """A file in memory with a name, which `load_image` uses in its messages."""
 
-    def __init__(self, source: str | Embedded) -> None:
-        if isinstance(source, Embedded):
-            self.name, content = source
-        else:
-            self.name = source
-            with storage.opened(source) as file:
-                content = file.read()
+    def __init__(self, name: str, content: bytes) -> None:
         super().__init__(content)
+        self.name = name

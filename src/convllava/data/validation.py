@@ -1,10 +1,12 @@
-"""A look at every sample of a source, by the same code that training runs but for the resizing of pixels."""
+"""Check every sample of a source with the code that training runs, except that no pixels are resized."""
 
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,28 +15,29 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BatchFeature
 
 from convllava.data.dataset import FileDataset
-from convllava.data.mixture import Mixture, Part
+from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.records import Problem, SampleError, with_images
+from convllava.display import ACCENT, INK, MUTED
 from convllava.geometry import Size
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.processing import ConvLlavaProcessor
 
-_TOGETHER = 32
-"""Samples that a worker takes at a time: neighbours, which lie in one row group."""
+_CHUNK = 32
+"""Neighbouring samples that a worker checks at a time; they often share a row group."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a look at one sample found.
+    """The result of checking one sample.
 
     Attributes:
-        index: Of the record in its source.
-        id: What the source calls it, else its index.
-        tokens: Of the whole sequence, visual ones included; 0 where it cannot be encoded.
-        lost: Tokens of those that training does not see.
-        images: Height and width of each in pixels; none where one cannot be decoded.
-        problem, detail: What is wrong; None and empty where nothing is.
-        pixels: Of all images together, as training would resize them; 0 where the sample cannot be encoded.
+        index: Number of the record in its source.
+        id: Its id in the source, or its number.
+        tokens: Tokens of the whole sequence with visual tokens; 0 if it cannot be encoded.
+        lost: Tokens that training does not see.
+        images: Height and width of each image in pixels; empty if one cannot be decoded.
+        problem, detail: The problem and its description; None and "" if there is none.
+        pixels: Pixels of all images together after resizing; 0 if the sample cannot be encoded.
     """
 
     index: int
@@ -48,24 +51,26 @@ class Finding:
 
     @property
     def is_usable(self) -> bool:
-        """Whether training takes the sample."""
+        """Whether training uses the sample."""
         return self.problem in (None, "cut")
 
 
-class Examination(Dataset):
-    """The findings of a source, one a record.
+class SourceCheck(Dataset):
+    """The findings of a source, one for each record.
 
     Args:
-        part: The source.
-        processor: Encodes its samples; not changed.
-        max_tokens: Longest sequence; None takes the tokenizer's.
-        truncate: Whether a longer one is cut, else it is skipped.
+        source: The source.
+        processor: Encodes its samples. It is not changed.
+        max_tokens: Longest sequence; None takes the tokenizer's limit.
+        truncate: Whether longer samples are cut; otherwise they are skipped.
     """
 
-    def __init__(self, part: Part, processor: ConvLlavaProcessor, max_tokens: int | None, truncate: bool) -> None:
-        self.name, self.length = part.records.name, len(part.records)
+    def __init__(
+        self, source: MixtureSource, processor: ConvLlavaProcessor, max_tokens: int | None, truncate: bool
+    ) -> None:
+        self.name, self.length = source.records.name, len(source.records)
         self.samples = FileDataset(
-            Mixture([part]), without_pixels(processor), self.length, max_tokens=max_tokens, truncate=truncate
+            Mixture([source]), without_pixels(processor), self.length, max_tokens=max_tokens, truncate=truncate
         )
 
     def __len__(self) -> int:
@@ -77,47 +82,46 @@ class Examination(Dataset):
         try:
             sample = self.samples.sample(0, index)
             messages = with_images(sample)
-            images = _sizes(messages)
+            parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+            images = [(part["image"].height, part["image"].width) for part in parts]
             item = self.samples.encoded(sample.id, messages)
             tokens = len(item["input_ids"])
             kept = len(self.samples.within(sample.id, item)["input_ids"])
         except SampleError as error:
             return Finding(index, error.name, tokens, tokens, images, error.problem, error.detail)
-        lost, pixels = tokens - kept, _pixels(item)
+        pixels = int(item["image_sizes"].prod(-1).sum()) if "image_sizes" in item else 0
+        lost = tokens - kept
         if not lost:
             return Finding(index, sample.id, tokens, 0, images, pixels=pixels)
-        told = f"{tokens} tokens, of which the last {lost} are cut"
-        return Finding(index, sample.id, tokens, lost, images, "cut", told, pixels)
+        detail = f"{tokens} tokens, of which the last {lost} are cut"
+        return Finding(index, sample.id, tokens, lost, images, "cut", detail, pixels)
 
 
-def examine(examination: Examination, workers: int, first: int = 0) -> Iterator[list[Finding]]:
-    """The findings in order, from a first record on, some at a time."""
+def check_source(check: SourceCheck, workers: int, first: int = 0) -> Iterator[list[Finding]]:
+    """Yield the findings in order from record `first` on, in lists of several.
+
+    Args:
+        check: The source to check.
+        workers: Processes that read; 0 reads in this process.
+        first: Number of the first record.
+    """
     loader: DataLoader[Any] = DataLoader(
-        examination,
-        batch_size=_TOGETHER,
-        sampler=range(first, len(examination)),
+        check,
+        batch_size=_CHUNK,
+        sampler=range(first, len(check)),
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=_alone,
+        worker_init_fn=_use_one_thread,  # there are as many workers as cores
     )
     return iter(loader)
 
 
-def _alone(worker: int) -> None:
-    torch.set_num_threads(1)  # as many workers as cores
+def _use_one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
 
 
-def _sizes(messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    return [(part["image"].height, part["image"].width) for part in parts]
-
-
-def _pixels(item: dict[str, Any]) -> int:
-    return int(item["image_sizes"].prod(-1).sum()) if "image_sizes" in item else 0
-
-
-class _Uncoloured(ConvLlavaImageProcessorPil):
-    """Sizes as of the real one, which are all that the text depends on; no image is resized."""
+class _SizesOnly(ConvLlavaImageProcessorPil):
+    """Return the sizes of the real image processor, on which the text depends, but resize no image."""
 
     def _preprocess(self, images: list[Any], *args: Any, **kwargs: Any) -> BatchFeature:
         canvases = [self.placement(Size(image.height, image.width), **kwargs).canvas for image in images]
@@ -126,7 +130,56 @@ class _Uncoloured(ConvLlavaImageProcessorPil):
 
 
 def without_pixels(processor: ConvLlavaProcessor) -> ConvLlavaProcessor:
-    """A processor that encodes texts exactly as this one does, and spares itself the pixels."""
+    """Return a processor that encodes texts exactly like this one, without the cost of the pixels."""
     lighter = copy.copy(processor)
-    lighter.image_processor = _Uncoloured.from_dict(processor.image_processor.to_dict())
+    lighter.image_processor = _SizesOnly.from_dict(processor.image_processor.to_dict())
     return lighter
+
+
+class SizePlot:
+    """Histograms of the sizes of all images and samples."""
+
+    def __init__(self) -> None:
+        self.heights, self.widths, self.tokens = array("q"), array("q"), array("q")
+
+    def add(self, finding: Finding) -> None:
+        """Count a sample."""
+        self.heights.extend(height for height, _ in finding.images)
+        self.widths.extend(width for _, width in finding.images)
+        if finding.tokens:
+            self.tokens.append(finding.tokens)
+
+    def draw(self, path: Path, title: str) -> None:
+        """Write three histograms as PNG: pixels and aspect ratios of the images, tokens of the samples."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        heights, widths, tokens = (np.array(values, dtype=float) for values in (self.heights, self.widths, self.tokens))
+        figure, plots = plt.subplots(1, 3, figsize=(11, 3.2), dpi=110)
+        histograms = (
+            (heights * widths / 1e6, "megapixels of an image"),
+            (widths / heights, "width / height of an image"),
+            (tokens, "tokens of a sample"),
+        )
+        for axes, (values, label) in zip(plots, histograms, strict=True):
+            axes.set_xlabel(label)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+            if not len(values):
+                axes.set_yticks([])
+                continue
+            low, high = values.min() / 1.05, values.max() * 1.05
+            axes.hist(values, bins=np.geomspace(low, high, 40), color=ACCENT)
+            axes.set_xscale("log")
+            ticks = np.geomspace(low, high, 5)
+            axes.set_xticks(ticks, [f"{tick:.2g}" if tick < 10 else f"{tick:,.0f}" for tick in ticks])
+            axes.minorticks_off()
+            median = float(np.median(values))
+            axes.axvline(median, color=MUTED, linestyle="--", linewidth=1)
+            axes.set_title(f"{len(values):,}, median {median:.3g}", fontsize=8, color=MUTED)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=INK)
+        figure.tight_layout()
+        figure.savefig(path, format="png")
+        plt.close(figure)

@@ -17,14 +17,14 @@ from convllava.synthetic.sample import Box, Thing
 _TILE = 512
 
 
-def degrade(canvas: Canvas, rng: random.Random, max_rotation: float, darkest: float = 1.0) -> None:
+def degrade(canvas: Canvas, rng: random.Random, max_rotation: float, min_brightness: float = 1.0) -> None:
     """Make the finished canvas look photographed. The boxes follow its rotation.
 
     Args:
         canvas: The page; its image and boxes are changed.
         rng: Source of the random numbers.
         max_rotation: Largest rotation, in degrees.
-        darkest: Smallest share of their brightness that pages keep; if it is below 1, two of five pages are darkened.
+        min_brightness: Smallest share of the brightness that a page keeps; below 1, two of five pages are darkened.
     """
     if rng.random() < 0.25:
         rotate(canvas, rng.uniform(-max_rotation, max_rotation))
@@ -32,8 +32,8 @@ def degrade(canvas: Canvas, rng: random.Random, max_rotation: float, darkest: fl
         canvas.image = _blurred(canvas.image, rng.uniform(0.25, 0.45))
     if rng.random() < 0.3:
         canvas.image = canvas.image.point(_exposure(rng.randint(85, 110), rng.randint(-15, 15)))
-    if darkest < 1 and rng.random() < 0.4:
-        canvas.image = canvas.image.point(_dimmed(round(100 * rng.uniform(darkest, 1))))
+    if min_brightness < 1 and rng.random() < 0.4:
+        canvas.image = canvas.image.point(_dimmed(round(100 * rng.uniform(min_brightness, 1))))
     if rng.random() < 0.3:
         canvas.image = _noisy(canvas.image, rng)
     if rng.random() < 0.3:

@@ -63,7 +63,7 @@ class World:
         turns: Largest number of question-answer turns of a sample.
         system_fonts: Also use the fonts of this machine. The samples then differ between machines.
         grounding: Share of the turns that ask for a box, if the page has something to ask for.
-        darkest: Brightness that the darkest pages keep, as a share of the original; 1 darkens no page.
+        min_brightness: Brightness that the darkest pages keep, as a share of the original; 1 darkens no page.
 
     Raises:
         ConfigError: if a setting is impossible, or (from `sample`) if the font packages are missing.
@@ -79,11 +79,12 @@ class World:
         turns: int = 6,
         system_fonts: bool = False,
         grounding: float = 0.12,
-        darkest: float = 1.0,
+        min_brightness: float = 1.0,
     ) -> None:
         shares, smallest = (SIMPLE_SHARES, SMALLEST_SIMPLE) if simple else (SHARES, SMALLEST)
         self.split, self.seed, self.size, self.simple = split, seed, size, simple
-        self.turns, self.system_fonts, self.grounding, self.darkest = turns, system_fonts, grounding, darkest
+        self.turns, self.system_fonts = turns, system_fonts
+        self.grounding, self.min_brightness = grounding, min_brightness
         self.kinds = dict(shares if kinds is None else kinds)
         if split not in SPLITS:
             raise ConfigError(f"World: `split` is {split!r}; choose one of {', '.join(SPLITS)}")
@@ -98,8 +99,8 @@ class World:
             raise ConfigError(f"World: `turns` is {turns}; choose 0 or more")
         if not 0 <= grounding < 1:
             raise ConfigError(f"World: `grounding` is {grounding}; choose a share of 0 or more and below 1")
-        if not 0 < darkest <= 1:
-            raise ConfigError(f"World: `darkest` is {darkest}; choose a share above 0, at most 1")
+        if not 0 < min_brightness <= 1:
+            raise ConfigError(f"World: `min_brightness` is {min_brightness}; choose a share above 0, at most 1")
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield samples 0, 1, 2, ... without end; every iteration starts again at sample 0."""
@@ -132,7 +133,7 @@ class World:
             raise ConfigError(f"World: nothing fits a picture of `size` {self.size}; choose a larger one")
         canvas = drawing.canvas
         if not self.simple:
-            degrade(canvas, rng, drawing.max_rotation, self.darkest)
+            degrade(canvas, rng, drawing.max_rotation, self.min_brightness)
         return Sample(
             index=index,
             kind=kind,

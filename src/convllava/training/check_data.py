@@ -18,8 +18,7 @@ from typing import Any, TypedDict
 
 from rich.table import Table
 
-from convllava.data.size_plot import Sizes
-from convllava.data.validation import Finding
+from convllava.data.validation import Finding, SizePlot
 from convllava.display import check_can_draw
 from convllava.errors import InputError
 from convllava.io import make_output, replacing, write_json
@@ -135,7 +134,7 @@ def _digest(recipe: Recipe, jobs: list[Job]) -> str:
 
 
 def _write(recipe: Recipe, tallies: list[Tally], notes: Notes, output: Path) -> Summary:
-    sizes = Sizes()
+    sizes = SizePlot()
     with replacing(output / "report.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
         for number, finding in notes:
             tallies[number].count(finding)

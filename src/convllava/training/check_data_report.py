@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convllava.data.validation import Examination, Finding, examine
+from convllava.data.validation import Finding, SourceCheck, check_source
 from convllava.model.processing import ConvLlavaProcessor
-from convllava.training.datasets import parts_of
+from convllava.training.datasets import mixture_sources
 from convllava.training.initialise import check_pixels, processor_of
 from convllava.training.recipe import Recipe, Source, Stage
 
@@ -25,7 +25,7 @@ class Job:
 
     source: Source
     uses: list[str]
-    examination: Examination
+    examination: SourceCheck
 
 
 def jobs_of(recipe: Recipe) -> list[Job]:
@@ -60,10 +60,10 @@ def stages_with_files(recipe: Recipe) -> Iterator[tuple[int, ConvLlavaProcessor]
             yield index, processor
 
 
-def examination_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor) -> Examination:
+def examination_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor) -> SourceCheck:
     """A source's samples as the stage would see them."""
-    (part,) = parts_of(recipe, [source])
-    return Examination(part, processor, stage.data.max_tokens, stage.data.overlong == "truncate")
+    (opened,) = mixture_sources(recipe, [source])
+    return SourceCheck(opened, processor, stage.data.max_tokens, stage.data.overlong == "truncate")
 
 
 class Notes:
@@ -97,7 +97,7 @@ class Notes:
             file.writelines(lines)
 
 
-def examine_all(examinations: Sequence[Examination], notes: Notes, workers: int, doing: str = "checking") -> None:
+def examine_all(examinations: Sequence[SourceCheck], notes: Notes, workers: int, doing: str = "checking") -> None:
     """Look at what the notes do not tell of, behind a progress bar."""
     done = Counter(job for job, _ in notes)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -106,6 +106,6 @@ def examine_all(examinations: Sequence[Examination], notes: Notes, workers: int,
         task = bar.add_task(doing, total=whole, completed=done.total())
         for number, examination in enumerate(examinations):
             bar.update(task, description=f"{doing} {examination.name}")
-            for findings in examine(examination, workers, done[number]):
+            for findings in check_source(examination, workers, done[number]):
                 notes.append(number, findings)
                 bar.advance(task, len(findings))

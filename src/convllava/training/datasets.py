@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from convllava.data import storage
-from convllava.data.batching import PassDataset
+from convllava.data.batching import MicroBatchDataset
 from convllava.data.collate import collate, pack
 from convllava.data.dataset import FileDataset, steps_of
 from convllava.data.dense_labels import AlignDataset, DenseDataset, collate_dense
 from convllava.data.formats import Records, open_records
-from convllava.data.mixture import Mixture, Part
+from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World
@@ -81,7 +81,7 @@ def mixture_of(recipe: Recipe, index: int) -> Mixture:
 
 
 def _mixture(recipe: Recipe, index: int, sources: Sequence[Source]) -> Mixture:
-    return Mixture(parts_of(recipe, sources), _seed(recipe, index))
+    return Mixture(mixture_sources(recipe, sources), _seed(recipe, index))
 
 
 def _seed(recipe: Recipe, index: int) -> int:
@@ -107,8 +107,8 @@ def _question(dataset: ChatDataset | FileDataset, index: int) -> Question | None
 
 def distinct_samples(dataset: Any) -> int:
     """How many different samples a stage goes through."""
-    if isinstance(dataset, PassDataset):
-        return min(len(dataset.places), len(dataset.samples.mixture))
+    if isinstance(dataset, MicroBatchDataset):
+        return min(len(dataset.positions), len(dataset.samples.mixture))
     return min(len(dataset), len(dataset.mixture)) if isinstance(dataset, FileDataset) else len(dataset)
 
 
@@ -128,7 +128,7 @@ def make_world(data: Data, seed: int, split: str = "train") -> World:
         simple=data.simple,
         turns=data.turns,
         grounding=data.grounding,
-        darkest=data.min_brightness,
+        min_brightness=data.min_brightness,
     )
 
 
@@ -151,14 +151,15 @@ def _of_passes(collator: Collator, items: list[Any]) -> dict[str, Any]:
     return collator([sample for item in items for sample in (item if isinstance(item, list) else [item])])
 
 
-def parts_of(recipe: Recipe, sources: Sequence[Source]) -> list[Part]:
-    """The sources, opened, as parts of a mixture.
+def mixture_sources(recipe: Recipe, sources: Sequence[Source]) -> list[MixtureSource]:
+    """Open the sources of a mixture.
 
     Raises:
         InputError: see `open_records`.
     """
     return [
-        Part(records_of(recipe, source), images_of(recipe, source), source.repeat, source.weight) for source in sources
+        MixtureSource(records_of(recipe, source), images_of(recipe, source), source.repeat, source.weight)
+        for source in sources
     ]
 
 
@@ -213,7 +214,7 @@ def with_steps(recipe: Recipe) -> Recipe:
 def _with_steps(recipe: Recipe, stage: Stage) -> Stage:
     if stage.epochs is None or stage.budget is not None:
         return stage
-    mixture = Mixture(parts_of(recipe, stage.data.sources))
+    mixture = Mixture(mixture_sources(recipe, stage.data.sources))
     return dataclasses.replace(stage, steps=steps_of(len(mixture), stage.epochs, stage.batch_size), epochs=None)
 
 

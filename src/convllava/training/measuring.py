@@ -19,10 +19,10 @@ import numpy as np
 from filelock import FileLock  # a dependency of torch
 from torch.utils.data import Dataset
 
-from convllava.data.batching import UNUSABLE, Limits, PassDataset, Passes
+from convllava.data.batching import UNUSABLE, MicroBatchBudget, MicroBatchDataset, MicroBatchPlan
 from convllava.data.dataset import FileDataset
 from convllava.data.mixture import Integers
-from convllava.data.validation import Examination
+from convllava.data.validation import SourceCheck
 from convllava.errors import InputError
 from convllava.io import make_output, replacing
 from convllava.model.processing import ConvLlavaProcessor
@@ -53,7 +53,7 @@ def with_planned_steps(recipe: Recipe, output: Path) -> Recipe:
     return with_steps(dataclasses.replace(recipe, stages=stages))
 
 
-def with_steps_of(stage: Stage, passes: Passes) -> Stage:
+def with_steps_of(stage: Stage, passes: MicroBatchPlan) -> Stage:
     """A stage with the steps that its epochs take."""
     if stage.epochs is None:
         return stage
@@ -68,10 +68,10 @@ def in_passes(recipe: Recipe, index: int, processor: ConvLlavaProcessor, output:
         return samples
     assert isinstance(samples, FileDataset)
     assert stage.steps is not None
-    return PassDataset(samples, plan_passes(recipe, index, processor, output).first(stage.steps))
+    return MicroBatchDataset(samples, plan_passes(recipe, index, processor, output).first(stage.steps))
 
 
-def plan_passes(recipe: Recipe, index: int, processor: ConvLlavaProcessor, output: Path) -> Passes:
+def plan_passes(recipe: Recipe, index: int, processor: ConvLlavaProcessor, output: Path) -> MicroBatchPlan:
     """The plan of a stage with a budget.
 
     Raises:
@@ -82,16 +82,18 @@ def plan_passes(recipe: Recipe, index: int, processor: ConvLlavaProcessor, outpu
     folder = output.absolute().parent / ".cache" / "costs"
     costs = [costs_of(recipe, stage, source, processor, folder) for source in stage.data.sources]
     try:
-        return Passes(mixture, costs, limits_of(stage))
+        return MicroBatchPlan(mixture, costs, limits_of(stage))
     except InputError as error:
         raise InputError(f"stage {stage.name}: {error}") from None
 
 
-def limits_of(stage: Stage) -> Limits:
+def limits_of(stage: Stage) -> MicroBatchBudget:
     """What a pass of the stage holds."""
     assert stage.budget is not None
     samples = stage.batch_size // stage.budget.micro_batches
-    return Limits(stage.budget.micro_batches, samples, stage.budget.tokens, stage.budget.pixels, stage.packing)
+    return MicroBatchBudget(
+        stage.budget.micro_batches, samples, stage.budget.tokens, stage.budget.pixels, stage.packing
+    )
 
 
 def costs_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor, folder: Path) -> Integers:
@@ -126,7 +128,7 @@ def _wait_for(path: Path, source: Source) -> None:
         time.sleep(_LOOK_AGAIN)
 
 
-def measure(examination: Examination, path: Path, digest: str, workers: int) -> None:
+def measure(examination: SourceCheck, path: Path, digest: str, workers: int) -> None:
     """Write what the samples of a source cost; what was measured before a kill is not measured again."""
     notes = Notes(path.with_suffix(".jsonl"), digest)
     examine_all([examination], notes, workers, "measuring")

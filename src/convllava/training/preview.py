@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from convllava.data.contact_sheet import Shown, draw_sheet, shown
+from convllava.data.contact_sheet import SheetSample, draw_sheet, sheet_sample
 from convllava.errors import InputError
 from convllava.io import replacing
 from convllava.training.datasets import make_dataset
@@ -48,7 +48,7 @@ def _index(recipe: Recipe, stage: str | None) -> int:
     return 0 if stage is None else names.index(stage)
 
 
-def _shown(recipe: Recipe, index: int, samples: int) -> list[Shown]:
+def _shown(recipe: Recipe, index: int, samples: int) -> list[SheetSample]:
     processor = processor_of(recipe)
     check_pixels(recipe, processor.image_processor)
     for earlier in recipe.stages[: index + 1]:
@@ -59,4 +59,4 @@ def _shown(recipe: Recipe, index: int, samples: int) -> list[Shown]:
     stages = [*recipe.stages[:index], shorter, *recipe.stages[index + 1 :]]
     dataset: Any = make_dataset(dataclasses.replace(recipe, stages=stages), index, processor)
     stride = getattr(dataset, "stride", processor.image_processor.stride)
-    return [shown(dataset[number], processor, stride, number) for number in range(samples)]
+    return [sheet_sample(dataset[number], processor, stride, number) for number in range(samples)]

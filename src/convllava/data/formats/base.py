@@ -1,4 +1,4 @@
-"""What every format offers: any record by its number."""
+"""The interface of all formats: any record by its number."""
 
 from __future__ import annotations
 
@@ -11,55 +11,61 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from convllava.errors import InputError
+from convllava.errors import DataError
+
+WINDOW_BYTES = 128 * 2**20
+"""Bytes of row groups that are shuffled together and kept in memory (plus the largest of them)."""
 
 
 class Embedded(NamedTuple):
-    """An encoded image that lies in the data file itself."""
+    """An encoded image inside the data file, and its name for error messages."""
 
     name: str
     content: bytes
 
 
-WINDOW_BYTES = 128 * 2**20
-"""Of blocks whose records come mixed, and which are kept meanwhile: so much, and the largest of them."""
-
-
 @dataclass(frozen=True)
-class Blocks:
-    """Stretches of neighbouring records that are read together: the first record's number and the bytes of each."""
+class RowGroups:
+    """Neighbouring records that can only be read together: the number of each group's first record, and its bytes."""
 
     starts: NDArray[np.int64]
     sizes: NDArray[np.int64]
 
 
 class Records(ABC):
-    """The records of a data file, any of them by its number; the training order is then a list of numbers, which a
-    resumed run only has to count through.
+    """The records of one or more data files, each readable by its number in any order.
 
-    A record is a dict in LLaVA's layout: `id`, `conversations`, and `image`, whose items are paths or `Embedded`.
+    A record is a dict in LLaVA's layout: `id`, `conversations`, and `image`, whose items are paths or `Embedded`. The
+    order of training is a list of record numbers, so a resumed run only counts to its position.
     """
 
     name: str
-    """What reports call it."""
+    """Name in reports."""
     embeds_images = True
-    """Whether the images lie in the file, not beside it."""
+    """Whether the images are inside the data file, not in files of their own."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises `InputError` where the record is damaged."""
+        """Return a record.
+
+        Raises:
+            DataError: if the record is damaged.
+        """
 
     @property
-    def blocks(self) -> Blocks | None:
-        """None where every record is as near as any other."""
+    def row_groups(self) -> RowGroups | None:
+        """Groups of records that can only be read together, or None if every record can be read alone."""
         return None
 
 
-class Packed:
-    """A list of JSON values kept as bytes: hundreds of thousands of dicts would be copied by every worker."""
+class PackedJson:
+    """A list of JSON values, stored as bytes in one array.
+
+    Hundreds of thousands of dicts would be copied into every worker process, because reference counts change them.
+    """
 
     def __init__(self, values: Iterable[Any]) -> None:
         lines = [json.dumps(value).encode() for value in values]
@@ -67,8 +73,8 @@ class Packed:
         self.content = np.frombuffer(b"".join(lines), dtype=np.uint8)
 
     @classmethod
-    def of_arrays(cls, ends: NDArray[np.int64], content: NDArray[np.uint8]) -> Packed:
-        """What another one held."""
+    def from_arrays(cls, ends: NDArray[np.int64], content: NDArray[np.uint8]) -> PackedJson:
+        """Restore a list from its two arrays."""
         packed = cls([])
         packed.ends, packed.content = ends, content
         return packed
@@ -82,76 +88,72 @@ class Packed:
 
 
 class Shards(Records):
-    """Several files as one, from the beginning up to a limit."""
+    """Several files as one list of records, up to an optional limit."""
 
-    def __init__(self, name: str, parts: Sequence[Records], limit: int | None = None) -> None:
-        self.name, self.parts = name, list(parts)
-        self.embeds_images = all(part.embeds_images for part in parts)
-        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        whole = int(self.ends[-1])
-        self.length = whole if limit is None else min(limit, whole)
+    def __init__(self, name: str, files: Sequence[Records], limit: int | None = None) -> None:
+        self.name, self.files = name, list(files)
+        self.embeds_images = all(file.embeds_images for file in files)
+        self.ends = np.cumsum([len(file) for file in files], dtype=np.int64)
+        total = int(self.ends[-1])
+        self.length = total if limit is None else min(limit, total)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part][index - int(self.ends[part - 1] if part else 0)]
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        return self.files[file][index - int(self.ends[file - 1] if file else 0)]
 
     @property
-    def blocks(self) -> Blocks | None:
-        found = [part.blocks for part in self.parts]
-        firsts = (self.ends - [len(part) for part in self.parts]).tolist()
-        pairs = [(blocks.starts + first, blocks.sizes) for blocks, first in zip(found, firsts, strict=True) if blocks]
-        if len(pairs) < len(found):
+    def row_groups(self) -> RowGroups | None:
+        found = [(file.row_groups, int(end) - len(file)) for file, end in zip(self.files, self.ends, strict=True)]
+        groups = [(own.starts + first, own.sizes) for own, first in found if own is not None]
+        if len(groups) < len(found):
             return None
-        starts, sizes = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-        return Blocks(starts[starts < self.length], sizes[starts < self.length])
-
-
-def record_of(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """A row of a table as a record: LLaVA-OneVision's columns (`id`, `image`, `conversations`), or FineVision's
-    (`images`, `texts`: a list of {user, assistant})."""
-    turns = _turns_of(row["texts"]) if isinstance(row.get("texts"), list) else row.get("conversations")
-    given = row.get("images") if "images" in row else row.get("image")
-    given = given if isinstance(given, list) else [given]
-    images = [_image_of(image, place) for place, image in enumerate(given, 1) if image is not None]
-    named = row.get("id")
-    return {"id": number if named is None else named, "image": images, "conversations": turns}
-
-
-def _turns_of(texts: list[Any]) -> list[Any]:
-    """FineVision's pairs as LLaVA's turns; what is no pair stays as it is, and is found wrong later."""
-    turns: list[Any] = []
-    for pair in texts:
-        if isinstance(pair, dict):
-            turns += [{"from": "human", "value": pair.get("user")}, {"from": "gpt", "value": pair.get("assistant")}]
-        else:
-            turns.append(pair)
-    return turns
-
-
-def _image_of(image: Any, place: int) -> Any:
-    """An image of a table, {bytes, path} as a rule; what is none stays as it is, and is found wrong later."""
-    image = {"bytes": image} if isinstance(image, bytes) else image
-    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
-        return Embedded(str(image.get("path") or f"image {place}"), image["bytes"])
-    return image.get("path") if isinstance(image, dict) else image
+        starts, sizes = (np.concatenate(arrays) for arrays in zip(*groups, strict=True))
+        return RowGroups(starts[starts < self.length], sizes[starts < self.length])
 
 
 TABLE_COLUMNS = ("id", "image", "images", "conversations", "texts")
 
 
 def columns_of(known: Sequence[str], where: str) -> list[str]:
-    """Those of the columns that make a record.
+    """Return the columns of a table that a record needs.
 
     Raises:
-        InputError: none of them holds a conversation.
+        DataError: if none of the columns holds a conversation.
     """
     found = [name for name in TABLE_COLUMNS if name in known]
     if not {"conversations", "texts"} & set(found):
-        raise InputError(
+        raise DataError(
             f"{where} has the columns {', '.join(known) or '(none)'}; give it conversations, a list of (from, value), "
             "with image, or texts, a list of (user, assistant), with images"
         )
     return found
+
+
+def record_of(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Turn a row of a table into a record.
+
+    The columns are those of LLaVA-OneVision (`id`, `image`, `conversations`), or of FineVision (`images`, and `texts`,
+    a list of {user, assistant}). Malformed values are kept; `records.conversation_of` rejects them later.
+    """
+    turns = row.get("conversations")
+    if isinstance(row.get("texts"), list):
+        turns = []
+        for pair in row["texts"]:
+            if isinstance(pair, dict):
+                turns.append({"from": "human", "value": pair.get("user")})
+                turns.append({"from": "gpt", "value": pair.get("assistant")})
+            else:
+                turns.append(pair)
+    given = row.get("images") if "images" in row else row.get("image")
+    images: list[Any] = []
+    for place, image in enumerate(given if isinstance(given, list) else [given], start=1):
+        content = {"bytes": image} if isinstance(image, bytes) else image
+        if isinstance(content, dict) and isinstance(content.get("bytes"), bytes):
+            images.append(Embedded(str(content.get("path") or f"image {place}"), content["bytes"]))
+        elif image is not None:
+            images.append(content.get("path") if isinstance(content, dict) else content)
+    name = row.get("id")
+    return {"id": number if name is None else name, "image": images, "conversations": turns}
