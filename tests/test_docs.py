@@ -68,3 +68,11 @@ def test_commands_exist_with_their_options(page):
         if getattr(command, "commands", {}):  # a group must be followed by one of its commands
             assert not words or words[0].startswith("-"), (program, words)
         assert not {word.partition("=")[0] for word in words if re.match("--?[a-z]", word)} - known, words
+
+
+def test_walks_name_functions_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `(\w+)` \|", text, re.MULTILINE)
+    assert len(steps) >= 10
+    for file, function in steps:
+        assert f"def {function}(" in (ROOT / "src" / "convllava" / file).read_text(encoding="utf-8"), (file, function)
