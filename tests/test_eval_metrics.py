@@ -241,7 +241,7 @@ def test_mmmu_choice_is_the_last_option_named(answer, letter):
         ("12", "13", False),
         ("it is photosynthesis", "Photosynthesis", True),
         ("it is photosynthesis in plants", "Photosynthesis", False),  # officially too: "is " is taken for a lead
-        ("ab", "b", False),  # a single letter needs a blank beside it
+        ("ab", "b", False),  # a single letter needs a space next to it
         ("1.5e3", "1500", True),
         ("", "1", False),
     ],

@@ -21,7 +21,7 @@ from convllava.synthetic import World
 from convllava.synthetic.questions import TEMPLATES
 
 MOST_BYTES = 100_000
-"""Of a picture, the promise for docs/."""
+"""Limit of the size of a picture in docs/."""
 
 
 def result(folder, scores, **changes):

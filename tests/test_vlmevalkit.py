@@ -114,4 +114,4 @@ def test_max_tokens_above_the_limit_is_rejected_with_the_limit(server):
     """VLMEvalKit's default is above it, and it prints the error."""
     status, reply, _ = server.post({"model": "test", **BODIES["GPT4V"], "max_tokens": 2048})
     assert status == 400
-    assert "2048 tokens of an answer; at most 1024 are served" in reply["error"]["message"]
+    assert "2048 tokens of an answer; the limit is 1024" in reply["error"]["message"]

@@ -29,7 +29,7 @@ LLMJudge = Callable[[str, str, str], float | None]
 
 @dataclass(frozen=True)
 class GradingContext:
-    """What some rules need besides the question and the answer.
+    """Further input of some rules, besides the question and the answer.
 
     Attributes:
         placement: Maps an image size to its place in the canvas whose fractions boxes are; None if boxes are fractions
