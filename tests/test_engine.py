@@ -416,6 +416,22 @@ def test_answers_follow_weights_that_change_between_calls(parts):
     assert found == offline(assistant, "what?", 1) != before
 
 
+def test_keys_and_values_are_freed_after_a_call(parts):
+    assistant = Assistant(*parts)
+    batches = assistant.answer_many(ASKED, batch_size=6, max_new_tokens=4)
+    next(batches)
+    cache = assistant._engine.model.cache
+    assert cache._layers
+    assert len(list(batches)) == 1
+    assert not cache._layers
+    stream = assistant.stream(*ASKED[0], max_new_tokens=100)
+    next(stream)
+    assistant.ask(*ASKED[1], max_new_tokens=4)
+    assert cache._layers
+    stream.close()
+    assert not cache._layers
+
+
 def test_a_gpu_engine_is_as_small_as_the_calls_allow(parts, monkeypatch):
     gpu = torch.device("cuda")
     assert engine_size(gpu, 1, 300, 4096) == (1, 512)

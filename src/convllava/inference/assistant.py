@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from typing import Any, Unpack
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import BatchFeature
 from transformers.utils import logging
 
@@ -78,6 +78,8 @@ def _no_loading_bar() -> Iterator[None]:
     finally:
         if loading:
             logging.enable_progress_bar()
+            if not downloads:
+                disable_progress_bars()
 
 
 class Assistant:
@@ -175,7 +177,8 @@ class Assistant:
             prompts = [
                 self.prompt([Message(role="user", content=question)], [encoded[id(image)]]) for image, question in batch
             ]
-            yield self._answer_all(prompts, sampling, keep_cache=start > 0)
+            is_last = start + batch_size >= len(questions)
+            yield self._answer_all(prompts, sampling, reuse_cache=start > 0, keep_cache=not is_last)
 
     def chat_many(
         self,
@@ -253,8 +256,8 @@ class Assistant:
         """Write an answer, one event per token. Closing the iterator ends the answer.
 
         Args:
-            keep_cache: Reuse the keys and values of earlier answers if the prompts begin with the same tokens. The
-                weights must be the same as then.
+            keep_cache: Reuse the keys and values of earlier answers if the prompts begin with the same tokens, and
+                keep those of this one. The weights must not change between.
 
         Raises:
             InputError: if prompt and answer do not fit into the context; at once.
@@ -275,14 +278,19 @@ class Assistant:
                         return
             finally:
                 engine.cancel(answer)
+                if not keep_cache:
+                    with self._lock:
+                        engine.forget()
 
         return events()
 
-    def _answer_all(self, prompts: Sequence[Prompt], sampling: Sampling, *, keep_cache: bool = False) -> list[str]:
+    def _answer_all(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, reuse_cache: bool = False, keep_cache: bool = False
+    ) -> list[str]:
         """Write the answers to all prompts together."""
         if not prompts:
             return []
-        engine = self._engine_for([self._checked(prompt, sampling) for prompt in prompts], sampling, keep_cache)
+        engine = self._engine_for([self._checked(prompt, sampling) for prompt in prompts], sampling, reuse_cache)
         answers: list[Answer] = []
         try:
             answers += [engine.submit(prompt, sampling) for prompt in prompts]
@@ -292,6 +300,9 @@ class Assistant:
         finally:
             for answer in answers:
                 engine.cancel(answer)
+            if not keep_cache:
+                with self._lock:
+                    engine.forget()
         return [answer.text for answer in answers]
 
     def _checked(self, prompt: Prompt, sampling: Sampling) -> Prompt:
@@ -299,7 +310,9 @@ class Assistant:
         check_context(len(prompt.keys), sampling.max_new_tokens, context)
         return prompt
 
-    def _engine_for(self, prompts: Sequence[Prompt], sampling: Sampling, keep_cache: bool) -> Engine | SequentialEngine:
+    def _engine_for(
+        self, prompts: Sequence[Prompt], sampling: Sampling, reuse_cache: bool
+    ) -> Engine | SequentialEngine:
         """Return an engine with room for these prompts: the last one, or a larger one."""
         longest = max(len(prompt.keys) for prompt in prompts) + sampling.max_new_tokens
         place = (self.model.device, self.model.dtype)
@@ -316,7 +329,7 @@ class Assistant:
                 except InputError:
                     self._engine = SequentialEngine(self.model, self.processor)
                 self._place, self._size = place, (slots, context)
-            elif not keep_cache:
+            elif not reuse_cache:
                 self._engine.forget()
             return self._engine
 

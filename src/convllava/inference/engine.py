@@ -111,8 +111,11 @@ class Engine:
             self._changed.notify()
 
     def forget(self) -> None:
-        """Drop the keys and values of finished answers, so that the next prompt is read from its beginning."""
+        """Drop the keys and values of finished answers, and free their memory if no answer is being written."""
+        self.scheduler.release_cancelled()
         self.scheduler.forget()
+        if not self.scheduler.running:
+            self.model.cache.clear()
 
     def start(self) -> None:
         """Run steps in a thread while there is something to write."""

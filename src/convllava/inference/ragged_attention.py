@@ -68,6 +68,10 @@ class KeyValues:
         memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
         return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
+    def clear(self) -> None:
+        """Free all keys and values."""
+        self._layers.clear()
+
     @torch.inference_mode()
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` tokens of one slot to another."""
