@@ -85,8 +85,3 @@ def test_readme_commands_are_targets_of_the_makefile():
         command = shlex.split(line.split("#")[0])
         planned = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
         assert planned.stdout
-
-
-def test_readme_links_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any
@@ -178,6 +179,39 @@ def test_options_of_generated_pages_are_rejected_for_files(option, tmp_path):
     arguments = ["eval", "--benchmark", "docvqa", "--data", str(tmp_path), *option.split()]
     with pytest.raises(InputError, match="are for generated pages; for a benchmark on files, `limit`"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "settings", "message"),
+    [
+        ("generated", {"world": World(), "seed": 2}, "`world` has its own seed"),
+        ("generated", {"data": "x"}, "`data`, .* are for benchmarks on files"),
+        ("generated", {"pixels": {"mode": "square"}}, "`pixels` has no effect on a model that is already loaded"),
+        ("seedbench", {}, "`data` is missing: give the file or folder of seedbench"),
+        ("seedbench", {"data": "x", "world": World()}, "are for generated pages"),
+    ],
+)
+def test_arguments_without_effect_are_rejected(assistant, benchmark, settings, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(assistant, benchmark, **{"samples": 2} | settings if benchmark == "generated" else settings)
+
+
+@pytest.mark.parametrize(
+    ("package", "benchmark", "settings"),
+    [
+        ("rapidfuzz.distance", "docvqa", {}),
+        ("openai", "mmvet", {"judge_url": "http://localhost", "judge_model": "grader"}),
+    ],
+)
+def test_missing_package_is_reported_before_the_run_with_its_extra(monkeypatch, package, benchmark, settings):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"needs .*pip install 'convllava\[eval\]'"):
+        evaluate("nonexistent", benchmark, "nowhere", **settings)
+
+
+def test_evaluate_prints_nothing(assistant, tmp_path, capsys):
+    run_on(assistant, seedbench(tmp_path, 2), tmp_path / "out")
+    assert capsys.readouterr().out == ""
 
 
 def test_another_image_folder_is_another_run(assistant, tmp_path):

@@ -45,7 +45,7 @@ Rule = Callable[[Question, str, GradingContext], Grade]
 
 
 def by_choice(question: Question, answer: str, context: GradingContext) -> Grade:
-    """The letter is right (`answer_parsing.choice`)."""
+    """Multiple choice: the letter (`answer_parsing.choice`)."""
     return _equal(answer_parsing.choice(answer, question.options, question.letters), question)
 
 

@@ -34,7 +34,7 @@ from convllava.io import JUDGEMENTS, RESULT, WEIGHTS, ResumableJsonl
 from convllava.synthetic import World
 
 CHOICES = ("generate", "likelihood")
-Asked = tuple[Sequence[Message], Sequence[EncodedImage]]
+Conversation = tuple[Sequence[Message], Sequence[EncodedImage]]
 
 
 def evaluate(
@@ -93,7 +93,7 @@ def evaluate(
     max_new_tokens = max_new_tokens or bench.max_new_tokens
     if choices not in CHOICES:
         raise ConfigError(f"`choices` is {choices!r}; choose one of {', '.join(CHOICES)}")
-    judge = judge or _judge_at(judge_url, judge_model)
+    judge = judge or _llm_judge(judge_url, judge_model)
     if bench.needs_judge and judge is None:
         raise ConfigError(f"{bench.name} needs an LLM judge; give `judge_url` and `judge_model`")
     if bench.rule is rules.by_anls:
@@ -250,7 +250,7 @@ def score_file(
     bench = benchmark_named(benchmark)
     if bench.is_generated:
         raise ConfigError(f"`benchmark` {benchmark} has no data file; evaluate the model on it instead")
-    judge = _judge_at(judge_url, judge_model)
+    judge = _llm_judge(judge_url, judge_model)
     given = read_answers(Path(answers))
     folder = None if images is None else Path(images)
     questions = load_questions(bench, Path(data), images=folder, split=split, categories=categories, limit=limit)
@@ -302,7 +302,7 @@ def answer_all(
         if any(question.id not in journal.entries for question in batch):
             encoded = {picture: encoded[picture] for item in batch for picture in item.pictures if picture in encoded}
             replies: dict[str, str | InputError] = {}
-            together: dict[str, Asked] = {}
+            together: dict[str, Conversation] = {}
             for question in batch:
                 try:
                     messages, pictures = conversation(question, templates)
@@ -334,7 +334,7 @@ def likeliest_letter(
     return letters[max(range(len(letters)), key=lambda number: scores[number].total)]
 
 
-def _judge_at(judge_url: str | None, judge_model: str | None) -> LLMJudge | None:
+def _llm_judge(judge_url: str | None, judge_model: str | None) -> LLMJudge | None:
     if (judge_url is None) != (judge_model is None):
         raise ConfigError("`judge_url` and `judge_model` go together: the server, and the model there that grades")
     return None if judge_url is None or judge_model is None else ChatJudge(judge_url, judge_model)
