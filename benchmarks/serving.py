@@ -1,4 +1,4 @@
-"""Time in which a server answers many clients at once, next to one `ask` after another and to other servers."""
+"""Time in which a server answers many clients at once, next to `generate` and to other servers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.measure import Row, Settings
@@ -25,6 +26,8 @@ from convllava import checkpoints
 from convllava.checkpoints.inspection import language_models, towers
 from convllava.errors import InputError
 from convllava.inference import load
+from convllava.inference.prompts import padded_inputs
+from convllava.inference.types import Message
 from convllava.io import ResumableJsonl
 from convllava.model.builder import build_fresh
 
@@ -70,7 +73,7 @@ def serving(settings: Settings, journal: ResumableJsonl) -> list[Row]:
         if settings.vllm:
             servers["vLLM"] = vllm_serve(model, settings.vllm)
         _write_model(model, settings.towers[0], settings.language, side)
-        times = {"generate": times_of(journal, "generate", partial(_ask_here, model, side, settings))}
+        times = {"generate": times_of(journal, "generate", partial(_generate_here, model, side, settings))}
         for way, server in servers.items():
             times[way] = times_of(journal, way, partial(_ask_server, server, side, settings))
     return [
@@ -100,14 +103,18 @@ def times_of(journal: ResumableJsonl, way: str, measure: Callable[[], Times]) ->
     return {(clients, tokens): Seconds(wall, cpu) for clients, tokens, wall, cpu in journal.entries[name]["taken"]}
 
 
-def _ask_here(model: Path, side: int, settings: Settings) -> Times:
-    """Measure single requests in this process, one after another."""
-    assistant = load(str(model))
+def _generate_here(folder: Path, side: int, settings: Settings) -> Times:
+    """Measure `generate` with single requests in this process, one after another."""
+    assistant = load(str(folder))
+    model: Any = assistant.model
 
+    @torch.inference_mode()
     def work(tokens: int) -> Seconds:
         image = _random_image(side)
         wall, cpu = time.perf_counter(), time.process_time()
-        assistant.ask(image, QUESTION, max_new_tokens=tokens)
+        conversation = ([Message(role="user", content=QUESTION)], [assistant.encode(image)])
+        inputs: Any = padded_inputs(model, assistant.processor, [conversation], [tokens])
+        model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
     return _medians({(1, tokens): partial(work, tokens) for tokens in settings.tokens}, settings.repeats)
