@@ -194,14 +194,19 @@ class Assistant:
         prompts: list[Prompt | InputError] = []
         for messages, images in conversations:
             try:
-                prompts.append(self._checked(self.prompt(messages, images), settings))
+                prompt = self.prompt(messages, images)
+                check_context(len(prompt.keys), settings.max_new_tokens, self._context)
+                prompts.append(prompt)
             except InputError as error:
                 prompts.append(error)
         answers = iter(self._answer_all([prompt for prompt in prompts if isinstance(prompt, Prompt)], settings))
-        return [next(answers) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+        return [found if isinstance(found, InputError) else next(answers) for found in prompts]
 
     def report(self, image: ImageSource, question: str, *, max_new_tokens: int = 256) -> Report:
-        """Answer like `ask`, and measure: sizes, tokens, seconds, and boxes in pixels of the image."""
+        """Answer like `ask`, and measure: sizes, tokens, seconds, and boxes in pixels of the image.
+
+        The times of the first answer include a short check of the language model (`RaggedModel`).
+        """
         started = time.perf_counter()
         picture = load_image(image)
         encoded = self.encode(picture)
@@ -262,7 +267,7 @@ class Assistant:
         Raises:
             InputError: if prompt and answer do not fit into the context; at once.
         """
-        engine = self._engine_for([self._checked(prompt, sampling)], sampling, keep_cache)
+        engine = self._engine_for([prompt], sampling, keep_cache)
 
         def events() -> Generator[Event, None, None]:
             delivered: deque[Event] = deque()
@@ -290,7 +295,7 @@ class Assistant:
         """Write the answers to all prompts together."""
         if not prompts:
             return []
-        engine = self._engine_for([self._checked(prompt, sampling) for prompt in prompts], sampling, reuse_cache)
+        engine = self._engine_for(prompts, sampling, reuse_cache)
         answers: list[Answer] = []
         try:
             answers += [engine.submit(prompt, sampling) for prompt in prompts]
@@ -305,20 +310,22 @@ class Assistant:
                     engine.forget()
         return [answer.text for answer in answers]
 
-    def _checked(self, prompt: Prompt, sampling: Sampling) -> Prompt:
-        context = self.model.config.text_config.max_position_embeddings
-        check_context(len(prompt.keys), sampling.max_new_tokens, context)
-        return prompt
+    @property
+    def _context(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
 
     def _engine_for(
         self, prompts: Sequence[Prompt], sampling: Sampling, reuse_cache: bool
     ) -> Engine | SequentialEngine:
-        """Return an engine with room for these prompts: the last one, or a larger one."""
-        longest = max(len(prompt.keys) for prompt in prompts) + sampling.max_new_tokens
+        """Return an engine with room for these prompts: the last one, or a larger one.
+
+        Raises:
+            ConfigError: if a prompt with its answer does not fit into the context.
+        """
+        longest = max(len(prompt.keys) for prompt in prompts)
+        check_context(longest, sampling.max_new_tokens, self._context)
         place = (self.model.device, self.model.dtype)
-        slots, context = engine_size(
-            self.model.device, len(prompts), longest, self.model.config.text_config.max_position_embeddings
-        )
+        slots, context = engine_size(self.model.device, len(prompts), longest + sampling.max_new_tokens, self._context)
         with self._lock:
             if self._engine is None or self._place != place or slots > self._size[0] or context > self._size[1]:
                 self._engine = None  # free its memory first
