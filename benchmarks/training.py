@@ -25,9 +25,8 @@ from convllava.model.vision_tower import ConvLlavaVisionModel
 from convllava.synthetic import World, closed_vocabulary
 from convllava.synthetic.world import SMALLEST
 from convllava.training.datasets import Collator
-from convllava.training.frozen_features import FeatureStore, LookUp
-from convllava.training.frozen_stages import FrozenStages, frozen_stages
-from convllava.training.optim import freeze_all_but
+from convllava.training.frozen_features import CachedFeatureCollator, FeatureStore, FrozenStages, count_frozen_stages
+from convllava.training.optim import train_only
 from convllava.training.recipe import Stage
 
 NATIVE_PIXELS = {"min_pixels": 64 * 64, "max_pixels": 2**26}
@@ -185,13 +184,13 @@ def frozen_features(name: str, side: int, settings: Settings) -> list[Row]:
     rows = []
     for stage, parts in CACHED_STAGES.items():
         with tempfile.TemporaryDirectory() as folder:
-            freeze_all_but(model, parts)
+            train_only(model, parts)
             store = FeatureStore(Path(folder), float("inf"))
-            count = frozen_stages(Stage("bench", 1, dict.fromkeys(parts, 1e-3)), tower.config.num_stages)
+            count = count_frozen_stages(Stage("bench", 1, dict.fromkeys(parts, 1e-3)), tower.config.num_stages)
             works = {
                 "run": step(FrozenStages(tower, count, tower.dtype), pack),
                 # The warm-up call computes the features and stores them.
-                "cached": step(FrozenStages(tower, count, tower.dtype, store), LookUp(pack, store)),
+                "cached": step(FrozenStages(tower, count, tower.dtype, store), CachedFeatureCollator(pack, store)),
             }
             seconds = side_by_side(works, settings.repeats)
             file_sizes = [path.stat().st_size for path in Path(folder).rglob("*.safetensors")]

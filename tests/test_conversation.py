@@ -10,7 +10,7 @@ from conftest import fresh
 from training_runs import CHAT, DATA, log, recipe
 
 from convllava.data.attention_targets import CAPTION, answer_spans
-from convllava.data.collate import GUIDES, IGNORE, collate, encode, lengths_of, pack
+from convllava.data.collate import IGNORE, TARGET_KINDS, collate, encode, lengths_of, pack
 from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.synthetic import World
@@ -56,10 +56,10 @@ def test_loss_does_not_depend_on_padding():
     torch.testing.assert_close(model(**padded).loss, model(**collate(items, pad)).loss, atol=1e-5, rtol=0)
 
 
-def test_casual_questions_have_the_same_answers_and_guides():
+def test_casual_questions_have_the_same_answers_and_targets():
     _, processor = fresh()
     world = World(size=128, simple=True)
-    formal, casual = (ChatDataset(world, processor, 8, casual=share, guided=True) for share in (0.0, 1.0))
+    formal, casual = (ChatDataset(world, processor, 8, casual=share, attention_targets=True) for share in (0.0, 1.0))
     asked = list(zip(*(questions_of(dataset) for dataset in (formal, casual)), strict=True))
     careless = [other for question, other in asked if other.endswith(question.lower().rstrip("?."))]
     opened = [other for question, other in asked if not other.lower().startswith(question.lower().rstrip("?."))]
@@ -67,7 +67,7 @@ def test_casual_questions_have_the_same_answers_and_guides():
     assert 0.3 < len(opened) / len(asked) < 0.7
     assert all(question.lower().rstrip("?.") in other.lower() for question, other in asked)
     for index in range(8):
-        assert answers_and_guides(casual[index]) == answers_and_guides(formal[index])
+        assert answers_and_targets(casual[index]) == answers_and_targets(formal[index])
 
 
 def test_openings_are_as_frequent_with_a_caption_as_without():
@@ -90,11 +90,11 @@ def questions_of(dataset: ChatDataset) -> list[str]:
     return [message["content"][-1]["text"] for message in messages if message["role"] == "user"]
 
 
-def answers_and_guides(item: dict) -> list[tuple]:
+def answers_and_targets(item: dict) -> list[tuple]:
     """Of each answer its tokens, and where on the page its positions are to look."""
     found = []
     for start, stop in answer_spans(item["labels"]):
-        pairs = [item[f"{kind}_guides"].tolist() for kind in GUIDES]
+        pairs = [item[f"{kind}_targets"].tolist() for kind in TARGET_KINDS]
         places = [[(p - start, place) for p, place in kind if start - 1 <= p < stop - 1] for kind in pairs]
         found.append((item["labels"][start:stop].tolist(), places))
     return found

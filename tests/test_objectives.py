@@ -7,14 +7,22 @@ from PIL import Image
 from training_runs import ALIGN, CHAT, DENSE, recipe
 
 from convllava.data.collate import IGNORE
-from convllava.data.dense_labels import GLYPH_CELL, DenseDataset, boxes, label_maps, spelling, word_tokens, words
+from convllava.data.dense_labels import (
+    GLYPH_CELL,
+    DenseDataset,
+    box_labels,
+    label_maps,
+    printed_words,
+    spelling_labels,
+    word_token_labels,
+)
 from convllava.data.synthetic_chat import ChatDataset
 from convllava.geometry import Size, native, unchanged
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import train as engine
 from convllava.training.calibration import calibrate
-from convllava.training.objectives.alignment import Alignment, vocabulary_of
-from convllava.training.objectives.losses import answer_loss, answer_weights, asked_labels, asked_loss
+from convllava.training.objectives.alignment import Alignment, class_tokens
+from convllava.training.objectives.losses import answer_loss, answer_weights, prompt_labels, prompt_loss
 
 
 def test_label_maps_lie_where_things_lie():
@@ -38,9 +46,9 @@ def labelled_page() -> Sample:
 
 
 def test_spelling_tells_what_each_character_follows_and_where_words_end():
-    printed = words(labelled_page())
+    printed = printed_words(labelled_page())
     assert ["".join(glyph.char for glyph in word) for word in printed] == ["ab", "c", "d"]
-    found = spelling(printed, unchanged(Size(64, 64), stride=32), 32)
+    found = spelling_labels(printed, unchanged(Size(64, 64), stride=32), 32)
     a, b, c, d = (CHARACTERS.index(char) + 1 for char in "abcd")
     assert found.tolist() == [
         *([0, 0, 0, a], [0, 0, a, b], [0, a, b, 0]),
@@ -52,15 +60,17 @@ def test_spelling_tells_what_each_character_follows_and_where_words_end():
 def test_cells_are_named_by_the_words_that_the_tokenizer_knows():
     _, processor = engine.start(recipe(ALIGN))
     glyphs = tuple(Glyph(char, (2 + 9 * i, 2, 10 + 9 * i, 12)) for i, char in enumerate("Total:"))
-    printed = words(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()))
-    found = word_tokens(printed, unchanged(Size(64, 64), stride=32), 32, processor.tokenizer)
+    printed = printed_words(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()))
+    found = word_token_labels(printed, unchanged(Size(64, 64), stride=32), 32, processor.tokenizer)
     ids = [processor.tokenizer(text).input_ids[0] for text in (" Total", " total")]
     assert sorted(found.tolist()) == sorted([cell, name] for cell in (0, 1) for name in ids)
-    assert not len(word_tokens(words(labelled_page()), unchanged(Size(64, 64), stride=32), 32, processor.tokenizer))
+    assert not len(
+        word_token_labels(printed_words(labelled_page()), unchanged(Size(64, 64), stride=32), 32, processor.tokenizer)
+    )
 
 
 def test_boxes_are_told_from_the_centre_of_each_cell():
-    found = boxes([(8, 0, 40, 32), (48, 48, 64, 64)], unchanged(Size(64, 64), stride=32), 32)
+    found = box_labels([(8, 0, 40, 32), (48, 48, 64, 64)], unchanged(Size(64, 64), stride=32), 32)
     expected = [[0, -0.25, -0.5, 0.75, 0.5], [3, 0.0, 0.0, 0.5, 0.5]]
     torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -76,14 +86,14 @@ def test_dense_items_fit_the_grids():
 
 def test_visual_tokens_are_asked_for_all_words_of_their_cell_alike():
     model, processor = engine.start(recipe(ALIGN))
-    alignment = Alignment(model, vocabulary_of(processor.tokenizer))
+    alignment = Alignment(model, class_tokens(processor.tokenizer))
     circle, red, x, total = (processor.tokenizer(text).input_ids[0] for text in (" circle", " red", "x", " total"))
     embeddings = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
     model.get_input_embeddings().weight.data = embeddings
     printed = torch.zeros(3 * alignment.side**2, dtype=torch.long)
     printed[alignment.side**2] = CHARACTERS.index("x") + 1
     drawn = [torch.tensor([[1, 0, 0]])]
-    bags = alignment._bags(printed, drawn, drawn, torch.tensor([[1, total]]))
+    bags = alignment._names(printed, drawn, drawn, torch.tensor([[1, total]]))
     assert [row.nonzero().flatten().tolist() for row in bags] == [sorted([circle, red]), sorted([x, total]), []]
     tokens = 1000 * torch.stack([embeddings[circle], embeddings[x], embeddings[5]])
     log_shares = [torch.log_softmax(token @ embeddings.T, dim=-1) for token in tokens]
@@ -121,16 +131,16 @@ def test_what_is_asked_is_all_text_but_answers_images_padding_and_beginnings():
     answers = torch.full_like(ids, -100)
     answers[:, 4] = 5
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]])
-    asked = asked_labels(ids, answers, 9, mask)
+    asked = prompt_labels(ids, answers, 9, mask)
     assert asked.tolist() == [[1, -100, -100, 4, -100, 6, -100], [1, -100, 7, 8, -100, -100, -100]]
-    packed = asked_labels(ids[:1], answers[:1], 9, None, torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+    packed = prompt_labels(ids[:1], answers[:1], 9, None, torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     assert packed.tolist() == [[-100, -100, -100, -100, -100, 6, 0]]
 
 
 def test_the_loss_of_what_is_asked_is_a_mean_over_it_and_nothing_where_nothing_is():
     logits, asked = torch.randn(2, 4, 7), torch.full((2, 4), -100)
-    assert asked_loss(logits, asked).item() == 0.0
+    assert prompt_loss(logits, asked).item() == 0.0
     asked[0, 0] = 5  # nothing foretells the first
     asked[0, 2], asked[1, 3] = 4, 6
     expected = -(logits[0, 1].log_softmax(-1)[4] + logits[1, 2].log_softmax(-1)[6]) / 2
-    torch.testing.assert_close(asked_loss(logits, asked), expected)
+    torch.testing.assert_close(prompt_loss(logits, asked), expected)

@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from convllava.data.dense_labels import words
+from convllava.data.dense_labels import printed_words
 from convllava.synthetic import CHARACTERS, Box, Sample, World
 from convllava.synthetic import world as world_module
 from convllava.synthetic.augment import rotate
@@ -81,7 +81,7 @@ def test_words_are_separated_at_spaces(split: str) -> None:
         for sample in map(world.sample, range(12)):
             text = sample.caption.removeprefix(prefix).removesuffix("." if kind == "sign" else "")
             if not text.startswith("title "):
-                printed = ["".join(glyph.char for glyph in word) for word in words(sample)]
+                printed = ["".join(glyph.char for glyph in word) for word in printed_words(sample)]
                 assert printed == text.replace(" / ", " ").split(" ")
 
 

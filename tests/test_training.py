@@ -18,7 +18,7 @@ from convllava.errors import InputError
 from convllava.model.part_names import part_of, parts_of
 from convllava.training import train as engine
 from convllava.training.logging import processor_seconds
-from convllava.training.optim import freeze_all_but, parameter_groups
+from convllava.training.optim import parameter_groups, train_only
 from convllava.training.plan import plan
 from convllava.training.recipe import ModelSpec, Recipe
 
@@ -62,7 +62,7 @@ def test_a_guided_run_logs_where_attention_looks(tmp_path):
     engine.train(recipe(GUIDED), tmp_path)
     answers, losses = (logged(tmp_path, name) for name in ("answer_loss", "loss"))
     assert all(0 < answer < loss for answer, loss in zip(answers, losses, strict=True))
-    found = logged(tmp_path, "answer_guidance")
+    found = logged(tmp_path, "answer_attention")
     assert len(found) == GUIDED.steps
     assert min(found) > 0
 
@@ -95,7 +95,7 @@ def test_every_parameter_belongs_to_one_part_and_one_group():
     parts = parts_of(model)
     assert list(parts) == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5", "projector", "language_model"]
     assert sum(len(parameters) for parameters in parts.values()) == len(list(model.parameters()))
-    freeze_all_but(model, CHAT.learning_rates)
+    train_only(model, CHAT.learning_rates)
     for decay, muon in itertools.product((0.0, 0.1), (False, True)):
         groups = parameter_groups(
             model, dataclasses.replace(CHAT, weight_decay=decay, optimizer="muon" if muon else "adamw")
@@ -110,7 +110,7 @@ def test_every_parameter_belongs_to_one_part_and_one_group():
 def test_an_unknown_part_is_named():
     model, _ = engine.start(recipe(CHAT))
     with pytest.raises(InputError, match=r"no part 'projecter'; did you mean projector\?"):
-        freeze_all_but(model, ["projecter"])
+        train_only(model, ["projecter"])
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):

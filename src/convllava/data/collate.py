@@ -17,10 +17,10 @@ from convllava.model.processing import ConvLlavaProcessor
 
 IGNORE = -100
 """The label of positions without a loss."""
-GUIDES = ("answer", "mention")
-"""What a position can be told to look at (see `guidance.guides`)."""
-MARKS = "marks"
-"""The key under which an item of a generated page has what its visual tokens are asked for (see `marks.marks`)."""
+TARGET_KINDS = ("answer", "mention")
+"""Kinds of attention targets (see `attention_targets`)."""
+POSITION_LABELS = "position_labels"
+"""The key of the labels of a page's visual tokens (see `position_labels`)."""
 SKIPPED = "skipped"
 """Key of an item with the bad samples that it replaces: a list of (name of the source, problem)."""
 CAPTION_REQUESTS = ("Describe the image.", "What does the page show?", "Read the page.")
@@ -61,8 +61,8 @@ def collate(items: list[dict[str, Any]], pad_token_id: int, multiple: int = 1) -
 
     The length is a multiple of `multiple`, so that batches have few different lengths.
 
-    Guides (see `guidance.guides`) become (pairs, 3): sequence of the batch, position, position to look at; marks (see
-    `marks.marks`) a list.
+    Attention targets become (pairs, 3): sequence of the batch, position, position to attend to. Position labels stay a
+    list.
     """
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     length = multiple * math.ceil(int(lengths.max()) / multiple)
@@ -71,11 +71,11 @@ def collate(items: list[dict[str, Any]], pad_token_id: int, multiple: int = 1) -
         for name, padding in (("input_ids", pad_token_id), ("labels", IGNORE))
     }
     batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
-    for name in (f"{kind}_guides" for kind in GUIDES):
+    for name in (f"{kind}_targets" for kind in TARGET_KINDS):
         if name in items[0]:
             batch[name] = torch.cat([F.pad(item[name], (1, 0), value=row) for row, item in enumerate(items)])
-    if MARKS in items[0]:
-        batch[MARKS] = [item[MARKS] for item in items]
+    if POSITION_LABELS in items[0]:
+        batch[POSITION_LABELS] = [item[POSITION_LABELS] for item in items]
     return batch | _images_and_skips(items)
 
 

@@ -1,4 +1,4 @@
-"""The generated world cell by cell: what stands where, for the objectives that come before conversation."""
+"""Dense labels: the character, shape and colour in each cell of a generated page, for training before conversation."""
 
 from __future__ import annotations
 
@@ -22,21 +22,28 @@ DENSE_NAMES = {
     "shape": tuple(f" {shape}" for shape in (*SHAPES, "bar")),
     "colour": tuple(f" {colour}" for colour in COLOURS),
 }
-"""What the classes of each label map are called in an answer: words after a space, characters spelled."""
+"""The text of each class of the label maps: words have a leading space, characters have none."""
 DENSE_CLASSES = {name: len(names) + 1 for name, names in DENSE_NAMES.items()}
-"""Classes of each label map, 0 being nothing."""
+"""Number of classes of each label map; class 0 is nothing."""
 ACCURACIES = (*DENSE_CLASSES, "spelling", "box_error")
-"""What training on labels of cells reports of itself."""
+"""Metrics that dense pretraining and alignment report: accuracies, and the mean error of boxes."""
 _LABELS = {
     name: {text.strip(): label for label, text in enumerate(names, start=1)} for name, names in DENSE_NAMES.items()
 }
 
 
 class DenseDataset(Dataset):
-    """Sample i as pixels and label maps of what stands where.
+    """Generated pages as pixels and label maps.
 
-    Items: pixel_values (3, height, width); glyph (height/8, width/8), the character over each 8-pixel cell; shape and
-    colour (height/stride, width/stride), the object over each cell of the tower's grid, of four stages by default.
+    Items have `pixel_values` (3, height, width); `glyph` (height / 8, width / 8), the character over each cell of 8
+    pixels; `shape` and `colour` (height / stride, width / stride), the object over each cell of the tower's grid.
+
+    Args:
+        world: The source of the pages.
+        processor: The image processor gives pixels and sizes.
+        length: Number of samples.
+        sheets: Share of glyph sheets.
+        stride: The tower's stride; 32 is that of four stages.
     """
 
     def __init__(
@@ -53,34 +60,38 @@ class DenseDataset(Dataset):
         return self.item(self.world.glyph_sheet(index) if is_sheet else self.world.sample(index))
 
     def item(self, sample: Sample) -> dict[str, Tensor]:
-        """The pixels and the labels of one sample."""
+        """Return the pixels and the labels of one sample."""
         pixels = self.processor.image_processor(sample.image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels} | label_maps(sample, self.placement(sample), self.stride)
 
     def placement(self, sample: Sample) -> Placement:
-        """How the image processor lays the sample's image on its canvas."""
+        """Return how the image processor places the sample's image on its canvas."""
         return self.processor.image_processor.placement(Size(sample.image.height, sample.image.width))
 
 
-class AlignDataset(DenseDataset):
-    """As `DenseDataset`, with what single visual tokens hold: `spelling`, `words` and `boxes`, see there."""
+class AlignmentDataset(DenseDataset):
+    """`DenseDataset` with labels of single visual tokens.
+
+    Items also have `spelling` (see `spelling_labels`), `words` (see `word_token_labels`) and `boxes` (see
+    `box_labels`).
+    """
 
     def item(self, sample: Sample) -> dict[str, Tensor]:
-        """As of `DenseDataset`, and spelling, words and boxes."""
+        """Return the pixels and the labels of one sample."""
         placement = self.placement(sample)
-        printed = words(sample)
+        printed = printed_words(sample)
         return super().item(sample) | {
-            "spelling": spelling(printed, placement, self.stride),
-            "words": word_tokens(printed, placement, self.stride, self.processor.tokenizer),
-            "boxes": boxes(pieces(sample), placement, self.stride),
+            "spelling": spelling_labels(printed, placement, self.stride),
+            "words": word_token_labels(printed, placement, self.stride, self.processor.tokenizer),
+            "boxes": box_labels(object_boxes(sample), placement, self.stride),
         }
 
 
 Word = list[Glyph]
 
 
-def words(sample: Sample) -> list[Word]:
-    """The printed words, each as its characters."""
+def printed_words(sample: Sample) -> list[Word]:
+    """Return the printed words, each as its characters."""
     found: list[Word] = []
     for glyph in sample.glyphs:
         if glyph.begins or not found:
@@ -89,18 +100,21 @@ def words(sample: Sample) -> list[Word]:
     return found
 
 
-def text_of(word: Word) -> str:
-    """What a word says, without the punctuation around it."""
+def word_text(word: Word) -> str:
+    """Return the text of a word without the punctuation around it."""
     return "".join(glyph.char for glyph in word).strip(".,:;()")
 
 
-def spelling(printed: Sequence[Word], placement: Placement, stride: int) -> Tensor:
-    """(characters, 4): the cell of each character that is seen, the glyph classes of the two before it in its word,
-    its own. 0 stands before a word, and as what follows its last character, in that one's cell."""
+def spelling_labels(printed: Sequence[Word], placement: Placement, stride: int) -> Tensor:
+    """Return (characters, 4): the cell of each visible character, the glyph classes of the two characters before it in
+    its word, and its own class.
+
+    Class 0 stands for the start of a word. It also follows the last character of a word, in the cell of that character.
+    """
     cells = grid(placement.canvas, stride)
     rows = []
     for word in printed:
-        labels = [0, 0, *map(_label, word), 0]
+        labels = [0, 0, *(_LABELS["glyph"][glyph.char] for glyph in word), 0]
         for number, glyph in enumerate([*word, word[-1]]):
             box = placement.box_to_normalised(glyph.box)
             if cells_under(box, cells):
@@ -109,13 +123,15 @@ def spelling(printed: Sequence[Word], placement: Placement, stride: int) -> Tens
     return torch.tensor(rows, dtype=torch.long).view(-1, 4)
 
 
-def word_tokens(printed: Sequence[Word], placement: Placement, stride: int, tokenizer: Any) -> Tensor:
-    """(names, 2): a cell, and a token that names a printed word in it, as it is printed or in lower case; none for
-    words that the tokenizer spells."""
+def word_token_labels(printed: Sequence[Word], placement: Placement, stride: int, tokenizer: Any) -> Tensor:
+    """Return (names, 2): a cell, and the token of a printed word in it, as printed or in lower case.
+
+    Words of several tokens are left out.
+    """
     cells = grid(placement.canvas, stride)
     rows = set()
     for word in printed:
-        text = text_of(word)
+        text = word_text(word)
         for form in {text, text.lower()} if len(text) > 1 else ():
             ids = tokenizer(f" {form}").input_ids
             if len(ids) == 1:
@@ -124,17 +140,22 @@ def word_tokens(printed: Sequence[Word], placement: Placement, stride: int, toke
     return torch.tensor(sorted(rows), dtype=torch.long).view(-1, 2)
 
 
-def pieces(sample: Sample) -> list[Box]:
-    """The boxes of the printed words and of the things, in pixels of the image."""
-    return [union(glyph.box for glyph in word) for word in words(sample)] + [thing.box for thing in sample.things]
+def object_boxes(sample: Sample) -> list[Box]:
+    """Return the boxes of the printed words and of the drawn objects, in pixels of the image."""
+    return [union(glyph.box for glyph in word) for word in printed_words(sample)] + [
+        thing.box for thing in sample.things
+    ]
 
 
-def boxes(found: Sequence[Box], placement: Placement, stride: int) -> Tensor:
-    """(cells, 5): an occupied cell, and how far left, up, right and down from its centre the sides of what stands in
-    it lie, in cells; of several things that with the nearest centre."""
+def box_labels(boxes: Sequence[Box], placement: Placement, stride: int) -> Tensor:
+    """Return (cells, 5): an occupied cell, and the distances from its centre to the left, top, right and bottom side of
+    the box over it, in cells.
+
+    If several boxes cover a cell, the one with the nearest centre counts.
+    """
     cells = grid(placement.canvas, stride)
     nearest: dict[tuple[int, int], tuple[float, ...]] = {}
-    for box in map(placement.box_to_normalised, found):
+    for box in map(placement.box_to_normalised, boxes):
         x0, y0, x1, y1 = box[0] * cells.width, box[1] * cells.height, box[2] * cells.width, box[3] * cells.height
         for row, column in cells_under(box, cells):
             sides = (x0 - column - 0.5, y0 - row - 0.5, x1 - column - 0.5, y1 - row - 0.5)
@@ -145,12 +166,8 @@ def boxes(found: Sequence[Box], placement: Placement, stride: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32).view(-1, 5)
 
 
-def _label(glyph: Glyph) -> int:
-    return _LABELS["glyph"][glyph.char]
-
-
 def label_maps(sample: Sample, placement: Placement, stride: int) -> dict[str, Tensor]:
-    """Label maps of a sample on its canvas; see `DenseDataset`."""
+    """Return the label maps of a sample on its canvas; see `DenseDataset`."""
     coarse = grid(placement.canvas, stride)
     maps = {name: torch.zeros(coarse, dtype=torch.long) for name in ("shape", "colour")}
     for thing in sample.things:
@@ -161,20 +178,20 @@ def label_maps(sample: Sample, placement: Placement, stride: int) -> dict[str, T
 
 
 def glyph_map(sample: Sample, placement: Placement) -> Tensor:
-    """(height / 8, width / 8): the character over each cell of 8 pixels of the canvas, 0 where there is none."""
+    """Return (height / 8, width / 8): the character over each cell of 8 pixels of the canvas; 0 is none."""
     labels = torch.zeros(grid(placement.canvas, GLYPH_CELL), dtype=torch.long)
     for glyph in sample.glyphs:
-        paint(labels, placement.box_to_normalised(glyph.box), _label(glyph))
+        paint(labels, placement.box_to_normalised(glyph.box), _LABELS["glyph"][glyph.char])
     return labels
 
 
 def paint(labels: Tensor, box: Box, value: int) -> None:
-    """Give the cells of a map that lie under a box in fractions of the canvas a label."""
+    """Write a label into the cells of a map under a box, which is given in fractions of the canvas."""
     if under := cells_under(box, Size(*labels.shape)):
         rows, columns = zip(*under, strict=True)
         labels[list(rows), list(columns)] = value  # at once: writing cell by cell was a fifth of a page's cost
 
 
 def collate_dense(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """Unequal shapes stay lists."""
+    """Return a batch; images and maps have unequal shapes, so each key holds a list."""
     return {key: [item[key] for item in items] for key in items[0]}

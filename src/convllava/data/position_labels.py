@@ -1,78 +1,72 @@
-"""What the pieces of a page are numbers of: the second word of the third line, the fourth bar, the second red thing.
+"""Position labels: the second word of the third line, the fourth bar, the second red object.
 
-"How many" and "the third" ask for more than what stands in a visual token: for what stands before it. The generated
-world knows it of every piece, so a token can be asked for it (see `training.marks`); that a sign has four words is then
-what its last word says of itself.
+"How many" and "the third" ask for more than the content of one visual token: they depend on what comes before it. The
+generated world knows the number of every word, letter, bar and object, so auxiliary heads can learn it for each visual
+token (see `training.objectives.auxiliary_heads`). The answer to "How many words are there?" is then the number of the
+last word.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from convllava.data.dense_labels import Word, boxes, glyph_map, paint, pieces, spelling, words
+from convllava.data.dense_labels import box_labels, glyph_map, object_boxes, paint, printed_words, spelling_labels
 from convllava.geometry import Box, Placement, grid
-from convllava.synthetic import Numbered, Sample
+from convllava.synthetic import Sample
 
-MARK_CELL = 16
-"""Side in pixels of one cell of the maps: lines and words that share a visual token are told apart."""
+LABEL_CELL = 16
+"""Side of one cell of the maps in pixels: a visual token can hold several lines and words."""
 _VALUE_STEP = 5
-"""Values of charts are told to the nearest multiple of this, as their axes let them be read."""
-MARK_CLASSES = {"row": 10, "place": 10, "letter": 13, "value": 21, "of_shape": 8, "of_colour": 8}
-"""Classes of each map, 0 being none; larger numbers are told as the last class."""
+"""Values of charts are rounded to a multiple of this, the precision at which their axes can be read."""
+POSITION_CLASSES = {"row": 10, "place": 10, "letter": 13, "value": 21, "of_shape": 8, "of_colour": 8}
+"""Classes of each map; 0 is none, and the last class holds all larger numbers."""
 BOXES = "boxes"
-"""What the boxes of a page's words and things are called beside its maps."""
+"""The key of the boxes of words and objects, next to the maps."""
 
 
-def marks(sample: Sample, placement: Placement, stride: int, letters: bool = False) -> dict[str, Tensor]:
-    """The numbers over each cell of 16 pixels of a sample on its canvas, and the box of what stands in a visual token.
+def position_labels(
+    sample: Sample, placement: Placement, stride: int, character_labels: bool = False
+) -> dict[str, Tensor]:
+    """Return the numbers over each cell of 16 pixels of a page, and the box of the object in each visual token.
 
-    Of several pieces over one cell, the last that was printed or drawn.
+    If several objects cover a cell, the one that was drawn last counts.
 
     Returns:
-        row, place, value (height / 16, width / 16), see `Numbered`; letter, the number of a character in its word;
-        of_shape and of_colour, which of the things of its shape and of its colour a thing is, in the order drawn.
-        boxes: (cells, 5) as of `cells.boxes`, of words and things. With `letters` also glyph (height / 8, width / 8),
-        the character over each cell of 8 pixels, and spelling, as of `cells.spelling`.
+        row, place, value: (height / 16, width / 16), see `Numbered`.
+        letter: The same shape, the number of a character in its word.
+        of_shape, of_colour: The same shape, the number of an object among those of its shape and of its colour, in the
+            order of drawing.
+        boxes: (cells, 5), see `dense_labels.box_labels`, of words and objects.
+        glyph, spelling: Only with `character_labels`; see `dense_labels.glyph_map` and `dense_labels.spelling_labels`.
     """
-    fine = grid(placement.canvas, MARK_CELL)
-    maps = {name: torch.zeros(fine, dtype=torch.long) for name in MARK_CLASSES}
-    printed = words(sample)
-    for box, numbers in (*_numbers(sample.numbered), *_letters(printed), *_counts(sample)):
-        for name, number in numbers.items():
-            if number:
-                paint(maps[name], placement.box_to_normalised(box), min(number, MARK_CLASSES[name] - 1))
-    found = {**maps, BOXES: boxes(pieces(sample), placement, stride)}
-    if letters:
-        found |= {"glyph": glyph_map(sample, placement), "spelling": spelling(printed, placement, stride)}
-    return found
-
-
-def _numbers(pieces: Sequence[Numbered]) -> list[tuple[Box, dict[str, int]]]:
-    return [(piece.box, {"row": piece.row, "place": piece.place, "value": step_of(piece.value)}) for piece in pieces]
-
-
-def _letters(printed: Sequence[Word]) -> list[tuple[Box, dict[str, int]]]:
-    """The number of each character in its word: where one visual token holds both l of "Village", the one tells from
-    the other by nothing else."""
-    return [(glyph.box, {"letter": number}) for word in printed for number, glyph in enumerate(word, start=1)]
-
-
-def step_of(value: int) -> int:
-    """The class of a chart's value; 0, none."""
-    return max(1, round(value / _VALUE_STEP)) if value else 0
-
-
-def _counts(sample: Sample) -> list[tuple[Box, dict[str, int]]]:
-    """For each thing how many of its shape and of its colour there are so far."""
+    words = printed_words(sample)
+    numbered: list[tuple[Box, dict[str, int]]] = [
+        (piece.box, {"row": piece.row, "place": piece.place, "value": value_class(piece.value)})
+        for piece in sample.numbered
+    ]
+    # A visual token can hold both l of "Village"; only their numbers distinguish them.
+    numbered += [(glyph.box, {"letter": index}) for word in words for index, glyph in enumerate(word, start=1)]
     shapes: Counter[str] = Counter()
     colours: Counter[str] = Counter()
-    found = []
     for thing in sample.things:
         shapes[thing.shape] += 1
         colours[thing.colour] += 1
-        found.append((thing.box, {"of_shape": shapes[thing.shape], "of_colour": colours[thing.colour]}))
+        numbered.append((thing.box, {"of_shape": shapes[thing.shape], "of_colour": colours[thing.colour]}))
+    cells = grid(placement.canvas, LABEL_CELL)
+    maps = {name: torch.zeros(cells, dtype=torch.long) for name in POSITION_CLASSES}
+    for box, numbers in numbered:
+        for name, number in numbers.items():
+            if number:
+                paint(maps[name], placement.box_to_normalised(box), min(number, POSITION_CLASSES[name] - 1))
+    found = {**maps, BOXES: box_labels(object_boxes(sample), placement, stride)}
+    if character_labels:
+        found |= {"glyph": glyph_map(sample, placement), "spelling": spelling_labels(words, placement, stride)}
     return found
+
+
+def value_class(value: int) -> int:
+    """Return the class of a chart's value; 0 is none."""
+    return max(1, round(value / _VALUE_STEP)) if value else 0

@@ -1,4 +1,4 @@
-"""The generated world as chat sequences for the language model."""
+"""Generated pages as conversations for the language model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from convllava.data.attention_targets import CAPTION, guides
-from convllava.data.collate import CAPTION_REQUESTS, MARKS, encode
-from convllava.data.position_labels import marks
+from convllava.data.attention_targets import CAPTION, attention_targets
+from convllava.data.collate import CAPTION_REQUESTS, POSITION_LABELS, encode
+from convllava.data.position_labels import position_labels
 from convllava.geometry import Size
 from convllava.model.processing import ConvLlavaProcessor
 from convllava.synthetic import Sample, Turn, World
 
 _CAPTION_FIRST = 0.25
-"""Share of the captions that are asked for before anything else, as people do."""
+"""Share of the captions that come before the other turns."""
 _OPENINGS = (
     "Look at the page.",
     "One question:",
@@ -25,15 +25,25 @@ _OPENINGS = (
     "Can you answer this?",
     "Read the page and say:",
 )
-"""What people write before a question."""
+"""Words that people write before a question."""
 
 
 class ChatDataset(Dataset):
-    """Sample i of a world as a supervised conversation: its turns, and in a share of samples the caption among them.
+    """Generated pages as supervised conversations: the turns of a page, and for a share of the pages its caption.
 
-    Items are those of `conversation.encode`; with `guided`, also the guides of `guidance.guides`, and with `marked`
-    the marks of `marks.marks`, with `letters` those too. Of the questions a share `casual` is asked as people
-    ask: without capitals and final mark, or behind other words.
+    Items are those of `collate.encode`.
+
+    Args:
+        world: The source of the pages.
+        processor: Encodes the conversations.
+        length: Number of samples.
+        captions: Share of the samples with a caption.
+        casual: Share of the questions in casual form: without capitals and final mark, or after an opening such as
+            "One question:".
+        images: False leaves the image out.
+        attention_targets: Add the items of `attention_targets.attention_targets`.
+        position_labels: Add those of `position_labels.position_labels`.
+        character_labels: Add the character labels to the position labels.
     """
 
     def __init__(
@@ -45,13 +55,14 @@ class ChatDataset(Dataset):
         captions: float = 1.0,
         casual: float = 0.0,
         images: bool = True,
-        guided: bool = False,
-        marked: bool = False,
-        letters: bool = False,
+        attention_targets: bool = False,
+        position_labels: bool = False,
+        character_labels: bool = False,
     ) -> None:
         self.world, self.processor, self.length = world, processor, length
         self.captions, self.casual, self.images = captions, casual, images
-        self.guided, self.marked, self.letters = guided, marked, letters
+        self.attention_targets, self.position_labels = attention_targets, position_labels
+        self.character_labels = character_labels
 
     def __len__(self) -> int:
         return self.length
@@ -60,35 +71,38 @@ class ChatDataset(Dataset):
         sample = self.world.sample(index)
         turns = self.turns(sample)
         item: dict[str, Any] = encode(self.processor, self.messages(sample, turns))
-        if self.guided:
-            item |= guides(item, turns, sample, self.processor)
-        if self.marked:
+        if self.attention_targets:
+            item |= attention_targets(item, turns, sample, self.processor)
+        if self.position_labels:
             pixels = self.processor.image_processor
             placement = pixels.placement(Size(sample.image.height, sample.image.width))
-            item[MARKS] = marks(sample, placement, pixels.stride, letters=self.letters)
+            item[POSITION_LABELS] = position_labels(sample, placement, pixels.stride, self.character_labels)
         return item
 
     def conversation(self, index: int) -> list[dict[str, Any]]:
-        """The sample as messages, with its image."""
+        """Return a sample as messages, with its image."""
         sample = self.world.sample(index)
         return self.messages(sample, self.turns(sample))
 
     def turns(self, sample: Sample) -> list[Turn]:
-        """The sample's turns, and perhaps its caption: mostly last, since it tells what the others ask for, and they
-        would be answered from it instead of from the page."""
+        """Return the sample's turns, perhaps with its caption.
+
+        The caption mostly comes last: it contains the answers, and the model would copy them instead of reading the
+        page.
+        """
         draw = random.Random(sample.index)
         turns = list(sample.turns)
         if not turns or draw.random() < self.captions:
             place = 0 if draw.random() < _CAPTION_FIRST else len(turns)
             turns.insert(place, Turn(CAPTION, draw.choice(CAPTION_REQUESTS), sample.caption))
         return (
-            [carelessly(turn) if draw.random() < self.casual / 2 else turn for turn in turns] if self.casual else turns
+            [casual_form(turn) if draw.random() < self.casual / 2 else turn for turn in turns] if self.casual else turns
         )
 
     def messages(self, sample: Sample, turns: list[Turn]) -> list[dict[str, Any]]:
-        """The conversation for the chat template; its image is the first part of the first user message."""
+        """Return the conversation for the chat template; the image is the first part of the first user message."""
         messages: list[dict[str, Any]] = []
-        # Not the numbers of `turns`: only samples with a caption would then begin with an opening.
+        # A generator of its own: with that of `turns`, only samples with a caption would get an opening.
         draw = random.Random(f"openings/{sample.index}")
         for turn in turns:
             opened = turn.task != CAPTION and draw.random() < self.casual / 2
@@ -100,6 +114,6 @@ class ChatDataset(Dataset):
         return messages
 
 
-def carelessly(turn: Turn) -> Turn:
-    """The same question without capitals and final mark."""
+def casual_form(turn: Turn) -> Turn:
+    """Return the turn with its question in lower case and without the final mark."""
     return replace(turn, question=turn.question.lower().rstrip("?."))

@@ -1,9 +1,9 @@
 """Data-dependent initialisation of the parts that stage 1 adds: the last stage of the tower, and the projector.
 
-Most of a trained tower's feature is the same at every place. Behind fresh random layers the language model would see
-visual tokens that hardly differ from one another, and a small one takes thousands of steps to look past that. So the
-new layers are shifted and scaled on a few pages until the tokens have mean zero and a common size, in the manner of
-layer-sequential unit-variance initialisation (arXiv 1511.06422).
+The features of a trained tower have a large common part. After new random layers, the language model would see visual
+tokens that hardly differ, and a small model takes thousands of steps to ignore the common part. So the new layers are
+shifted and scaled on a few pages until tokens have mean zero and a common size, similar to layer-sequential
+unit-variance initialisation (arXiv 1511.06422).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from convllava.model.modeling import ConvLlavaForConditionalGeneration, coordinate_features
 
 TOKEN_RMS = 1.0
-"""Root mean square of a visual token, that of what a layer of the language model adds to it."""
+"""Root mean square of a visual token; a layer of the language model adds values of about this size."""
 
 
 @torch.no_grad()
 def calibrate(model: ConvLlavaForConditionalGeneration, images: list[Tensor]) -> None:
-    """Centre and scale the new layers on images of (3, height, width)."""
+    """Centre and scale the outputs of the new layers on images of (3, height, width)."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     pixels, grids = tower.embeddings(images)
     *trained, new = tower.encoder.stages
@@ -38,7 +38,7 @@ def calibrate(model: ConvLlavaForConditionalGeneration, images: list[Tensor]) ->
 
 
 def _standardise(layer: nn.Linear, inputs: Tensor, rms: float) -> None:
-    """Change the layer so that on these inputs every output has mean zero, and all together this root mean square."""
+    """Change the layer so that on these inputs each output has mean zero and all outputs have this root mean square."""
     outputs = layer(inputs) - layer.bias
     outputs -= outputs.mean(0)
     layer.weight *= rms / _rms(outputs)

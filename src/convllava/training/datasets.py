@@ -17,7 +17,7 @@ from convllava.data import storage
 from convllava.data.batching import MicroBatchDataset
 from convllava.data.collate import collate, pack
 from convllava.data.dataset import FileDataset, steps_of
-from convllava.data.dense_labels import AlignDataset, DenseDataset, collate_dense
+from convllava.data.dense_labels import AlignmentDataset, DenseDataset, collate_dense
 from convllava.data.formats import Records, open_records
 from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.synthetic_chat import ChatDataset
@@ -57,7 +57,9 @@ def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int
     if stage.objective == "dense":
         return DenseDataset(world, processor, length, sheets=data.glyph_sheets)
     if stage.objective == "align":
-        return AlignDataset(world, processor, length, sheets=data.glyph_sheets, stride=processor.image_processor.stride)
+        return AlignmentDataset(
+            world, processor, length, sheets=data.glyph_sheets, stride=processor.image_processor.stride
+        )
     return ChatDataset(
         world,
         processor,
@@ -65,9 +67,9 @@ def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int
         captions=data.captions,
         casual=data.casual_questions,
         images=data.images,
-        guided=stage.attention_supervision > 0,
-        marked=stage.position_label_weight > 0,
-        letters=stage.character_label_weight > 0,
+        attention_targets=stage.attention_supervision > 0,
+        position_labels=stage.position_label_weight > 0,
+        character_labels=stage.character_label_weight > 0,
     )
 
 

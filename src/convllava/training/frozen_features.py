@@ -1,18 +1,23 @@
-"""Features of images that frozen stages have made, kept in files, so that they run once an image and not once a step.
+"""Frozen stages of the tower: they run without gradients, and on request only once per image.
 
-    RUNS/.cache/features/DIGEST/ab/abcd....safetensors    beside the output folder RUNS/NAME, one file an image
+With `feature_cache_gb` the features of an image are kept in a file:
 
-DIGEST is of the frozen weights and of how they run, a file's name of the pixels as the tower gets them. What is kept of
-an image was made of it alone and does not depend on the images that it was with, so a run sees the same numbers
-whatever has been kept before, by itself, by another process or by a run that was killed.
+    RUNS/.cache/features/DIGEST/ab/abcd....safetensors    next to the output folder RUNS/NAME, one file per image
+
+DIGEST is that of the frozen weights and of how they run. The file's name is a digest of the pixels that the tower gets.
+Features are computed from each image alone, so they do not depend on the other images of a batch: a run gets the same
+numbers, whatever this run, another process or a killed run has cached before.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,17 +25,21 @@ from torch import Tensor
 
 from convllava.errors import InputError
 from convllava.io import replacing
+from convllava.model import inplace
+from convllava.model.vision_tower import ConvLlavaStageFeatures, ConvLlavaVisionModel
 from convllava.training.datasets import Collator
+from convllava.training.distributed import process_count
+from convllava.training.recipe import Recipe, Stage
 
 FEATURES = "features"
-"""The key under which a batch holds, for each image, its features, or the name of those that are not kept yet."""
+"""The key of a batch that holds, for each image, its features, or their name if they are not cached yet."""
 
 
 class FeatureStore:
-    """Files of features, one an image, up to a size. Any number of processes may read and write.
+    """A cache of features on disk, up to a size. Any number of processes may read and write.
 
     Args:
-        folder: Of the files.
+        folder: The folder of the files.
         room: Bytes that this process may still add.
     """
 
@@ -38,7 +47,7 @@ class FeatureStore:
         self.folder, self.room = folder, room
 
     def read(self, name: str) -> Tensor | None:
-        """The features of that name; None where there are none, or a disk has damaged them."""
+        """Return the features with that name; None if there are none, or the disk has damaged them."""
         path = self._path(name)
         try:
             return load_file(path)[FEATURES] if path.exists() else None
@@ -46,7 +55,7 @@ class FeatureStore:
             return None
 
     def write(self, name: str, features: Tensor) -> None:
-        """Keep features, while there is room; what cannot be kept is computed again, which costs nothing but time."""
+        """Keep features while there is room. Features that cannot be kept are computed again, which only costs time."""
         if features.nbytes > self.room:
             return
         path = self._path(name)
@@ -65,32 +74,115 @@ class FeatureStore:
         return self.folder / name[:2] / f"{name}.safetensors"
 
 
-class LookUp:
-    """A collator that puts in place of an image's pixels what is kept of it. Runs where data are loaded.
+class CachedFeatureCollator:
+    """A collator that replaces the pixels of an image by its cached features. It runs in the data loader's processes.
 
     Args:
         collator: Makes the batch.
-        store: Where features are kept.
+        store: The cache.
     """
 
     def __init__(self, collator: Collator, store: FeatureStore) -> None:
         self.collator, self.store = collator, store
 
     def __call__(self, items: list[Any]) -> dict[str, Any]:
-        """A batch whose `features` has, for each image, its features, or a name; `pixel_values` has the images that
-        are named, if any."""
+        """Return a batch with `features`; `pixel_values` holds only the images that are not cached, if any."""
         batch = self.collator(items)
         if images := batch.pop("pixel_values", None):
-            names = [name_of(image) for image in images]
+            names = [feature_name(image) for image in images]
             found = [self.store.read(name) for name in names]
-            batch[FEATURES] = [name if kept is None else kept for name, kept in zip(names, found, strict=True)]
-            if missing := [image for image, kept in zip(images, found, strict=True) if kept is None]:
+            batch[FEATURES] = [name if cached is None else cached for name, cached in zip(names, found, strict=True)]
+            if missing := [image for image, cached in zip(images, found, strict=True) if cached is None]:
                 batch["pixel_values"] = missing
         return batch
 
 
-def name_of(image: Tensor) -> str:
-    """What the features of an image of (3, height, width) are called."""
+def feature_name(image: Tensor) -> str:
+    """Return the name of the features of an image of (3, height, width): a digest of its shape and pixels."""
     content = hashlib.blake2b(str(tuple(image.shape)).encode(), digest_size=20)
     content.update(image.contiguous().numpy().data)
     return content.hexdigest()
+
+
+class FrozenStages:
+    """The first stages of a tower, none of which trains.
+
+    Args:
+        tower: The tower; its later stages may train.
+        count: Number of frozen stages.
+        precision: The precision in which they run.
+        store: The cache of their features, if any.
+    """
+
+    def __init__(
+        self, tower: ConvLlavaVisionModel, count: int, precision: torch.dtype, store: FeatureStore | None = None
+    ) -> None:
+        self.count, self.store = count, store
+        if tower.dtype != precision:
+            tower = copy.deepcopy(tower)
+            tower.encoder.stages = tower.encoder.stages[:count]
+            for parameter in tower.parameters():
+                parameter.data = parameter.data.to(precision)
+        self.tower = tower
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch whose `pixel_values` are features of the frozen stages, from the cache if they are there."""
+        cached = batch.pop(FEATURES, None)
+        images = batch.pop("pixel_values", ())
+        if cached is not None:
+            waiting = iter(images)
+            maps = [self._features(item, next(waiting)) if isinstance(item, str) else item for item in cached]
+            features = ConvLlavaStageFeatures.of_maps(maps, self.count)
+        elif len(images):
+            features = self.tower.begin(list(images), self.count)
+        else:
+            return batch
+        return batch | {"pixel_values": features}
+
+    def _features(self, name: str, image: Tensor) -> Tensor:
+        """Return (rows, columns, channels) of an image that was not cached when its batch was loaded."""
+        assert self.store is not None
+        # Batches are loaded ahead, so an earlier batch may have written it since.
+        if (cached := self.store.read(name)) is not None:
+            return cached.to(image.device)
+        (computed,) = self.tower.begin([image], self.count).maps()
+        self.store.write(name, computed)
+        return computed
+
+
+def count_frozen_stages(stage: Stage, stages: int) -> int:
+    """Return how many of the tower's `stages` come before the first one that trains."""
+    trained = [int(part.removeprefix("stage")) - 1 for part in stage.learning_rates if part.startswith("stage")]
+    return 0 if "stem" in stage.learning_rates else min(trained, default=stages)
+
+
+def make_frozen_stages(recipe: Recipe, stage: Stage, tower: ConvLlavaVisionModel, output: Path) -> FrozenStages | None:
+    """Return the frozen stages of a tower if they should run outside of the training path; else None.
+
+    They do on a CPU, where saving memory traffic saves time, and if `feature_cache_gb` asks for a cache.
+    """
+    count = 0 if stage.objective == "dense" else count_frozen_stages(stage, tower.config.num_stages)
+    precision = getattr(torch, stage.precision) if tower.device.type == "cpu" else tower.dtype
+    if stage.feature_cache_gb:
+        folder = output.absolute().parent / ".cache" / "features" / _digest(stage, tower, count)
+        used = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        store = FeatureStore(folder, (1e9 * stage.feature_cache_gb - used) / process_count())
+        return FrozenStages(tower, count, precision, store)
+    usual = count > 0 and tower.device.type == "cpu" and recipe.sharding == "none" and inplace.is_plain(tower)
+    return FrozenStages(tower, count, precision) if usual else None
+
+
+def _digest(stage: Stage, tower: ConvLlavaVisionModel, count: int) -> str:
+    """Return a digest of the frozen weights, their number of stages, their activations, and their precision."""
+    config = tower.config
+    settings = ("in place", count, stage.precision, tower.dtype, config.hidden_act, config.layer_norm_eps)
+    content = hashlib.sha256(repr(settings).encode())
+    for name, weight in _frozen_parameters(tower, count):
+        content.update(f"{name} {tuple(weight.shape)}".encode())
+        content.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return content.hexdigest()[:32]
+
+
+def _frozen_parameters(tower: ConvLlavaVisionModel, count: int) -> Iterator[tuple[str, Tensor]]:
+    yield from tower.embeddings.named_parameters()
+    yield from tower.encoder.stages[:count].named_parameters()

@@ -1,10 +1,11 @@
-"""What one sees of a training: the table of what trains, the progress bar, one JSON line a step, TensorBoard."""
+"""What a training shows: the table of parts, the progress bar, and one JSON line per step."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,26 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from convllava.data.collate import GUIDES
+from convllava.data.collate import TARGET_KINDS
 from convllava.data.dense_labels import ACCURACIES
-from convllava.data.position_labels import MARK_CLASSES
-from convllava.errors import InputError
+from convllava.data.position_labels import POSITION_CLASSES
+from convllava.errors import DataError
 from convllava.io import replacing
 from convllava.model.part_names import parts_of
 from convllava.training.distributed import process_number
 from convllava.training.objectives.losses import ANSWER_LOSS
 from convllava.training.recipe import Stage
 
-NOTES = (ANSWER_LOSS, *ACCURACIES, *MARK_CLASSES, *(f"{kind}_guidance" for kind in GUIDES))
-"""What a step may report beside its loss."""
+NOTES = (ANSWER_LOSS, *ACCURACIES, *POSITION_CLASSES, *(f"{kind}_attention" for kind in TARGET_KINDS))
+"""Metrics that a step may report next to its loss."""
 _QUIET_SECONDS = 30
-"""Where there is no terminal, one line this often stands in for the bar."""
+"""Without a terminal, one line is printed this often instead of the bar."""
+_SMOOTHING = 0.98
+"""Decay of the moving average of the loss that the bar shows."""
 
 
-def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> None:
-    """A table of parts: parameters, how many of them train, and the learning rate."""
+def print_parts(title: str, model: nn.Module, learning_rates: Mapping[str, float]) -> None:
+    """Print a table of the model's parts: parameters, how many of them train, and the learning rate."""
     table = Table(title=title, title_justify="left")
     table.add_column("part")
     for column in ("parameters", "train", "learning rate"):
@@ -40,19 +43,18 @@ def print_parts(title: str, model: nn.Module, trains: Mapping[str, float]) -> No
     for part, parameters in parts_of(model).items():
         count = sum(parameter.numel() for _, parameter in parameters)
         trained = sum(parameter.numel() for _, parameter in parameters if parameter.requires_grad)
-        rate = f"{trains[part]:g}" if part in trains else "frozen"
+        rate = f"{learning_rates[part]:g}" if part in learning_rates else "frozen"
         table.add_row(part, f"{count:,}", f"{trained:,}" if trained else "", rate)
     Console().print(table)
 
 
 class StepLog(TrainerCallback):
-    """Appends to `log.jsonl`: stage, step, loss, learning rates, samples, images, tokens, positions, padded, waited,
-    seconds.
+    """Appends one line per step to `log.jsonl`.
 
-    Positions are those that the language model computes, padded those it would compute if each batch were padded to
-    its longest sample; waited are the first process's seconds without samples, processor its seconds on a processor,
-    those of its workers included, which other work on the machine hardly changes. All of them and seconds count from
-    the beginning of the stage, over all its resumed parts.
+    Besides stage, step, loss and learning rates, a line has these counts since the start of the stage, over all resumed
+    parts of it: `samples`, `images`, `tokens`; `positions` that the language model computes; `padded`, the positions if
+    each batch were padded to its longest sample; `waited`, seconds in which the first process waited for samples;
+    `processor`, its CPU seconds with those of its workers, which other work on the machine hardly changes; `seconds`.
     """
 
     def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, float]) -> None:
@@ -63,13 +65,13 @@ class StepLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started, self.processor = time.monotonic(), processor_seconds()
-        self.before |= self._forget_after(state.global_step)
+        self.before |= self._drop_after(state.global_step)
 
-    def _forget_after(self, step: int) -> dict[str, float]:
-        """Drop lines of this stage beyond the checkpoint that the run resumes from; return the last one kept."""
+    def _drop_after(self, step: int) -> dict[str, float]:
+        """Drop the lines after the checkpoint from which the run resumes, and return the counts of the last line."""
         if not self.path.exists():
             return {}
-        # A kill can tear the last line; what has no end was never logged.
+        # A kill can leave half of the last line.
         whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
         lines = [json.loads(line) for line in whole.splitlines()]
         kept = [line for line in lines if (line["index"], line["step"]) <= (self.index, step)]
@@ -86,7 +88,7 @@ class StepLog(TrainerCallback):
         if "loss" in (logs or {}):
             groups = kwargs["optimizer"].param_groups
             rates: dict[str, float] = {}
-            for group in groups:  # of a part's layers, the highest
+            for group in groups:  # the highest of a part's layers
                 rates[group["part"]] = max(group["lr"], rates.get(group["part"], 0.0))
             notes = {name: round(logs[name], 4) for name in NOTES if name in logs}
             counts = {name: round(self.before[name] + count, 3) for name, count in self.counts.items()}
@@ -105,31 +107,27 @@ class StepLog(TrainerCallback):
 
 
 def processor_seconds() -> float:
-    """Seconds that this process and its children, which live, have spent on processors."""
-    own = Process()
-    return sum(map(_seconds_of, (own, *own.children(recursive=True))))
-
-
-def _seconds_of(process: Process) -> float:
-    try:
-        spent = process.cpu_times()
-    except NoSuchProcess:  # it ended after it was listed
-        return 0.0
-    return spent.user + spent.system
+    """Return the CPU seconds of this process and of its living children."""
+    own, total = Process(), 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(NoSuchProcess):  # it ended after it was listed
+            spent = process.cpu_times()
+            total += spent.user + spent.system
+    return total
 
 
 class ProgressBar(TrainerCallback):
-    """Steps, loss, samples a second and the time left; plain lines where there is no terminal.
+    """Shows steps, loss, samples per second and the time left; without a terminal it prints plain lines.
 
     Args:
-        title: Of the stage.
-        counts: As of `StageTrainer`, since the run was started.
+        title: The title of the stage.
+        counts: The counts of `StageTrainer` since the run started.
     """
 
     def __init__(self, title: str, counts: Mapping[str, float]) -> None:
         self.console = Console()
         self.title, self.counts = title, counts
-        self.loss: float | None = None
+        self.loss_sum = self.loss_weight = 0.0
         self.first = 0
         self.started = self.spoke = 0.0
         self.bar = Progress(
@@ -152,18 +150,23 @@ class ProgressBar(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
+        if "eval_loss" in (logs or {}):
+            self.console.print(f"{self.title} step {state.global_step}: eval_loss {logs['eval_loss']:.3f}")
         if "loss" not in (logs or {}):
             return
-        self.loss = logs["loss"] if self.loss is None else 0.98 * self.loss + 0.02 * logs["loss"]
+        # A moving average with corrected bias, as in Adam: the first steps count no more than the others.
+        self.loss_sum = _SMOOTHING * self.loss_sum + (1 - _SMOOTHING) * logs["loss"]
+        self.loss_weight = _SMOOTHING * self.loss_weight + (1 - _SMOOTHING)
+        loss = self.loss_sum / self.loss_weight
         now = time.monotonic()
         done = state.global_step - self.first
         rate = self.counts["samples"] / max(now - self.started, 1e-9)
-        self.bar.update(self.task, completed=state.global_step, loss=f"{self.loss:.3f}", rate=f"{rate:.1f}")
+        self.bar.update(self.task, completed=state.global_step, loss=f"{loss:.3f}", rate=f"{rate:.1f}")
         if not self.console.is_terminal and now - self.spoke > _QUIET_SECONDS:
             self.spoke = now
             left = (state.max_steps - state.global_step) * (now - self.started) / max(done, 1)
             print(
-                f"{self.title} {state.global_step}/{state.max_steps} loss {self.loss:.3f} "
+                f"{self.title} {state.global_step}/{state.max_steps} loss {loss:.3f} "
                 f"{rate:.1f} samples/s, {left / 60:.0f} min left",
                 flush=True,
             )
@@ -172,43 +175,42 @@ class ProgressBar(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Give the terminal back, also where training failed."""
+        """Release the terminal, also after a failure."""
         self.bar.stop()
 
 
 class Skips:
-    """Samples that could not be used: one line each in `skipped.jsonl`, and an end to a run that has too many among
-    those that it trains on.
+    """Writes bad samples to `skipped.jsonl`, one line each, and stops a run that has too many of them.
 
     Args:
-        path: Of `skipped.jsonl`; every process appends to it.
-        stage: Whose samples they are.
-        samples: How many different ones this process will see.
+        path: The path of `skipped.jsonl`; every process appends to it.
+        stage: The stage that trains.
+        samples: Number of different samples that this process will see.
     """
 
     def __init__(self, path: Path, stage: Stage, samples: float) -> None:
         self.path, self.stage, self.limit = path, stage, stage.data.max_skipped * samples
         self.process = process_number()
-        self.known = set(self._told())
+        self.known = set(self._read())
 
-    def _told(self) -> Iterator[tuple[str, str, bool]]:
-        """What this process wrote down before the run was interrupted."""
+    def _read(self) -> Iterator[tuple[str, str, bool]]:
+        """Yield the samples that this process wrote before the run was interrupted."""
         text = self.path.read_text(encoding="utf-8").rpartition("\n")[0] if self.path.exists() else ""
-        # Not by splitlines, which also splits at marks that may lie in a file's name.
+        # splitlines() would also split at separators inside a file's name.
         for line in map(json.loads, filter(None, text.split("\n"))):
             if (line["stage"], line["process"]) == (self.stage.name, self.process):
                 yield line["file"], line["reason"], line.get("held_out", False)
 
     def note(self, found: Iterable[tuple[str, str]], step: int, *, held_out: bool = False) -> None:
-        """Write down what is new.
+        """Write the bad samples that are new.
 
         Args:
-            found: (data file, what was wrong with one of its samples).
-            step: At which optimiser step.
-            held_out: Whether they are of an evaluation; these do not count.
+            found: (data file, problem of one of its samples).
+            step: The optimizer step.
+            held_out: True for samples of an evaluation, which do not count towards the limit.
 
         Raises:
-            InputError: too many; the last ones are told.
+            DataError: if there are too many.
         """
         skipped = dict.fromkeys((name, reason, held_out) for name, reason in found)
         new = [one for one in skipped if one not in self.known]
@@ -221,7 +223,7 @@ class Skips:
                 file.write(json.dumps(line | {"held_out": held_out}) + "\n")
         count = sum(not is_held_out for *_, is_held_out in self.known)
         if count > self.limit and not held_out:
-            raise InputError(
+            raise DataError(
                 f"stage {self.stage.name}: {count} bad samples are more than data.max_skipped "
                 f"{self.stage.data.max_skipped:g} allows; {self.path} lists them, the last: {', '.join(new[-1][:2])}"
             )

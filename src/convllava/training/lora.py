@@ -1,4 +1,4 @@
-"""Parts that train through adapters, and those that train whole beside them."""
+"""LoRA: parts of a model that train through adapters, next to parts that train as a whole."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from convllava.checkpoints.adapters import import_peft
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.recipe import Stage
 
 _ADAPTABLE = re.compile(r"language_model|stage\d+")
 
 
-def attach(model: ConvLlavaForConditionalGeneration, stage: Stage) -> Any:
-    """The model as PEFT's, ready for the stage: small matrices beside every linear layer of the adapted parts, and a
-    copy of each part that trains whole.
+def add_adapter(model: ConvLlavaForConditionalGeneration, stage: Stage) -> Any:
+    """Return the model as a `PeftModel` for the stage.
+
+    Every linear layer of the adapted parts gets LoRA matrices. PEFT copies the parts that train as a whole.
 
     Raises:
-        InputError: a part that takes no adapter, or PEFT is not installed.
+        ConfigError: if a part takes no adapter.
+        InputError: if PEFT is not installed.
     """
     assert stage.adapter is not None
     adapter, peft = stage.adapter, import_peft()
@@ -41,14 +43,18 @@ def attach(model: ConvLlavaForConditionalGeneration, stage: Stage) -> Any:
 
 
 def four_bits(stage: Stage) -> BitsAndBytesConfig:
-    """The language model's linear layers as normal floats of four bits with quantised constants (QLoRA, arXiv
-    2305.14314, section 3); the tower, the projector and the head stay whole.
+    """Return the quantization of QLoRA (arXiv 2305.14314, section 3).
+
+    The linear layers of the language model have 4-bit normal floats with quantized constants. The tower, the projector
+    and the head are not quantized.
 
     Raises:
-        InputError: bitsandbytes is not installed.
+        ConfigError: if bitsandbytes is not installed.
     """
     if not is_bitsandbytes_available():
-        raise InputError(f"stage {stage.name}: adapter: four_bit needs bitsandbytes; pip install 'convllava[quantize]'")
+        raise ConfigError(
+            f"stage {stage.name}: adapter: four_bit needs bitsandbytes; pip install 'convllava[quantize]'"
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -59,27 +65,27 @@ def four_bits(stage: Stage) -> BitsAndBytesConfig:
 
 
 def check_adaptable(stage: Stage) -> None:
-    """Refuse parts that take no adapter, and adapted parts that do not train.
+    """Check that the adapted parts take an adapter, and that they train.
 
     Raises:
-        InputError: names the part, or what is not installed.
+        ConfigError: if they do not, or a package is missing.
     """
     assert stage.adapter is not None
     if stage.adapter.four_bit:
         four_bits(stage)
     for part in stage.adapter.parts:
         if not _ADAPTABLE.fullmatch(part):
-            raise InputError(
-                f"stage {stage.name}: adapter: {part} takes none; language_model and stages of the tower do"
+            raise ConfigError(
+                f"stage {stage.name}: adapter: {part} takes no adapter; language_model and stages of the tower do"
             )
         if part not in stage.learning_rates:
-            raise InputError(f"stage {stage.name}: adapter: give {part} a learning rate in learning_rates")
+            raise ConfigError(f"stage {stage.name}: adapter: give {part} a learning rate in learning_rates")
     if "language_model" in stage.learning_rates and "language_model" not in stage.adapter.parts:
-        raise InputError(f"stage {stage.name}: adapter: parts must have language_model, or learning_rates must not")
+        raise ConfigError(f"stage {stage.name}: adapter: parts must have language_model, or learning_rates must not")
 
 
 def module_of(part: str) -> str:
-    """The module that is a part."""
+    """Return the name of the module of a part."""
     names = {
         "stem": "model.vision_tower.embeddings",
         "projector": "model.multi_modal_projector",
@@ -89,7 +95,7 @@ def module_of(part: str) -> str:
 
 
 def pattern_of(model: nn.Module, parts: Iterable[str]) -> str:
-    """A pattern for the names of all linear layers of the parts, in place of a list of hundreds."""
+    """Return a pattern that matches the names of all linear layers of the parts."""
     patterns = []
     for part in parts:
         prefix = module_of(part)

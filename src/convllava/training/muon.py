@@ -1,11 +1,11 @@
-"""Muon: momentum whose every step is made orthogonal, for the matrices inside a network; AdamW for everything else.
+"""Muon, momentum with orthogonal steps, for the matrices inside a network; AdamW for everything else.
 
-On two cores the dense stage reaches a loss with it in about two thirds of the time that AdamW needs. torch.optim.Muon
-orthogonalises in bfloat16 always, which a CPU without bfloat16 arithmetic emulates so slowly that nothing is won; this
-one does it in the precision of the stage, and keeps both kinds of parameters in one optimiser, as the Trainer wants.
+On two cores the dense stage reaches the same loss in about two thirds of AdamW's time. torch.optim.Muon always
+orthogonalises in bfloat16. A CPU without bfloat16 arithmetic emulates that, and the gain is lost. This optimizer uses
+the precision of the stage, and it holds both kinds of parameters, because the Trainer takes one optimizer.
 
-Muon: Keller Jordan et al., 2024. Its steps are scaled to a root mean square of one, as AdamW's first steps have, so
-that one learning rate serves a part's matrices and vectors (arXiv 2502.16982, section 2.2, with 1 in place of 0.2).
+Muon: Keller Jordan et al., 2024. The root mean square of a step is one, as in the first steps of AdamW, so that one
+learning rate fits the matrices and the vectors of a part (arXiv 2502.16982, section 2.2, with 1 instead of 0.2).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ITERATIONS = 5
 
 
 def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-    """The (rows, columns) matrix with its singular values moved near one, by Newton-Schulz iteration in a precision."""
+    """Return the (rows, columns) matrix with singular values near one, by Newton-Schulz iteration in the precision."""
     a, b, c = _QUINTIC
     x = (matrix / (matrix.norm() + 1e-7)).to(precision)
     if tall := x.shape[0] > x.shape[1]:
@@ -34,7 +34,7 @@ def orthogonalise(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
 
 
 def orthogonalise_all(matrices: Sequence[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
-    """The matrices, each orthogonalised; where several processes have the same ones, each does its share for all."""
+    """Return the orthogonalised matrices; several processes with the same matrices share the work."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [orthogonalise(matrix, precision) for matrix in matrices]
     owners, rank = owners_of(matrices, dist.get_world_size()), dist.get_rank()
@@ -49,7 +49,7 @@ def orthogonalise_all(matrices: Sequence[Tensor], precision: torch.dtype = torch
 
 
 def owners_of(matrices: Sequence[Tensor], processes: int) -> list[int]:
-    """The process that orthogonalises each matrix: the dearest first, each to the one that has least to do."""
+    """Return the process of each matrix: the most expensive matrix first, each to the least loaded process."""
     costs = [max(matrix.shape) * min(matrix.shape) ** 2 for matrix in matrices]
     owners, loads = [0] * len(costs), [0] * processes
     for number in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
@@ -59,13 +59,13 @@ def owners_of(matrices: Sequence[Tensor], processes: int) -> list[int]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `"muon": True` take orthogonal steps, the others AdamW's.
+    """Muon for groups with `"muon": True`, AdamW for the others.
 
     Args:
-        groups: Parameter groups with `lr` and `weight_decay`; those of Muon hold parameters of two or more dimensions,
-            which count as (first, all the rest).
-        betas: AdamW's; the first is Muon's momentum too.
-        precision: In which matrices are made orthogonal; all else stays in the weights' own.
+        groups: Parameter groups with `lr` and `weight_decay`. Parameters of Muon have two or more dimensions, and count
+            as matrices of (first dimension, all others).
+        betas: The betas of AdamW; the first is also Muon's momentum.
+        precision: The precision of orthogonalisation; everything else uses that of the weights.
     """
 
     def __init__(
@@ -83,28 +83,27 @@ class Muon(torch.optim.Optimizer):
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not moving:
                 continue
-            direct = self._orthogonal if group["muon"] else self._adam
-            for parameter, direction in zip(moving, direct(moving, group), strict=True):
+            if group["muon"]:
+                directions = self._muon_directions(moving, group)
+            else:
+                directions = [self._adam_direction(parameter, group) for parameter in moving]
+            for parameter, direction in zip(moving, directions, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
-    def _orthogonal(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Nesterov momentum, made orthogonal."""
-        momenta = [self._momentum(parameter, group["betas"][0]).flatten(1) for parameter in parameters]
+    def _muon_directions(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Return the orthogonalised Nesterov momentum of each parameter."""
+        momenta = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            if not state:
+                state["mean"] = torch.zeros_like(parameter)
+            mean = state["mean"].lerp_(gradient, 1 - group["betas"][0])
+            momenta.append(torch.lerp(gradient, mean, group["betas"][0]).flatten(1))
         return [
             (direction * max(direction.shape) ** 0.5).view_as(parameter)
             for parameter, direction in zip(parameters, orthogonalise_all(momenta, self.precision), strict=True)
         ]
-
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:
-            state["mean"] = torch.zeros_like(parameter)
-        mean = state["mean"].lerp_(gradient, 1 - momentum)
-        return torch.lerp(gradient, mean, momentum)
-
-    def _adam(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        return [self._adam_direction(parameter, group) for parameter in parameters]
 
     def _adam_direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         state, (beta1, beta2) = self.state[parameter], group["betas"]

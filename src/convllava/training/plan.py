@@ -22,7 +22,7 @@ from convllava.training.initialise import check_pixels, outline, pixels_of
 from convllava.training.lora import check_adaptable, module_of
 from convllava.training.memory import Memory, memory_of
 from convllava.training.objectives.dense import DensePretraining
-from convllava.training.optim import freeze_all_but, parts_of
+from convllava.training.optim import parts_of, train_only
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.validate import check_recipe
 
@@ -112,9 +112,9 @@ def _check_parts(stage: Stage, model: ConvLlavaForConditionalGeneration) -> None
     the others are made when they train."""
     if stage.objective == "dense":
         with torch.device("meta"):
-            freeze_all_but(DensePretraining(model.model.vision_tower), stage.learning_rates)
+            train_only(DensePretraining(model.model.vision_tower), stage.learning_rates)
     else:
-        freeze_all_but(model, set(stage.learning_rates) - {"head"})
+        train_only(model, set(stage.learning_rates) - {"head"})
 
 
 def _trained(stage: Stage, model: ConvLlavaForConditionalGeneration, parameters: dict[str, int]) -> int:

@@ -39,16 +39,15 @@ from convllava.training.datasets import (
     questions_of,
 )
 from convllava.training.distributed import check_processes, is_first_process, process_count, wait_for_all
-from convllava.training.frozen_features import LookUp
-from convllava.training.frozen_stages import frozen_of
-from convllava.training.held_out import SampleAnswers, callbacks_of, has_stopped
+from convllava.training.eval_callbacks import SampleAnswers, early_stopping_callbacks, has_stopped_early
+from convllava.training.frozen_features import CachedFeatureCollator, make_frozen_stages
 from convllava.training.initialise import start
 from convllava.training.logging import ProgressBar, Skips, StepLog, print_parts
 from convllava.training.lora import four_bits
 from convllava.training.measuring import in_passes, with_planned_steps
-from convllava.training.objectives.attention_supervision import guide_attention
+from convllava.training.objectives.attention_supervision import enable_attention_supervision
 from convllava.training.objectives.auxiliary_heads import detach_heads
-from convllava.training.objectives.select import trained_module
+from convllava.training.objectives.build import build_trained_module
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.trainer import StageTrainer, training_arguments
 from convllava.training.validate import check_stages
@@ -141,7 +140,7 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     set_seed(recipe.seed + index)
     processor.image_processor.change(**stage.pixels)
     before = folder.with_name(f"{index - 1}-{recipe.stages[index - 1].name}") if index > 0 else None
-    trained = trained_module(stage, model, processor, before)
+    trained = build_trained_module(stage, model, processor, before)
     if is_first_process():
         print_parts(f"stage {index}: {stage.name}", trained, stage.learning_rates)
     dataset = in_passes(recipe, index, processor, folder.parent, make_dataset(recipe, index, processor))
@@ -154,10 +153,10 @@ def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Pa
     if is_first_process():
         observe(trainer, stage, index, folder, bar, Assistant(model, processor))
     if stage.attention_supervision:
-        guide_attention(model)
+        enable_attention_supervision(model)
     torch.set_flush_denormal(True)  # numbers that small only cost time
     try:
-        if not has_stopped(stage, checkpoint):
+        if not has_stopped_early(stage, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.leave_what_counts()
     finally:
@@ -185,9 +184,9 @@ def make_trainer(
     """
     stage, output = recipe.stages[index], folder.parent
     collator = make_collator(stage, processor)
-    frozen = frozen_of(recipe, stage, model.model.vision_tower, output)
+    frozen = make_frozen_stages(recipe, stage, model.model.vision_tower, output)
     if frozen is not None and frozen.store is not None:
-        collator = LookUp(collator, frozen.store)
+        collator = CachedFeatureCollator(collator, frozen.store)
     return StageTrainer(
         recipe,
         stage,
@@ -199,7 +198,7 @@ def make_trainer(
         train_dataset=dataset,
         eval_dataset=make_held_out(recipe, index, processor) if stage.evaluation else None,
         data_collator=collator,
-        callbacks=callbacks_of(stage.evaluation) if stage.evaluation else [],
+        callbacks=early_stopping_callbacks(stage.evaluation) if stage.evaluation else [],
     )
 
 

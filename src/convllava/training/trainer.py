@@ -17,20 +17,19 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from convllava.data.collate import GUIDES, MARKS, SKIPPED, lengths_of
+from convllava.data.collate import POSITION_LABELS, SKIPPED, TARGET_KINDS, lengths_of
 from convllava.data.dense_labels import ACCURACIES
 from convllava.errors import InputError
 from convllava.io import one_line
 from convllava.model.config import ConvLlavaConfig
-from convllava.training.averaging import Average, load_weights
 from convllava.training.distributed import is_first_process, passes_of, process_count, samples_of
-from convllava.training.frozen_stages import FrozenStages
-from convllava.training.held_out import BEST, HeldOutLoss, weight_of
+from convllava.training.eval_callbacks import BEST, AverageWeights, HeldOutLoss, load_weights, loss_weight
+from convllava.training.frozen_features import FrozenStages
 from convllava.training.logging import Skips
 from convllava.training.memory import explaining
 from convllava.training.muon import Muon
-from convllava.training.objectives.attention_supervision import Guidance, guided_layers
-from convllava.training.objectives.losses import ANSWER_LOSS, answer_loss, answer_weights, asked_labels, asked_loss
+from convllava.training.objectives.attention_supervision import AttentionSupervision, supervised_layers
+from convllava.training.objectives.losses import ANSWER_LOSS, answer_loss, answer_weights, prompt_labels, prompt_loss
 from convllava.training.optim import parameter_groups
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.sharding import sharding_arguments
@@ -133,10 +132,10 @@ class StageTrainer(Trainer):
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
         self.held_out = HeldOutLoss()
-        self.guided_layers = guided_layers(model) if stage.attention_supervision else {}
+        self.supervised_layers = supervised_layers(model) if stage.attention_supervision else {}
         super().__init__(model=model, **keywords)
         self.add_callback(SavesAsAsked())
-        self.average = Average(model, stage.ema) if stage.ema else None  # of weights that lie where they train
+        self.average = AverageWeights(model, stage.ema) if stage.ema else None  # of weights that lie where they train
         if self.average is not None:
             self.add_callback(self.average)
 
@@ -170,16 +169,16 @@ class StageTrainer(Trainer):
         training = self.trained.training
         self.skips.note(skipped, self.state.global_step + training, held_out=not training)
         if self.frozen is not None:
-            inputs = self.frozen.encoded(inputs)
+            inputs = self.frozen.encode(inputs)
         if self.trained.training:
             self._count(inputs)
         # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
         mask = inputs.pop("attention_mask", None)
-        guidance = self._guidance(inputs)
-        if self.stage.answer_length_weighting or self.stage.prompt_loss_weight or guidance is not None:
+        supervision = self._take_supervision(inputs)
+        if self.stage.answer_length_weighting or self.stage.prompt_loss_weight or supervision is not None:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
-            loss = self._chat_loss(outputs, labels, guidance, self._asked(inputs, labels, mask))
+            loss = self._chat_loss(outputs, labels, supervision, self._prompt_labels(inputs, labels, mask))
         else:
             loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
             notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
@@ -200,46 +199,48 @@ class StageTrainer(Trainer):
         for name, count in found.items():
             self.counts[name] += count * self.args.world_size
 
-    def _guidance(self, inputs: dict[str, Any]) -> Guidance | None:
-        """Take the guides out of the batch and put into it what records where attention looks."""
-        found = {kind: inputs.pop(f"{kind}_guides", None) for kind in GUIDES}  # of a world's samples, all
-        marks = inputs.pop(MARKS, ())
+    def _take_supervision(self, inputs: dict[str, Any]) -> AttentionSupervision | None:
+        """Replace the targets and labels in the batch by the object that records attention shares."""
+        found = {kind: inputs.pop(f"{kind}_targets", None) for kind in TARGET_KINDS}  # generated pages have all kinds
+        labels = inputs.pop(POSITION_LABELS, ())
         if not self.stage.attention_supervision or not self.trained.training:
             return None
-        inputs["guidance"] = Guidance(self.guided_layers, found, marks)
-        if marks:
+        inputs["attention_supervision"] = AttentionSupervision(self.supervised_layers, found, labels)
+        if labels:
             inputs["output_hidden_states"] = True
-        return inputs["guidance"]
+        return inputs["attention_supervision"]
 
-    def _asked(self, inputs: Mapping[str, Any], labels: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The text that is not answers, as labels, where the stage learns to foretell it too."""
+    def _prompt_labels(self, inputs: Mapping[str, Any], labels: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return the text outside of answers as labels, if the stage has a loss for it."""
         if not self.stage.prompt_loss_weight or not self.trained.training:
             return None
-        return asked_labels(inputs["input_ids"], labels, self.config.image_token_id, mask, inputs.get("position_ids"))
+        return prompt_labels(inputs["input_ids"], labels, self.config.image_token_id, mask, inputs.get("position_ids"))
 
     def _chat_loss(
-        self, outputs: Any, labels: Tensor, guidance: Guidance | None, asked: Tensor | None = None
+        self, outputs: Any, labels: Tensor, supervision: AttentionSupervision | None, prompts: Tensor | None = None
     ) -> Tensor:
-        """The loss of balanced answers, of questions, attention guidance, and of marks.
+        """Return the sum of the losses of answers, prompts, attention supervision and auxiliary heads.
 
-        All are means within one pass of one process, which are then averaged; only the plain loss of `chat` is a mean
-        over the whole batch, however it is shared.
+        Each is a mean within one micro-batch of one process, and these are averaged. Only the plain loss of `chat` is a
+        mean over the whole batch.
         """
         logits, weights = outputs["logits"], answer_weights(labels, self.stage.answer_length_weighting)
         loss = answer_loss(logits, labels, weights)
         if self.trained.training:
-            self.notes = {ANSWER_LOSS: loss.item()}  # what stages with other weights of the rest have in common
-        if asked is not None:
-            loss = loss + self.stage.prompt_loss_weight * asked_loss(logits, asked)
-        if guidance is not None:
-            looks = {kind: guidance.loss(kind, weights) for kind in guidance.layers}
-            self.notes |= {f"{kind}_guidance": value.item() for kind, value in looks.items()}
-            loss = loss + self.stage.attention_supervision * torch.stack(list(looks.values())).sum()
-        if "marks" in outputs:
-            told = outputs["marks"]
-            losses = {"loss": self.stage.position_label_weight, "letters": self.stage.character_label_weight}
-            self.notes |= {name: told[name].item() for name in told.keys() - losses.keys() if told[name].isfinite()}
-            loss = loss + sum(weight * told[name] for name, weight in losses.items() if name in told)
+            self.notes = {
+                ANSWER_LOSS: loss.item()
+            }  # comparable between stages with different weights of the other losses
+        if prompts is not None:
+            loss = loss + self.stage.prompt_loss_weight * prompt_loss(logits, prompts)
+        if supervision is not None:
+            attention = {kind: supervision.loss(kind, weights) for kind in supervision.layers}
+            self.notes |= {f"{kind}_attention": value.item() for kind, value in attention.items()}
+            loss = loss + self.stage.attention_supervision * torch.stack(list(attention.values())).sum()
+        if "auxiliary" in outputs:
+            found = outputs["auxiliary"]
+            losses = {"loss": self.stage.position_label_weight, "character_loss": self.stage.character_label_weight}
+            self.notes |= {name: found[name].item() for name in found.keys() - losses.keys() if found[name].isfinite()}
+            loss = loss + sum(weight * found[name] for name, weight in losses.items() if name in found)
         return loss / (self.args.gradient_accumulation_steps if self.trained.training else 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -247,7 +248,7 @@ class StageTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Loaders draw seeds, and dropout must be what it is without evaluation.
-        with torch.random.fork_rng(devices=[]), self.average.in_place() if self.average else nullcontext():
+        with torch.random.fork_rng(devices=[]), self.average.in_model() if self.average else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(
@@ -255,7 +256,7 @@ class StageTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss alone, whatever the objective calls its labels; what it counts is noted."""
         inputs = self._prepare_inputs(inputs)
-        weight = weight_of(inputs, self._own_samples())
+        weight = loss_weight(inputs, self._own_samples())
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
         self.held_out.add(loss, weight)

@@ -17,8 +17,8 @@ from convllava.training.initialise import check_pixels
 from convllava.training.lora import check_adaptable
 from convllava.training.objectives.attention_supervision import check_attention
 from convllava.training.objectives.auxiliary_heads import detach_heads
-from convllava.training.objectives.select import trained_module
-from convllava.training.optim import freeze_all_but
+from convllava.training.objectives.build import build_trained_module
+from convllava.training.optim import train_only
 from convllava.training.recipe import Recipe, Stage
 from convllava.training.sharding import check_sharding
 
@@ -95,9 +95,9 @@ def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, process
     """
     if stage.adapter is None:
         try:
-            trained_module(stage, model, processor)
+            build_trained_module(stage, model, processor)
         finally:
             detach_heads(model)
         return
     check_adaptable(stage)
-    freeze_all_but(model, stage.learning_rates)
+    train_only(model, stage.learning_rates)

@@ -1,1 +1,1 @@
-"""What a stage learns: one module per objective."""
+"""Objectives: one module for each thing that a stage can learn. `build` chooses the one of a stage."""

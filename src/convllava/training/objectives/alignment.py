@@ -1,11 +1,11 @@
-"""Stage 1 of the generated world: visual tokens learn to name what they show, in the language model's own words.
+"""Alignment (stage 1 on generated pages): visual tokens learn to name their content in the language model's words.
 
-A projector before a pretrained language model learns from captions which directions mean "red". A language model from
-nothing has no such directions yet, and what the new fifth stage and the projector write is mostly background to it. So
-each visual token is asked, by its products with the language model's word embeddings, for the words of the things and
-the characters in its cell; and, through heads that are thrown away, for the character over each 8-pixel cell in it and
-for the character after a given one. The embedding of a question's "square" and the token of a square then match before
-the language model is trained, and a token's text is ready to be spelled.
+A projector before a pretrained language model learns from captions which direction means "red". A language model
+without pretraining has no such directions yet, so it would treat the output of the new fifth stage and the projector
+mostly as noise. Here each visual token predicts the words of the objects and characters in its cell, by its products
+with the word embeddings of the language model. Heads that are discarded later predict the character over each cell of 8
+pixels, and the character that follows given ones. Afterwards the embedding of "square" in a question matches the visual
+token of a square, and the text in a token can be spelled, before the language model is trained.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from transformers import PreTrainedTokenizerBase
 
 from convllava.data.dense_labels import DENSE_NAMES, GLYPH_CELL
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
-from convllava.training.objectives.character_head import LetterHeads
-from convllava.training.objectives.dense import box_loss, cells, numbered
+from convllava.training.objectives.auxiliary_heads import CharacterHeads
+from convllava.training.objectives.dense import box_loss, flatten_cells, offset_cells
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Per label map the token that names each class; -1 for class 0, nothing, and for names of several tokens."""
+def class_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Return for each label map the token that names each class; -1 for class 0 and for names of several tokens."""
     ids = {name: [tokenizer(text).input_ids for text in texts] for name, texts in DENSE_NAMES.items()}
     return {name: [-1] + [own[0] if len(own) == 1 else -1 for own in found] for name, found in ids.items()}
 
 
 class Alignment(nn.Module):
-    """The model without its language model's layers, under heads that training throws away."""
+    """The tower, the projector and the word embeddings, with heads that are discarded after training."""
 
-    def __init__(self, model: ConvLlavaForConditionalGeneration, vocabulary: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, model: ConvLlavaForConditionalGeneration, tokens: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
         self.model = model.model
         self.config = model.config
         self.side = self.config.vision_config.stride // GLYPH_CELL
         width, stride = self.config.text_config.hidden_size, self.config.vision_config.stride
-        self.head = nn.ModuleDict({"letters": LetterHeads(width, stride), "box": nn.Linear(width, 4)})
-        self.vocabulary = {name: torch.tensor(ids) for name, ids in vocabulary.items()}
+        self.head = nn.ModuleDict({"characters": CharacterHeads(width, stride), "box": nn.Linear(width, 4)})
+        self.class_tokens = {name: torch.tensor(ids) for name, ids in tokens.items()}
 
     def forward(
         self,
@@ -52,41 +52,52 @@ class Alignment(nn.Module):
         words: list[Tensor],
         boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """Images of (3, height, width) and the labels of `AlignDataset` at the tower's stride -> loss, the accuracy of
-        the glyph map over the cells where something is printed, that of spelling, and the mean error of boxes."""
-        # Without coordinates: they say nothing of what is shown, so this loss alone would shrink them to nothing.
+        """Return the loss, the accuracies of characters (over printed cells) and of spelling, and the mean box error.
+
+        Args:
+            pixel_values: Images of (3, height, width).
+            glyph: The labels of `AlignmentDataset` at the tower's stride, one item per image; so are the others.
+            shape: As `glyph`.
+            colour: As `glyph`.
+            spelling: As `glyph`.
+            words: As `glyph`.
+            boxes: As `glyph`.
+        """
+        # Without coordinates: they do not depend on the content, so this loss alone would shrink them to nothing.
         tokens = self.model.multi_modal_projector.content(self.model.vision_tower(pixel_values))
         outputs: dict[str, Tensor] = {}
-        printed = torch.cat([cells(item, self.side) for item in glyph])
+        characters = torch.cat([flatten_cells(item, self.side) for item in glyph])
         counts = [item.numel() // self.side**2 for item in glyph]
-        glyph_loss, spelling_loss = self.head["letters"](tokens, printed, numbered(spelling, counts), outputs)
-        losses = [
-            glyph_loss,
-            self._naming_loss(tokens, self._bags(printed, shape, colour, numbered(words, counts))),
-            spelling_loss,
-            box_loss(self.head["box"](tokens), numbered(boxes, counts), outputs),
-        ]
+        character_loss, spelling_loss = self.head["characters"](
+            tokens, characters, offset_cells(spelling, counts), outputs
+        )
+        naming_loss = self._naming_loss(tokens, self._names(characters, shape, colour, offset_cells(words, counts)))
+        boxes_loss = box_loss(self.head["box"](tokens), offset_cells(boxes, counts), outputs)
+        losses = [character_loss, naming_loss, spelling_loss, boxes_loss]
         return {"loss": torch.stack(losses).sum(), **outputs}
 
-    def _bags(self, printed: Tensor, shape: list[Tensor], colour: list[Tensor], words: Tensor) -> Tensor:
-        """(cells, vocabulary): 1 for each token that names something in the cell."""
+    def _names(self, characters: Tensor, shape: list[Tensor], colour: list[Tensor], words: Tensor) -> Tensor:
+        """Return (cells, vocabulary): 1 for each token that names something in the cell."""
         embeddings: Any = self.model.get_input_embeddings()
         nothing = len(embeddings.weight)
-        labels = {"glyph": printed.view(-1, self.side**2)}
+        labels = {"glyph": characters.view(-1, self.side**2)}
         labels |= {
             name: torch.cat([item.flatten() for item in maps])[:, None]
             for name, maps in (("shape", shape), ("colour", colour))
         }
-        named = torch.cat([self.vocabulary[name].to(printed.device)[found] for name, found in labels.items()], dim=1)
-        bags = torch.zeros(len(named), nothing + 1, device=printed.device)
-        bags = bags.scatter(1, named.where(named >= 0, nothing), 1.0)[:, :nothing]
-        bags[words[:, 0], words[:, 1]] = 1.0
-        return bags
+        named = torch.cat(
+            [self.class_tokens[name].to(characters.device)[found] for name, found in labels.items()], dim=1
+        )
+        names = torch.zeros(len(named), nothing + 1, device=characters.device)
+        names = names.scatter(1, named.where(named >= 0, nothing), 1.0)[:, :nothing]
+        names[words[:, 0], words[:, 1]] = 1.0
+        return names
 
-    def _naming_loss(self, tokens: Tensor, bags: Tensor) -> Tensor:
-        """Cross entropy between each token's products with the word embeddings and the words of its cell, all alike."""
+    def _naming_loss(self, tokens: Tensor, names: Tensor) -> Tensor:
+        """Return the cross entropy between the names of each occupied cell, with equal shares, and the softmax of its
+        token's products with the word embeddings."""
         embeddings: Any = self.model.get_input_embeddings()
-        occupied = bags.sum(1) > 0
-        shares = bags[occupied] / bags[occupied].sum(1, keepdim=True)
+        occupied = names.sum(1) > 0
+        shares = names[occupied] / names[occupied].sum(1, keepdim=True)
         log_shares = F.linear(tokens[occupied], embeddings.weight).log_softmax(-1)
         return -(shares * log_shares).sum() / occupied.sum().clamp(min=1)

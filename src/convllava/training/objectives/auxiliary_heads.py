@@ -1,15 +1,18 @@
-"""Heads, no part of what is trained, that ask the language model's lower layers what pieces of a page are numbers of.
+"""Auxiliary heads: in training, visual tokens predict their position labels and characters.
 
-To answer "Which word is the second on line 3?" a model has to know of each word its line and its number in it. Nothing
-printed says so: it follows from what stands before, most of which a visual token sees in the ones before it in the
-language model, and less of in the tower. Answers alone teach that after very many of them. Asked for it at every visual
-token (`data.marks`) a model learns lines, the words of a line and boxes in hundreds of steps; which of the things of
-its colour a thing is, and what a chart shows there, it did not. Attention that is told where an answer stands
-(`training.attention`) then has something to find it by.
+To answer "Which word is the second on line 3?" a model needs the line and the number of each word. They are printed
+nowhere: they follow from what comes before, and a visual token sees most of that in the language model. Answers alone
+teach this only after very many steps. With a head on every visual token (see `data.position_labels`) a model learns
+lines, words of a line and boxes in hundreds of steps. It did not learn in that time which of the objects of its colour
+an object is, or the values of charts. Attention supervision then has labels by which to find an answer.
 
-The heads begin as zeros, so that they ask nothing of the model before they have learnt something themselves; in a stage
-after another with heads they begin as that one's, which lie beside its checkpoint: new ones would take a hundred steps
-to learn what those knew, and the model with them.
+Answers also spell only a small share of the printed text, and each of their letters reaches the tower through the whole
+language model. The character heads ask the visual tokens for all letters of the page at once. Without them, a tower
+that trains on answers alone reads letters less well than after alignment.
+
+The output layers start as zeros, so that the heads do not change the model before they have learned something. If the
+previous stage had heads, they start from its weights, which are saved next to its checkpoint: new heads would take a
+hundred steps to learn the same again. The heads are not part of the model.
 """
 
 from __future__ import annotations
@@ -23,139 +26,178 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convllava.checkpoints.tensors import tensors_in
-from convllava.data.position_labels import BOXES, MARK_CELL, MARK_CLASSES
-from convllava.errors import InputError
-from convllava.training.objectives.attention_supervision import guided_layers
-from convllava.training.objectives.character_head import LetterHeads
-from convllava.training.objectives.dense import box_loss, cells, judge, numbered
+from convllava.data.dense_labels import DENSE_CLASSES, GLYPH_CELL
+from convllava.data.position_labels import BOXES, LABEL_CELL, POSITION_CLASSES
+from convllava.errors import CheckpointError
+from convllava.training.objectives.attention_supervision import supervised_layers
+from convllava.training.objectives.dense import box_loss, flatten_cells, label_map_loss, offset_cells
 
 HEAD = "head"
-"""What the heads are called among the model's parts."""
+"""The name of the heads among the model's parts."""
 HEADS_FILE = "training/heads.safetensors"
-"""Where in a stage's folder they lie: not beside the model's file, since vLLM reads every .safetensors there."""
+"""Their file in a stage's folder. It is not next to the model's file, because vLLM reads every .safetensors there."""
+_GLYPHS = DENSE_CLASSES["glyph"]
 
 
-class MarkHeads(nn.Module):
+class CharacterHeads(nn.Module):
+    """Heads on visual tokens for the character over each cell of 8 pixels, and for the character after two given ones.
+
+    Args:
+        width: Width of the tokens.
+        stride: Side of a token in pixels.
+    """
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.side = stride // GLYPH_CELL
+        self.glyph = nn.Linear(width, self.side**2 * _GLYPHS)
+        self.token = nn.Linear(width, 2 * width)
+        self.before = nn.Embedding(2 * _GLYPHS, 2 * width)
+        self.next = nn.Linear(2 * width, _GLYPHS)
+
+    def forward(
+        self, tokens: Tensor, characters: Tensor, spelling: Tensor, outputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the two losses, and write the accuracies `glyph` and `spelling` to `outputs`.
+
+        Args:
+            tokens: (visual tokens, width) of a batch.
+            characters: The class over each of their cells, in the order of `dense.flatten_cells`.
+            spelling: (characters, 4), see `dense_labels.spelling_labels`; cells are counted over the batch.
+            outputs: Receives the accuracies.
+        """
+        cell, *before, target = spelling.T
+        known = self.before(before[0]) + self.before(_GLYPHS + before[1])
+        logits = self.next(F.gelu(self.token(tokens)[cell] + known))
+        glyph_loss = label_map_loss("glyph", self.glyph(tokens), characters, outputs, _GLYPHS)
+        outputs["spelling"] = (logits.detach().argmax(-1) == target).float().mean()
+        return glyph_loss, F.cross_entropy(logits, target, reduction="sum") / max(len(target), 1)
+
+    def zero_outputs(self) -> None:
+        """Set the weights of the output layers to zero."""
+        for head in (self.glyph, self.next):
+            nn.init.zeros_(head.weight)
+
+
+class AuxiliaryHeads(nn.Module):
     """Linear heads on hidden states of visual tokens.
 
     Args:
-        width: Of the hidden states.
-        stride: Side in pixels of a visual token.
-        letters: Whether to ask the tokens, as they enter the language model, for their characters too.
+        width: Width of the hidden states.
+        stride: Side of a visual token in pixels.
+        character_labels: Also predict characters, from the tokens as they enter the language model.
     """
 
-    def __init__(self, width: int, stride: int, letters: bool = False) -> None:
+    def __init__(self, width: int, stride: int, character_labels: bool = False) -> None:
         super().__init__()
-        self.side = stride // MARK_CELL
-        self.others: dict[str, Tensor] = {}  # of a stage before that asked for more, for one after that does again
+        self.side = stride // LABEL_CELL
+        self.unused: dict[str, Tensor] = {}  # weights of the previous stage that a later stage may need again
         self.norm = nn.LayerNorm(width)
         self.maps = nn.ModuleDict(
-            {name: _zero_head(width, self.side**2 * classes) for name, classes in MARK_CLASSES.items()}
+            {name: _zero_linear(width, self.side**2 * classes) for name, classes in POSITION_CLASSES.items()}
         )
-        self.box = _zero_head(width, 4)
-        self.letters = LetterHeads(width, stride) if letters else None
-        if self.letters is not None:
-            self.letters.begin_as_zeros()
+        self.box = _zero_linear(width, 4)
+        self.characters = CharacterHeads(width, stride) if character_labels else None
+        if self.characters is not None:
+            self.characters.zero_outputs()
 
-    def forward(self, tokens: Tensor, marks: Sequence[Mapping[str, Tensor]], entering: Tensor) -> dict[str, Tensor]:
-        """What the heads find, and how far they are from right.
+    def forward(self, tokens: Tensor, labels: Sequence[Mapping[str, Tensor]], entering: Tensor) -> dict[str, Tensor]:
+        """Return the losses and metrics of the heads.
 
         Args:
-            tokens: Hidden states (visual tokens, width) of a batch.
-            marks: What `data.marks.marks` gives of each page.
-            entering: As `tokens`, before the language model's first layer.
+            tokens: (visual tokens, width), hidden states of a batch.
+            labels: What `data.position_labels.position_labels` returns for each page.
+            entering: As `tokens`, before the first layer of the language model.
 
         Returns:
-            loss, the accuracy of each map over the cells that have a number, and the mean error of boxes in cells; with
-            letters also their loss, `letters`, and their accuracies.
+            `loss`, the accuracy of each map over the cells with a number, and the mean `box_error` in cells. With
+            character labels also their loss as `character_loss`, and their accuracies.
         """
         tokens = self.norm(tokens)
         outputs: dict[str, Tensor] = {}
-        labels = {name: torch.cat([cells(page[name], self.side) for page in marks]) for name in MARK_CLASSES}
-        losses = [
-            judge(name, self.maps[name](tokens), labels[name], outputs, classes)
-            for name, classes in MARK_CLASSES.items()
-        ]
-        counts = [page["row"].numel() // self.side**2 for page in marks]
-        losses.append(box_loss(self.box(tokens), numbered([page[BOXES] for page in marks], counts), outputs))
-        if self.letters is not None:
-            printed = torch.cat([cells(page["glyph"], self.letters.side) for page in marks])
-            spelling = numbered([page["spelling"] for page in marks], counts)
-            # With their coordinates, which the language model's loss keeps from shrinking.
-            outputs["letters"] = torch.stack(self.letters(entering, printed, spelling, outputs)).sum()
+        losses = []
+        for name, classes in POSITION_CLASSES.items():
+            flat = torch.cat([flatten_cells(page[name], self.side) for page in labels])
+            losses.append(label_map_loss(name, self.maps[name](tokens), flat, outputs, classes))
+        counts = [page["row"].numel() // self.side**2 for page in labels]
+        losses.append(box_loss(self.box(tokens), offset_cells([page[BOXES] for page in labels], counts), outputs))
+        if self.characters is not None:
+            characters = torch.cat([flatten_cells(page["glyph"], self.characters.side) for page in labels])
+            spelling = offset_cells([page["spelling"] for page in labels], counts)
+            # With their coordinates: here the loss of the language model keeps them from shrinking.
+            both = self.characters(entering, characters, spelling, outputs)
+            outputs["character_loss"] = torch.stack(both).sum()
         return {"loss": torch.stack(losses).sum(), **outputs}
 
     @torch.no_grad()
-    def begin_as(self, path: Path) -> None:
-        """Take the weights of a file, as far as it has them; keep those of heads that these are not for the next stage.
+    def load_previous(self, path: Path) -> None:
+        """Load the weights of the previous stage's heads; keep those that only a later stage can use.
 
         Raises:
-            InputError: a weight of another shape, or a damaged file.
+            CheckpointError: if a weight has another shape, or the file is damaged.
         """
         found, own = tensors_in(path), self.state_dict()
         for name in found:
             if name not in own:
-                self.others[name] = found[name]
+                self.unused[name] = found[name]
             elif own[name].shape == found[name].shape:
                 own[name].copy_(found[name])
             else:
-                raise InputError(
-                    f"{path}: {name} has another shape than this version's; remove the file, and heads begin anew"
+                raise CheckpointError(
+                    f"{path}: {name} has another shape than in this version; remove the file to start with new heads"
                 )
 
 
-def _zero_head(width: int, outputs: int) -> nn.Linear:
+def _zero_linear(width: int, outputs: int) -> nn.Linear:
     head = nn.Linear(width, outputs)
     nn.init.zeros_(head.weight)
     return head
 
 
-def attach_heads(model: Any, before: Path | None = None, letters: bool = False) -> None:
-    """Give a `ConvLlavaForConditionalGeneration` heads: where it is called with `guidance=` that has marks, and for
-    hidden states, its outputs are then `logits`, and `marks`, what `MarkHeads` gives.
+def attach_heads(model: Any, previous: Path | None = None, character_labels: bool = False) -> None:
+    """Add heads to a `ConvLlavaForConditionalGeneration`.
+
+    If its forward gets `attention_supervision=` with position labels, and `output_hidden_states=True`, its outputs are
+    then `logits` and `auxiliary`, the result of `AuxiliaryHeads`.
 
     Args:
-        model: Gets them.
-        before: The folder of the stage before, whose heads they begin as, those that it had.
-        letters: Whether tokens are asked for their characters too.
+        model: The model; it is changed in place.
+        previous: The folder of the previous stage, from whose heads these start if it had any.
+        character_labels: Also predict characters.
 
     Raises:
-        InputError: the stage before has heads of other shapes, or its file is damaged.
+        CheckpointError: if the heads of the previous stage have other shapes, or their file is damaged.
     """
     config = model.config
-    heads = MarkHeads(config.text_config.hidden_size, config.vision_config.stride, letters)
-    if before is not None and (before / HEADS_FILE).exists():
-        heads.begin_as(before / HEADS_FILE)
+    heads = AuxiliaryHeads(config.text_config.hidden_size, config.vision_config.stride, character_labels)
+    if previous is not None and (previous / HEADS_FILE).exists():
+        heads.load_previous(previous / HEADS_FILE)
     model.add_module(HEAD, heads.to(model.device))
-    model.head.hook = model.register_forward_hook(_tell, with_kwargs=True)
+    model.head.hook = model.register_forward_hook(_run_heads, with_kwargs=True)
 
 
 def detach_heads(model: Any) -> dict[str, dict[str, Tensor]]:
-    """Take the heads off again, if there are any: the file that the next stage finds them in -> their weights."""
+    """Remove the heads, if there are any, and return their file and weights for the next stage."""
     if not hasattr(model, HEAD):
         return {}
     heads = model.head
     heads.hook.remove()
     delattr(model, HEAD)
-    return {HEADS_FILE: {**heads.others, **heads.state_dict()}}
+    return {HEADS_FILE: {**heads.unused, **heads.state_dict()}}
 
 
-def _tell(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs: Any) -> Any:
-    """Inside the model's forward, so that processes which share gradients wait for those of the heads."""
-    guidance = inputs.get("guidance")
-    if guidance is None or not guidance.marks:
+def _run_heads(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs: Any) -> Any:
+    """Run the heads inside the model's forward, so that processes that share gradients wait for those of the heads."""
+    supervision = inputs.get("attention_supervision")
+    if supervision is None or not supervision.position_labels:
         return outputs
-    visual = _visual(model, inputs, guidance.marks)
-    layers = (guided_layers(model).get("mention", -1) + 1, 0)
-    hidden, entering = (outputs.hidden_states[layer].flatten(0, 1)[visual] for layer in layers)
-    told = model.head(hidden, guidance.marks, entering)
-    return {"logits": outputs.logits, "marks": told}  # its own class has no other fields
-
-
-def _visual(model: Any, inputs: Mapping[str, Any], marks: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """The positions of the visual tokens in the flattened batch; what separates rows is none."""
+    labels = supervision.position_labels
+    # The flat positions of the visual tokens, without row separators.
     places = (inputs["input_ids"] == model.config.image_token_id).flatten().nonzero()[:, 0]
-    side = model.head.side
-    shapes = [tuple(length // side for length in page["row"].shape) for page in marks]
-    kept = [F.pad(torch.ones(shape, dtype=torch.bool), (0, int(model.config.row_separator))) for shape in shapes]
-    return places[torch.cat([item.flatten() for item in kept]).to(places.device)]
+    shapes = [tuple(length // model.head.side for length in page["row"].shape) for page in labels]
+    is_token = [F.pad(torch.ones(shape, dtype=torch.bool), (0, int(model.config.row_separator))) for shape in shapes]
+    visual = places[torch.cat([item.flatten() for item in is_token]).to(places.device)]
+    layers = (supervised_layers(model).get("mention", -1) + 1, 0)
+    hidden, entering = (outputs.hidden_states[layer].flatten(0, 1)[visual] for layer in layers)
+    # A dictionary, because the model's output class has no field for the heads.
+    return {"logits": outputs.logits, "auxiliary": model.head(hidden, labels, entering)}

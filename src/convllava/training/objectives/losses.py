@@ -1,4 +1,4 @@
-"""What a stage asks in place of the mean over all supervised tokens: answers of equal weight, questions too."""
+"""Losses of the objective chat other than the mean over supervised tokens: weighted answers, and prompts."""
 
 from __future__ import annotations
 
@@ -9,43 +9,52 @@ from torch import Tensor
 from convllava.data.collate import IGNORE
 
 ANSWER_LOSS = "answer_loss"
-"""What training reports the loss of answers as, where it is not all of the loss."""
+"""The name under which training reports the loss of answers if it is only a part of the loss."""
 
 
-def answer_weights(labels: Tensor, balance: float) -> Tensor:
-    """What the prediction made at each position counts: (batch, positions), with the mean 1 over those supervised.
+def answer_weights(labels: Tensor, length_weighting: float) -> Tensor:
+    """Return the weight of each position's prediction: (batch, positions), with mean 1 over supervised positions.
 
     Args:
-        labels: (batch, positions); each run of labels that are not -100 is one answer.
-        balance: An answer of n tokens counts n^(1 - balance): 0, all tokens alike; 1, all answers.
+        labels: (batch, positions); each run of labels other than -100 is one answer.
+        length_weighting: An answer of n tokens has the weight n^(1 - length_weighting): with 0 all tokens have the same
+            weight, with 1 all answers have.
     """
     supervised = F.pad(labels[:, 1:] != IGNORE, (0, 1))
     begins = supervised & ~F.pad(supervised, (1, 0))[:, :-1]
     answer = begins.flatten().cumsum(0)[supervised.flatten()] - 1
-    weights = answer.bincount()[answer].float() ** -balance
+    weights = answer.bincount()[answer].float() ** -length_weighting
     return torch.zeros(labels.shape, device=labels.device).masked_scatter(supervised, weights / weights.mean())
 
 
 def answer_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of the next-token cross entropy; logits (batch, positions, vocabulary), weights as above."""
+    """Return the weighted mean of the next-token cross entropy.
+
+    Args:
+        logits: (batch, positions, vocabulary).
+        labels: (batch, positions).
+        weights: See `answer_weights`.
+    """
     chosen = weights[:, :-1] > 0
     losses = F.cross_entropy(logits[:, :-1][chosen], labels[:, 1:][chosen], reduction="none")
     return (weights[:, :-1][chosen] * losses).mean()
 
 
-def asked_labels(
+def prompt_labels(
     input_ids: Tensor,
     labels: Tensor,
     image_token_id: int,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """(batch, positions): the text that is no answer as labels, -100 where there is an answer, an image or padding, or
-    where a packed sequence begins.
+    """Return the text outside of answers as labels: (batch, positions), with -100 for answers, images and padding.
 
     Args:
-        attention_mask: (batch, positions), 0 for padding; None where there is none.
-        position_ids: (batch, positions), of packed sequences.
+        input_ids: (batch, positions).
+        labels: (batch, positions), those of the answers.
+        image_token_id: The placeholder of visual tokens.
+        attention_mask: (batch, positions), 0 for padding; None if there is no padding.
+        position_ids: (batch, positions) of packed sequences, whose first tokens get -100 too.
     """
     left_out = (labels != IGNORE) | (input_ids == image_token_id)
     if attention_mask is not None:
@@ -55,8 +64,8 @@ def asked_labels(
     return input_ids.masked_fill(left_out, IGNORE)
 
 
-def asked_loss(logits: Tensor, asked: Tensor) -> Tensor:
-    """Mean of the next-token cross entropy over the text of `asked_labels`, 0 where there is none."""
-    targets = asked[:, 1:].flatten()
+def prompt_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean next-token cross entropy over the labels of `prompt_labels`; 0 if there are none."""
+    targets = labels[:, 1:].flatten()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
     return losses / (targets != IGNORE).sum().clamp(min=1)

@@ -17,8 +17,7 @@ from training_runs import ONE, TWO, logged, train
 from convllava.errors import InputError
 from convllava.model.vision_tower import ConvLlavaStageFeatures, ConvLlavaVisionModel
 from convllava.training import train as engine
-from convllava.training.frozen_features import FeatureStore, name_of
-from convllava.training.frozen_stages import frozen_stages
+from convllava.training.frozen_features import FeatureStore, count_frozen_stages, feature_name
 from convllava.training.recipe import Adapter, Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage
 from convllava.training.sharding import check_sharding
 
@@ -132,7 +131,7 @@ def test_what_has_no_room_is_computed_again(folder, encoded):
 
 def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path, monkeypatch, capsys):
     store, features = FeatureStore(tmp_path, 1e9), torch.randn(2, 3, 4)
-    name = name_of(torch.zeros(3, 64, 64))
+    name = feature_name(torch.zeros(3, 64, 64))
     store.write(name, features)
     assert store.read(name).equal(features)
     path = next(tmp_path.rglob("*.safetensors"))
@@ -167,8 +166,8 @@ def test_runs_that_keep_the_same_features_at_the_same_time_do_not_meet(tmp_path,
 
 def test_names_are_of_pixels_and_of_their_shape():
     image = torch.arange(3 * 64 * 128.0).view(3, 64, 128)
-    assert name_of(image) == name_of(image.clone()) != name_of(image.view(3, 128, 64))
-    assert name_of(image) != name_of(image + 1)
+    assert feature_name(image) == feature_name(image.clone()) != feature_name(image.view(3, 128, 64))
+    assert feature_name(image) != feature_name(image + 1)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(folder):
@@ -194,9 +193,11 @@ def test_two_processes_keep_the_features_of_one(folder):
 
 def test_stages_before_the_first_that_trains_are_frozen(folder):
     stage = recipe(folder).stages[0]
-    frozen = [frozen_stages(dataclasses.replace(stage, learning_rates=trains), 5) for trains in (PROJECTOR, INSTRUCT)]
+    frozen = [
+        count_frozen_stages(dataclasses.replace(stage, learning_rates=trains), 5) for trains in (PROJECTOR, INSTRUCT)
+    ]
     assert frozen == [4, 5]
-    assert frozen_stages(dataclasses.replace(stage, learning_rates={"stem": 1e-3}, feature_cache_gb=0.0), 5) == 0
+    assert count_frozen_stages(dataclasses.replace(stage, learning_rates={"stem": 1e-3}, feature_cache_gb=0.0), 5) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from training_runs import GUIDED, MARKED, TWO, logged, recipe, train, weights
 
 from convllava.data.collate import collate
-from convllava.data.position_labels import MARK_CELL, MARK_CLASSES, marks, step_of
+from convllava.data.position_labels import LABEL_CELL, POSITION_CLASSES, position_labels, value_class
 from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.geometry import Size, unchanged
@@ -24,7 +24,11 @@ from convllava.synthetic import CHARACTERS, Glyph, Numbered, Sample, Thing, Worl
 from convllava.synthetic.canvas import Canvas
 from convllava.synthetic.questions import ORDINALS
 from convllava.training import train as engine
-from convllava.training.objectives.attention_supervision import Guidance, guide_attention, guided_layers
+from convllava.training.objectives.attention_supervision import (
+    AttentionSupervision,
+    enable_attention_supervision,
+    supervised_layers,
+)
 from convllava.training.objectives.auxiliary_heads import HEADS_FILE, attach_heads, detach_heads
 from convllava.training.recipe import Data
 
@@ -86,12 +90,12 @@ def test_a_count_is_the_number_of_the_last_that_is_counted():
     seen = set()
     for sample in map(world.sample, range(60)):
         size = Size(sample.image.height, sample.image.width)
-        maps = marks(sample, unchanged(size, stride=32), 32)
+        maps = position_labels(sample, unchanged(size, stride=32), 32)
         for turn in (turn for turn in sample.turns if turn.task == "count" and turn.evidence):
             name = names[parsed(turn)[0].removeprefix("count.")]
-            x0, y0, x1, y1 = (side / MARK_CELL for side in turn.evidence[-1])
+            x0, y0, x1, y1 = (side / LABEL_CELL for side in turn.evidence[-1])
             found = maps[name][int((y0 + y1) / 2), int((x0 + x1) / 2)].item()
-            assert found == min(int(turn.answer), MARK_CLASSES[name] - 1)
+            assert found == min(int(turn.answer), POSITION_CLASSES[name] - 1)
             seen.add(parsed(turn)[0])
     assert len(seen) == len(names)
 
@@ -129,9 +133,9 @@ def test_maps_tell_the_numbers_of_what_lies_over_each_cell():
     )
     pieces = (Numbered((0, 0, 32, 16), row=2, place=1), Numbered((32, 0, 64, 16), row=2, place=12, value=98))
     sample = Sample(0, "sign", Image.new("RGB", (128, 64)), "", (), (), things, pieces)
-    found = marks(sample, unchanged(Size(64, 128), stride=32), 32)
-    assert set(found) == {*MARK_CLASSES, "boxes"}
-    assert found["row"].shape == (64 // MARK_CELL, 128 // MARK_CELL)
+    found = position_labels(sample, unchanged(Size(64, 128), stride=32), 32)
+    assert set(found) == {*POSITION_CLASSES, "boxes"}
+    assert found["row"].shape == (64 // LABEL_CELL, 128 // LABEL_CELL)
     assert found["row"][0].tolist() == [2] * 4 + [0] * 4
     assert found["place"][0].tolist() == [1, 1, 9, 9] + [0] * 4  # there is no class beyond the last
     assert found["value"][0].tolist() == [0, 0, 20, 20] + [0] * 4
@@ -146,43 +150,45 @@ def test_letters_are_numbered_in_their_words():
     glyphs = tuple(Glyph(char, (x, 32, x + 16, 64), begins=x in (0, 256)) for char, x in zip(text, places, strict=True))
     sample = Sample(0, "sign", Image.new("RGB", (288, 64)), "", (), glyphs, ())
     size = unchanged(Size(64, 288), stride=32)
-    found = marks(sample, size, 32, letters=True)
+    found = position_labels(sample, size, 32, character_labels=True)
     assert found["letter"][2].tolist() == [*range(1, 13), 12, 12, 0, 0, 1, 0]
     assert not found["letter"][:2].any()
     assert found["glyph"][5, ::2].tolist()[:14] == [CHARACTERS.index(char) + 1 for char in text[:14]]
     assert len(found["spelling"]) == len(text) + 2
-    assert not {"glyph", "spelling"} & set(marks(sample, size, 32))
+    assert not {"glyph", "spelling"} & set(position_labels(sample, size, 32))
 
 
 def test_every_value_of_a_chart_has_a_class():
-    assert [step_of(value) for value in (0, 1, 5, 8, 99, 100)] == [0, 1, 1, 2, 20, 20]
+    assert [value_class(value) for value in (0, 1, 5, 8, 99, 100)] == [0, 1, 1, 2, 20, 20]
 
 
-def batch_of(processor: Any, *samples: int, letters: bool = False) -> dict[str, Any]:
-    world = World(size=256, kinds={"sign": 1}) if letters else World(size=128, simple=True)
-    dataset = ChatDataset(world, processor, 8, guided=True, marked=True, letters=letters)
+def batch_of(processor: Any, *samples: int, character_labels: bool = False) -> dict[str, Any]:
+    world = World(size=256, kinds={"sign": 1}) if character_labels else World(size=128, simple=True)
+    dataset = ChatDataset(
+        world, processor, 8, attention_targets=True, position_labels=True, character_labels=character_labels
+    )
     return collate([dataset[index] for index in samples], processor.tokenizer.pad_token_id)
 
 
 def told(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     """What the heads tell, and what they were given."""
-    guides = {kind: batch[f"{kind}_guides"] for kind in guided_layers(model)}
+    targets = {kind: batch[f"{kind}_targets"] for kind in supervised_layers(model)}
     given: list[Tensor] = []
     hook = model.head.norm.register_forward_hook(lambda module, args, output: given.append(args[0]))
     pixels = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
-    guidance = Guidance(guided_layers(model), guides, batch["marks"])
-    outputs = model(**pixels, guidance=guidance, output_hidden_states=True)
+    supervision = AttentionSupervision(supervised_layers(model), targets, batch["position_labels"])
+    outputs = model(**pixels, attention_supervision=supervision, output_hidden_states=True)
     hook.remove()
-    return outputs["marks"], given[0]
+    return outputs["auxiliary"], given[0]
 
 
-def with_heads(layers: int, separator: bool, letters: bool = False) -> tuple[Any, Any]:
+def with_heads(layers: int, separator: bool, character_labels: bool = False) -> tuple[Any, Any]:
     plan = recipe(MARKED)
     language = {**plan.model.language, "num_hidden_layers": layers}
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, language=language, row_separator=separator))
     model, processor = engine.start(plan)
-    guide_attention(model)
-    attach_heads(model, letters=letters)
+    enable_attention_supervision(model)
+    attach_heads(model, character_labels=character_labels)
     return model, processor
 
 
@@ -195,7 +201,7 @@ def test_heads_are_given_what_the_layer_that_looks_at_mentions_makes_of_each_vis
         model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: whole.append(output))
     _, given = told(model, batch)
     images = model.get_image_features(batch["pixel_values"]).pooler_output
-    grids = [tuple(length // 4 for length in page["row"].shape) for page in batch["marks"]]
+    grids = [tuple(length // 4 for length in page["row"].shape) for page in batch["position_labels"]]
     assert [len(tokens) for tokens in images] == [rows * (columns + separator) for rows, columns in grids]
     if layers > 1:
         seen = batch["input_ids"] == model.config.image_token_id
@@ -215,13 +221,13 @@ def test_heads_of_a_batch_are_given_what_they_are_of_single_samples():
 
 
 def test_letters_are_asked_of_visual_tokens_before_the_language_model():
-    model, processor = with_heads(2, True, letters=True)
+    model, processor = with_heads(2, True, character_labels=True)
     given: list[Tensor] = []
-    model.head.letters.glyph.register_forward_hook(lambda module, args, output: given.append(args[0]))
-    batch = batch_of(processor, 0, 1, letters=True)
+    model.head.characters.glyph.register_forward_hook(lambda module, args, output: given.append(args[0]))
+    batch = batch_of(processor, 0, 1, character_labels=True)
     told(model, batch)
     images = model.get_image_features(batch["pixel_values"]).pooler_output
-    grids = [tuple(length // 4 for length in page["row"].shape) for page in batch["marks"]]
+    grids = [tuple(length // 4 for length in page["row"].shape) for page in batch["position_labels"]]
     content = [
         tokens.unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
         for tokens, (rows, columns) in zip(images, grids, strict=True)
@@ -230,11 +236,11 @@ def test_letters_are_asked_of_visual_tokens_before_the_language_model():
 
 
 def test_heads_begin_without_a_wish_and_leave_no_trace():
-    model, processor = with_heads(2, True, letters=True)
-    found, _ = told(model, batch_of(processor, 0, 1, letters=True))
-    (found["loss"] + found["letters"]).backward()
+    model, processor = with_heads(2, True, character_labels=True)
+    found, _ = told(model, batch_of(processor, 0, 1, character_labels=True))
+    (found["loss"] + found["character_loss"]).backward()
     touched = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
-    assert {"head.maps.row.weight", "head.letters.glyph.weight", "head.letters.next.weight"} <= touched
+    assert {"head.maps.row.weight", "head.characters.glyph.weight", "head.characters.next.weight"} <= touched
     assert all(name.startswith("head.") for name in touched)
     detach_heads(model)
     assert "head" not in parts_of(model)
@@ -261,7 +267,7 @@ def test_heads_begin_as_those_of_the_stage_before(tmp_path):
     )
     first, *later = [load_file(tmp_path / name / HEADS_FILE) for name in ("0-marked", "1-without", "2-again")]
     assert first["maps.row.weight"].any()
-    assert first["letters.glyph.weight"].any()
+    assert first["characters.glyph.weight"].any()
     for heads in later:
         torch.testing.assert_close(heads, first, atol=0, rtol=0)
     assert [path.name for path in last.glob("*.safetensors")] == ["model.safetensors"]  # vLLM reads them all

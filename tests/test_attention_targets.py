@@ -1,4 +1,4 @@
-"""Guidance: the cells that an answer is found in, and the loss that points there."""
+"""AttentionSupervision: the cells that an answer is found in, and the loss that points there."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from convllava.data.attention_targets import (
-    NOWHERE,
-    Page,
+    FIRST_POSITION,
+    PageCells,
     answer_cells,
     answer_spans,
     caption_cells,
     mentioned_cells,
-    named_cells,
     question_span,
     spelled_cells,
     token_cells,
+    whole_word_cells,
 )
 from convllava.data.dense_labels import label_maps
 from convllava.data.synthetic_chat import ChatDataset
@@ -30,7 +30,7 @@ from convllava.model.processing import ConvLlavaProcessor
 from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabulary
 
 
-def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") -> Page:
+def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") -> PageCells:
     """A 64 x 64 page of 4 x 4 cells: one character in each cell in reading order, none for a space, and things."""
     places = [(16 * (number % 4), 16 * (number // 4)) for number in range(len(printed))]
     glyphs = tuple(
@@ -38,7 +38,7 @@ def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") 
         for before, char, (x, y) in zip(" " + printed, printed, places, strict=False)
         if char != " "
     )
-    return Page(
+    return PageCells(
         Sample(0, kind, Image.new("RGB", (64, 64)), "", (), glyphs, things), unchanged(Size(64, 64), stride=16), 16
     )
 
@@ -77,7 +77,7 @@ def test_a_text_printed_twice_points_at_both_and_one_printed_often_at_none():
         ("shape", "Which shape is at the top left?", "circle", {(0, 0)}),
         ("colour", "What colour is the square?", "red", {(2, 2), (2, 3), (3, 2), (3, 3)}),
         ("position", "Where is the red circle?", "top left", {(0, 0)}),
-        ("count", "How many stars are there?", "0", {NOWHERE}),
+        ("count", "How many stars are there?", "0", {FIRST_POSITION}),
         ("ground", "Where is it?", "[0.50, 0.50, 0.97, 0.97]", {(2, 2), (2, 3), (3, 2), (3, 3)}),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_question_mentions_whole_words_in_any_case():
 
 def test_each_character_of_a_question_is_sought_in_the_printed_word_that_it_spells():
     printed, question = page("(Tea) tin"), "Is Tea tea?"
-    whole, one = named_cells(printed, question), spelled_cells(printed, question)
+    whole, one = whole_word_cells(printed, question), spelled_cells(printed, question)
     assert whole[3:6] == [{(0, 1), (0, 2), (0, 3)}] * 3 == whole[7:10]
     assert one[3:6] == [{(0, 1)}, {(0, 2)}, {(0, 3)}] == one[7:10]
     assert not any(whole[:3] + one[:3])
@@ -109,7 +109,7 @@ def test_how_many_there_are_is_sought_at_the_last_of_them():
     turn = Turn("count", "How many?", "2", tuple(thing.box for thing in SCENE))
     assert answer_cells(page(things=SCENE, kind="scene"), turn) == [{(2, 2), (2, 3), (3, 2), (3, 3)}]
     cut = Sample(0, "scene", Image.new("RGB", (192, 64)), "", (), (), ())
-    middle = Page(cut, crop(Size(64, 192), side=64), 16)
+    middle = PageCells(cut, crop(Size(64, 192), side=64), 16)
     assert answer_cells(middle, Turn("count", "How many?", "1", ((90, 20, 102, 44),))) == [{(2, 2)}]
     assert answer_cells(middle, Turn("count", "How many?", "1", ((2, 2, 14, 14),))) == [frozenset()]
 
@@ -166,33 +166,34 @@ def test_answer_spans():
     assert answer_spans(torch.tensor([-100, 5, 6, -100, -100, 7])) == [(1, 3), (5, 6)]
 
 
-def test_guides_lead_from_the_position_before_an_answers_token_to_the_visual_tokens_of_its_place():
+def test_answer_targets_point_to_the_visual_tokens_of_the_answer():
     processor = small_processor()
     world = World(size=256, kinds={"scene": 1})
-    dataset = ChatDataset(world, processor, 8, captions=1.0, guided=True)
+    dataset = ChatDataset(world, processor, 8, captions=1.0, attention_targets=True)
     for index in range(8):
         item, sample = dataset[index], world.sample(index)
         turns = dataset.turns(sample)
         first = int((item["input_ids"] == processor.image_token_id).nonzero()[0, 0])
-        cells = Page(sample, processor.image_processor.placement(Size(sample.image.height, sample.image.width)), 64)
+        placement = processor.image_processor.placement(Size(sample.image.height, sample.image.width))
+        cells = PageCells(sample, placement, 64)
         for turn, (start, _) in zip(turns, answer_spans(item["labels"]), strict=True):
             if turn.task in ("shape", "colour"):
-                found = {target for position, target in item["answer_guides"].tolist() if position == start - 1}
+                found = {target for position, target in item["answer_targets"].tolist() if position == start - 1}
                 named = answer_cells(cells, turn)[0]
                 assert found == {first + row * (cells.grid.width + 1) + column for row, column in named} != set()
-        looked = item["answer_guides"][:, 1]  # the first position of all, where there is none
+        looked = item["answer_targets"][:, 1]  # the first position of all, where there is none
         assert (item["input_ids"][looked[looked > 0]] == processor.image_token_id).all()
 
 
-def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
+def test_targets_follow_spelled_words_and_counted_objects():
     processor = small_processor()
     world = World(size=256, kinds={"receipt": 1, "scene": 3}, seed=1, turns=12)
-    dataset = ChatDataset(world, processor, 9, captions=0.0, guided=True)
+    dataset = ChatDataset(world, processor, 9, captions=0.0, attention_targets=True)
     spelled = counted = 0
     for index in range(9):
         item, turns = dataset[index], dataset.turns(world.sample(index))
         text, supervised = processor.tokenizer.convert_ids_to_tokens(item["input_ids"].tolist()), item["labels"] != -100
-        looks = item["answer_guides"].tolist()
+        looks = item["answer_targets"].tolist()
         for position, _ in looks:
             if not supervised[position + 1]:
                 assert text[position + 1] in string.ascii_letters
@@ -206,8 +207,8 @@ def test_guides_follow_the_words_that_a_question_spells_and_what_it_counts():
     assert min(spelled, counted) > 10
 
 
-def test_guides_and_labels_follow_the_image_where_it_is_padded():
+def test_targets_and_labels_follow_a_padded_image():
     wide = Sample(0, "scene", Image.new("RGB", (128, 64)), "", (), (), (Thing("star", "red", (96, 0, 128, 32)),))
     placement = square(Size(64, 128), side=128)
-    assert Page(wide, placement, 32).things([], []) == {(1, 3)}
+    assert PageCells(wide, placement, 32).objects([], []) == {(1, 3)}
     assert label_maps(wide, placement, 32)["shape"].nonzero().tolist() == [[1, 3]]

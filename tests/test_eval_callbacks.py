@@ -22,10 +22,9 @@ from convllava.inference import Assistant
 from convllava.synthetic import World
 from convllava.training import held_out
 from convllava.training import train as engine
-from convllava.training.averaging import Average
 from convllava.training.datasets import make_held_out
-from convllava.training.held_out import weight_of
-from convllava.training.optim import freeze_all_but, layer_of, parameter_groups
+from convllava.training.eval_callbacks import AverageWeights, loss_weight
+from convllava.training.optim import layer_of, parameter_groups, train_only
 from convllava.training.recipe import Adapter, Data, Evaluation, Source
 
 MEASURED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))
@@ -79,8 +78,8 @@ def test_a_batch_that_is_filled_up_counts_its_own_samples_only(parts):
     items = [dataset[index] for index in range(3)]
     own = sum(int((item["labels"][1:] != IGNORE).sum()) for item in items[:2])
     for batch in (collate(items, 0), pack(items)):
-        assert weight_of(batch, 2) == own
-        assert weight_of(batch, 0) == 0
+        assert loss_weight(batch, 2) == own
+        assert loss_weight(batch, 0) == 0
 
 
 def test_training_stops_where_the_loss_grows_and_leaves_the_best_weights(tmp_path):
@@ -94,7 +93,7 @@ def test_training_stops_where_the_loss_grows_and_leaves_the_best_weights(tmp_pat
 
 def test_the_average_is_that_of_all_steps():
     weight = torch.nn.Parameter(torch.zeros(1))
-    average = Average(torch.nn.ParameterList([weight]), decay=0.5)
+    average = AverageWeights(torch.nn.ParameterList([weight]), decay=0.5)
     expected = 0.0
     for step in range(1, 9):
         weight.data.fill_(float(step))
@@ -102,7 +101,7 @@ def test_the_average_is_that_of_all_steps():
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert average.averages["0"].item() == pytest.approx(expected)
-    with average.in_place():
+    with average.in_model():
         assert weight.item() == pytest.approx(expected)
     assert weight.item() == 8
 
@@ -195,7 +194,7 @@ def test_lower_layers_learn_more_slowly(parts):
         weight_decay=0.1,
         weight_decays={"stage3": 0.0},
     )
-    freeze_all_but(model, stage.learning_rates)
+    train_only(model, stage.learning_rates)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, stage)
     rates = {names[parameter]: group["lr"] for group in groups for parameter in group["params"]}
@@ -208,5 +207,5 @@ def test_lower_layers_learn_more_slowly(parts):
     assert rates[f"{tower}.downsampling_layer.1.weight"] == pytest.approx(0.01)
     assert {group["weight_decay"] for group in groups if group["part"] == "stage3"} == {0.0}
     assert {group["weight_decay"] for group in groups if group["part"] == "language_model"} == {0.0, 0.1}
-    freeze_all_but(model, [])
+    train_only(model, [])
     model.requires_grad_(True)

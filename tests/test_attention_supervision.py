@@ -1,4 +1,4 @@
-"""Attention guidance: the shares that are recorded are those of the attention, and pointing teaches to look."""
+"""Attention supervision: the shares that are recorded are those of the attention, and pointing teaches to look."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from convllava.data.collate import GUIDES, collate
+from convllava.data.collate import TARGET_KINDS, collate
 from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.model.builder import build_fresh
 from convllava.synthetic import World, closed_vocabulary
 from convllava.training.objectives import attention_supervision
 from convllava.training.objectives.attention_supervision import (
-    Guidance,
+    AttentionSupervision,
     check_attention,
-    guide_attention,
-    guided_layers,
+    enable_attention_supervision,
+    supervised_layers,
 )
 from convllava.training.objectives.losses import answer_weights
 from convllava.training.recipe import Stage
@@ -34,48 +34,48 @@ def parts(layers: int = 2):
     )
 
 
-def guided_batch(processor):
-    dataset = ChatDataset(World(size=128, simple=True), processor, 2, guided=True)
+def supervised_batch(processor):
+    dataset = ChatDataset(World(size=128, simple=True), processor, 2, attention_targets=True)
     batch = collate([dataset[0], dataset[1]], processor.tokenizer.pad_token_id)
-    guides = {kind: batch.pop(f"{kind}_guides") for kind in GUIDES}
-    return batch, guides, batch.pop("labels")
+    targets = {kind: batch.pop(f"{kind}_targets") for kind in TARGET_KINDS}
+    return batch, targets, batch.pop("labels")
 
 
 def test_recorded_shares_and_logits_are_those_of_eager_attention():
     model, processor = parts()
-    batch, guides, _ = guided_batch(processor)
+    batch, targets, _ = supervised_batch(processor)
     model.set_attn_implementation({"text_config": "eager"})
     expected = model(**batch, output_attentions=True)
-    guide_attention(model)
+    enable_attention_supervision(model)
     layers = {"mention": 0, "answer": 1}
-    guidance = Guidance(layers, guides)
-    outputs = model(**batch, guidance=guidance)
+    supervision = AttentionSupervision(layers, targets)
+    outputs = model(**batch, attention_supervision=supervision)
     seen = batch["attention_mask"].bool()
     torch.testing.assert_close(outputs.logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
     for kind, layer in layers.items():
-        sequence, position, place = guides[kind].T
+        sequence, position, place = targets[kind].T
         shares = expected.attentions[layer].mean(1)[sequence, position, place]
-        torch.testing.assert_close(guidance.shares[kind], shares, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(supervision.shares[kind], shares, atol=1e-5, rtol=1e-4)
 
 
 NOWHERE = torch.zeros(0, 3, dtype=torch.long)
 
 
-def guidance_with(kind: str, guides: list[list[int]], shares: list[float]) -> Guidance:
-    guidance = Guidance({kind: 3}, {kind: torch.tensor(guides) if guides else NOWHERE})
-    guidance.shares = {kind: torch.tensor(shares)}
-    return guidance
+def supervision_with(kind: str, targets: list[list[int]], shares: list[float]) -> AttentionSupervision:
+    supervision = AttentionSupervision({kind: 3}, {kind: torch.tensor(targets) if targets else NOWHERE})
+    supervision.shares = {kind: torch.tensor(shares)}
+    return supervision
 
 
 def test_the_loss_is_minus_the_log_of_the_share_on_all_places_of_a_position():
-    guidance = guidance_with("answer", [[0, 2, 0], [0, 2, 1]], [0.3, 0.275])
-    assert guidance.loss("answer", torch.ones(1, 3)).item() == pytest.approx(-math.log(0.575), abs=1e-5)
-    assert guidance_with("answer", [], []).loss("answer", torch.ones(1, 3)).item() == 0.0
+    supervision = supervision_with("answer", [[0, 2, 0], [0, 2, 1]], [0.3, 0.275])
+    assert supervision.loss("answer", torch.ones(1, 3)).item() == pytest.approx(-math.log(0.575), abs=1e-5)
+    assert supervision_with("answer", [], []).loss("answer", torch.ones(1, 3)).item() == 0.0
 
 
-def test_guided_positions_of_questions_count_one_beside_the_weights_of_answers():
-    guidance = guidance_with("mention", [[0, 1, 0], [0, 2, 0]], [0.5, 0.25])
-    found = guidance.loss("mention", torch.tensor([[0.0, 0.0, 3.0]])).item()
+def test_question_positions_have_weight_one():
+    supervision = supervision_with("mention", [[0, 1, 0], [0, 2, 0]], [0.5, 0.25])
+    found = supervision.loss("mention", torch.tensor([[0.0, 0.0, 3.0]])).item()
     assert found == pytest.approx((math.log(2) + 3 * math.log(4)) / 4, abs=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
     for layers in (1, 2, 4):
         model, _ = parts(layers)
         assert isinstance(model.config.text_config, LlamaConfig)
-        found.append(guided_layers(model))
+        found.append(supervised_layers(model))
     assert found == [{"answer": 0}, {"mention": 0, "answer": 1}, {"mention": 1, "answer": 3}]
 
 
@@ -97,15 +97,15 @@ def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):
 
 def test_pointing_teaches_attention_to_look_there():
     model, processor = parts()
-    guide_attention(model)
-    batch, guides, labels = guided_batch(processor)
+    enable_attention_supervision(model)
+    batch, targets, labels = supervised_batch(processor)
     weights = answer_weights(labels, 0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(20):
-        guidance = Guidance({"answer": 1}, guides)
-        model(**batch, guidance=guidance)
-        loss = guidance.loss("answer", weights)
+        supervision = AttentionSupervision({"answer": 1}, targets)
+        model(**batch, attention_supervision=supervision)
+        loss = supervision.loss("answer", weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -115,8 +115,8 @@ def test_pointing_teaches_attention_to_look_there():
 
 def test_under_autocast_attention_runs_in_full_precision(monkeypatch):
     model, processor = parts()
-    guide_attention(model)
-    batch, guides, _ = guided_batch(processor)
+    enable_attention_supervision(model)
+    batch, targets, _ = supervised_batch(processor)
     expected = model(**batch).logits
     seen, attend = [], attention_supervision.sdpa_attention_forward
     monkeypatch.setattr(
@@ -124,9 +124,9 @@ def test_under_autocast_attention_runs_in_full_precision(monkeypatch):
         "sdpa_attention_forward",
         lambda module, query, *a, **k: seen.append(query.dtype) or attend(module, query, *a, **k),
     )
-    guidance = Guidance({"answer": 1}, guides)
+    supervision = AttentionSupervision({"answer": 1}, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(**batch, guidance=guidance).logits
-    assert guidance.shares["answer"].dtype == torch.float32
+        found = model(**batch, attention_supervision=supervision).logits
+    assert supervision.shares["answer"].dtype == torch.float32
     assert seen == [torch.float32] * 2
     assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
