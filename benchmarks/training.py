@@ -179,7 +179,7 @@ def frozen_features(name: str, side: int, settings: Settings) -> list[Row]:
     tower = model.model.vision_tower
 
     def step(frozen: FrozenStages, collator: Collator) -> Work:
-        return lambda: _step(model, frozen.encoded(collator(samples)))()
+        return lambda: _step(model, frozen.encode(collator(samples)))()
 
     rows = []
     for stage, parts in CACHED_STAGES.items():
