@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convllava.cli.options import AsJson, ImageMode, MaxPixels, Model, ShortSide, pixels, print_json
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 
 
 def ask(
@@ -50,7 +50,7 @@ def ask(
         else:
             print("{output}: {answered} answered, {errors} with errors, {seconds} s".format(**summary))
     else:
-        raise InputError("give IMAGE and QUESTION, or --input and --output: both of one pair and none of the other")
+        raise ConfigError("give IMAGE and QUESTION, or --input and --output: both of one pair and none of the other")
 
 
 def demo(

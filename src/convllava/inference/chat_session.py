@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 from convllava.inference.assistant import Assistant
 from convllava.inference.sampling import Sampling
 from convllava.inference.types import EncodedImage, Message
@@ -56,7 +56,7 @@ class ChatSession:
         context = self._assistant.model.config.text_config.max_position_embeddings
         room = context - len(prompt.keys)
         if room < 1:
-            raise InputError(f"the conversation fills the {context} tokens of the context; start a new one")
+            raise ConfigError(f"the conversation fills the {context} tokens of the context; start a new one")
         said: list[str] = []
         try:
             for event in self._assistant.write(prompt, Sampling(min(self._max_new_tokens, room)), keep_cache=True):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from convllava.errors import InputError
+from convllava.errors import CheckpointError
 from convllava.inference.assistant import Assistant
 from convllava.inference.prompts import padded_inputs
 from convllava.inference.types import EncodedImage, Message
@@ -87,5 +87,5 @@ def _answer_ids(assistant: Assistant, answer: str) -> Tensor:
     )
     prompt, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     if whole[: len(prompt)] != prompt:
-        raise InputError("the chat template does not continue its prompt with an answer; answers cannot be scored")
+        raise CheckpointError("the chat template does not continue its prompt with an answer; answers cannot be scored")
     return torch.tensor(whole[len(prompt) :])
