@@ -1,4 +1,4 @@
-"""What stands in for a kill in the middle of a training or of an examination of its data."""
+"""Simulate a kill during a training or during a check of its data."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from convllava.training import train as engine
-from convllava.training.check_data_report import Notes
+from convllava.training.check_data_report import FindingsLog
 
 
 class KilledError(Exception):
-    """Raised where a kill would hit."""
+    """Raised at the point of the simulated kill."""
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -22,7 +22,7 @@ def die(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def killed_in(owner: object, name: str, dying: Callable[..., Any] = die) -> Iterator[None]:
-    """Within, whoever calls this function of a module or class dies there, which a test waits for."""
+    """Replace a function of a module or class by one that dies, and expect the death."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, dying)
         with pytest.raises(KilledError):
@@ -30,7 +30,7 @@ def killed_in(owner: object, name: str, dying: Callable[..., Any] = die) -> Iter
 
 
 def killed_after(steps: int) -> AbstractContextManager[None]:
-    """Within, a training dies in the middle of the step that comes after so many."""
+    """Kill a training during the step after a number of steps."""
     original = engine.StageTrainer.training_step
 
     def dying(self: engine.StageTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -41,17 +41,17 @@ def killed_after(steps: int) -> AbstractContextManager[None]:
     return killed_in(engine.StageTrainer, "training_step", dying)
 
 
-def killed_noting(findings: int) -> AbstractContextManager[None]:
-    """Within, an examination dies in the middle of the line that it writes after so many."""
-    append, left = Notes.append, findings
+def killed_after_findings(findings: int) -> AbstractContextManager[None]:
+    """Kill a check of data while it writes the line after a number of findings."""
+    add, left = FindingsLog.add, findings
 
-    def dying(self: Notes, job: int, found: list[Any]) -> None:
+    def dying(self: FindingsLog, job: int, found: list[Any]) -> None:
         nonlocal left
-        append(self, job, found[:left])
+        add(self, job, found[:left])
         if len(found) > left:
             with self.path.open("a") as file:
                 file.write(f'[{job}, {findings}, "s')
             raise KilledError
         left -= len(found)
 
-    return killed_in(Notes, "append", dying)
+    return killed_in(FindingsLog, "add", dying)

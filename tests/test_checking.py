@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fresh, picture
-from killing import killed_noting
+from killing import killed_after_findings
 from PIL import Image
 from training_runs import SMALLEST
 from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaConfig, LlamaForCausalLM
@@ -160,11 +160,11 @@ def test_two_workers_find_what_none_finds(folder, monkeypatch):
 def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
     monkeypatch.setattr(looking, "_CHUNK", 2)
     whole = check(recipe(folder), folder / "whole", 0)
-    with killed_noting(5):
+    with killed_after_findings(5):
         check(recipe(folder), folder / "parts", 0)
     assert not (folder / "parts" / "report.jsonl").exists()
-    append, looked = check_data.Notes.append, []
-    monkeypatch.setattr(check_data.Notes, "append", lambda *all: looked.extend(all[2]) or append(*all))
+    add, looked = check_data.FindingsLog.add, []
+    monkeypatch.setattr(check_data.FindingsLog, "add", lambda *all: looked.extend(all[2]) or add(*all))
     assert check(recipe(folder), folder / "parts", 0) == whole
     assert [finding.index for finding in looked] == list(range(5, len(RECORDS)))
     assert report(folder / "parts") == report(folder / "whole")
@@ -172,7 +172,7 @@ def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
 
 def test_data_repaired_after_a_kill_are_checked_again(folder, monkeypatch):
     monkeypatch.setattr(looking, "_CHUNK", 2)
-    with killed_noting(5):
+    with killed_after_findings(5):
         check(recipe(folder), folder / "out", 0)
     write(folder, [RECORDS[0][1]] * len(RECORDS))
     check(recipe(folder), folder / "out", 0)

@@ -30,13 +30,13 @@ def test_an_output_that_is_a_file_is_rejected(tmp_path):
 
 def test_lines_continue_after_a_kill(tmp_path):
     path = tmp_path / "findings.jsonl"
-    JsonLines(path, header="digest").append([1, {"a": "\u2028"}])
+    JsonLines(path, header="digest").append([1, {"a": "\u2028\ud800"}])
     with path.open("a") as file:
         file.write('{"cut": ')
     lines = JsonLines(path, header="digest")
-    assert list(lines) == [1, {"a": "\u2028"}]
+    assert list(lines) == [1, {"a": "\u2028\ud800"}]
     lines.append([3])
-    assert list(JsonLines(path, header="digest")) == [1, {"a": "\u2028"}, 3]
+    assert list(JsonLines(path, header="digest")) == [1, {"a": "\u2028\ud800"}, 3]
     assert list(JsonLines(path, header="other")) == []
 
 

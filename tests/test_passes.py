@@ -16,7 +16,7 @@ from conftest import picture
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing import killed_after, killed_noting
+from killing import killed_after, killed_after_findings
 from training_runs import ONE, SMALLEST, TWO, logged, train
 
 from convllava.data import storage
@@ -174,16 +174,16 @@ def test_costs_are_measured_once_for_each_version_of_a_file(folder, monkeypatch)
 
 
 def test_only_one_of_two_simultaneous_runs_measures(folder, monkeypatch):
-    append, others = measuring.Notes.append, []
+    add, others = measuring.FindingsLog.add, []
 
     def while_another_starts(self, job, findings):
-        monkeypatch.setattr(measuring.Notes, "append", append)
+        monkeypatch.setattr(measuring.FindingsLog, "add", add)
         others.append(Thread(target=with_planned_steps, args=(recipe(folder), folder / "other")))
         others[0].start()
         others[0].join(timeout=2)
-        append(self, job, findings)
+        add(self, job, findings)
 
-    monkeypatch.setattr(measuring.Notes, "append", while_another_starts)
+    monkeypatch.setattr(measuring.FindingsLog, "add", while_another_starts)
     one = with_planned_steps(recipe(folder), folder / "one")
     others[0].join()
     (path,) = (folder / ".cache" / "costs").glob("*.npy")
@@ -202,10 +202,10 @@ def test_a_process_with_other_files_than_the_first_one_is_rejected(folder, monke
 
 
 def test_a_killed_measurement_is_resumed(folder, monkeypatch):
-    with killed_noting(10):
+    with killed_after_findings(10):
         with_planned_steps(recipe(folder), folder / "run")
-    append, seen = measuring.Notes.append, []
-    monkeypatch.setattr(measuring.Notes, "append", lambda *all: seen.extend(all[2]) or append(*all))
+    add, seen = measuring.FindingsLog.add, []
+    monkeypatch.setattr(measuring.FindingsLog, "add", lambda *all: seen.extend(all[2]) or add(*all))
     with_planned_steps(recipe(folder), folder / "run")
     assert [finding.index for finding in seen] == list(range(10, 24))
 

@@ -22,7 +22,7 @@ from convllava.data.validation import Finding, SizePlot
 from convllava.display import check_can_draw
 from convllava.errors import InputError
 from convllava.io import make_output, replacing, write_json
-from convllava.training.check_data_report import Job, Notes, examine_all, jobs_of
+from convllava.training.check_data_report import FindingsLog, Job, examine_all, jobs_of
 from convllava.training.datasets import stamps_of
 from convllava.training.recipe import Recipe
 
@@ -106,10 +106,10 @@ def check(recipe: Recipe, output: Path, workers: int = 1) -> Summary:
     if not jobs:
         raise InputError(f"{recipe.name} learns from generated pages alone; there is no file to check")
     make_output(output)
-    notes = Notes(output / ".checked.jsonl", _digest(recipe, jobs))
-    examine_all([job.examination for job in jobs], notes, workers)
-    summary = _write(recipe, [Tally(job) for job in jobs], notes, output)
-    notes.path.unlink()
+    log = FindingsLog(output / ".checked.jsonl", _digest(recipe, jobs))
+    examine_all([job.examination for job in jobs], log, workers)
+    summary = _write(recipe, [Tally(job) for job in jobs], log, output)
+    log.path.unlink()
     return summary
 
 
@@ -133,10 +133,10 @@ def _digest(recipe: Recipe, jobs: list[Job]) -> str:
     return hashlib.sha256(f"{recipe.dump()}{files}".encode()).hexdigest()
 
 
-def _write(recipe: Recipe, tallies: list[Tally], notes: Notes, output: Path) -> Summary:
+def _write(recipe: Recipe, tallies: list[Tally], log: FindingsLog, output: Path) -> Summary:
     sizes = SizePlot()
     with replacing(output / "report.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
-        for number, finding in notes:
+        for number, finding in log:
             tallies[number].count(finding)
             sizes.add(finding)
             if finding.problem is not None:

@@ -1,18 +1,17 @@
-"""Every sample of a recipe's files looked at once: which source under which settings, and notes that outlive a kill."""
+"""Check every sample of a recipe's files once: each source with each of its settings, in a log that survives a kill."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convllava.data.validation import Finding, SourceCheck, check_source
+from convllava.io import JsonLines
 from convllava.model.processing import ConvLlavaProcessor
 from convllava.training.datasets import mixture_sources
 from convllava.training.initialise import check_pixels, processor_of
@@ -66,40 +65,31 @@ def examination_of(recipe: Recipe, stage: Stage, source: Source, processor: Conv
     return SourceCheck(opened, processor, stage.data.max_tokens, stage.data.overlong == "truncate")
 
 
-class Notes:
-    """The findings so far, one line each, in a file that outlives a kill.
+class FindingsLog(JsonLines):
+    """The findings so far, one line each, in a file that a killed check continues.
 
     Args:
-        path: Of the file; what it holds of another digest is thrown away.
-        digest: Of what is being checked.
+        path: The file.
+        header: Digest of everything that is checked. A file with another digest is emptied.
     """
 
-    def __init__(self, path: Path, digest: str) -> None:
-        self.path = path
-        found = path.read_bytes() if path.exists() else b""
-        if found.partition(b"\n")[0] == digest.encode():
-            # A kill can tear the last line.
-            path.write_bytes(found[: found.rindex(b"\n") + 1])
-        else:
-            path.write_text(f"{digest}\n", encoding="utf-8")
-
     def __iter__(self) -> Iterator[tuple[int, Finding]]:
-        """The number of the job, and what was found."""
-        with self.path.open(encoding="utf-8") as file:
-            next(file)
-            for line in file:
-                job, *values = json.loads(line)
-                yield job, Finding(*values)
+        """Yield the number of the job, and the finding."""
+        for job, *values in super().__iter__():
+            yield job, Finding(*values)
 
-    def append(self, job: int, findings: list[Finding]) -> None:
-        lines = (json.dumps([job, *dataclasses.astuple(finding)]) + "\n" for finding in findings)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+    def add(self, job: int, findings: Sequence[Finding]) -> None:
+        """Write findings of a job.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        self.append([job, *dataclasses.astuple(finding)] for finding in findings)
 
 
-def examine_all(examinations: Sequence[SourceCheck], notes: Notes, workers: int, doing: str = "checking") -> None:
-    """Look at what the notes do not tell of, behind a progress bar."""
-    done = Counter(job for job, _ in notes)
+def examine_all(examinations: Sequence[SourceCheck], log: FindingsLog, workers: int, doing: str = "checking") -> None:
+    """Check all samples that the log does not have yet, with a progress bar."""
+    done = Counter(job for job, _ in log)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         whole = sum(map(len, examinations))
@@ -107,5 +97,5 @@ def examine_all(examinations: Sequence[SourceCheck], notes: Notes, workers: int,
         for number, examination in enumerate(examinations):
             bar.update(task, description=f"{doing} {examination.name}")
             for findings in check_source(examination, workers, done[number]):
-                notes.append(number, findings)
+                log.add(number, findings)
                 bar.advance(task, len(findings))

@@ -26,7 +26,7 @@ from convllava.data.validation import SourceCheck
 from convllava.errors import InputError
 from convllava.io import make_output, replacing
 from convllava.model.processing import ConvLlavaProcessor
-from convllava.training.check_data_report import Notes, examination_of, examine_all, stages_with_files
+from convllava.training.check_data_report import FindingsLog, examination_of, examine_all, stages_with_files
 from convllava.training.datasets import mixture_of, stamps_of, with_steps
 from convllava.training.distributed import is_first_process
 from convllava.training.recipe import Recipe, Source, Stage
@@ -130,14 +130,14 @@ def _wait_for(path: Path, source: Source) -> None:
 
 def measure(examination: SourceCheck, path: Path, digest: str, workers: int) -> None:
     """Write what the samples of a source cost; what was measured before a kill is not measured again."""
-    notes = Notes(path.with_suffix(".jsonl"), digest)
-    examine_all([examination], notes, workers, "measuring")
+    log = FindingsLog(path.with_suffix(".jsonl"), digest)
+    examine_all([examination], log, workers, "measuring")
     costs = np.zeros((len(examination), 2), dtype=np.int64)
-    for _, finding in notes:
+    for _, finding in log:
         costs[finding.index] = (finding.tokens - finding.lost, finding.pixels) if finding.is_usable else (UNUSABLE, 0)
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, costs, allow_pickle=False)
-    notes.path.unlink()
+    log.path.unlink()
 
 
 def digest_of(recipe: Recipe, stage: Stage, source: Source, processor: ConvLlavaProcessor) -> str:
