@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from benchmarks.measure import Row, Settings, Work, side_by_side
-from convllava.checkpoints.inspection import language_models
 from convllava.inference.ragged_attention import Span
 from convllava.inference.ragged_model import RaggedModel, store_by_columns
+from convllava.model.presets import language_models
 
 PROMPT, TOKENS = 16, 16
 """Tokens of the prompt and of the answer."""

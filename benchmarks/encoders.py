@@ -18,10 +18,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from benchmarks import fastvithd
 from benchmarks.fastvithd import FastVitHD
 from benchmarks.measure import Work
-from convllava.checkpoints.inspection import towers
 from convllava.geometry import Size, visual_tokens
 from convllava.model.config import ConvLlavaVisionConfig
 from convllava.model.costs import tower_flops
+from convllava.model.presets import towers
 from convllava.model.vision_tower import ConvLlavaVisionModel
 
 

@@ -10,9 +10,10 @@ from transformers import AutoModel, LlamaConfig
 
 from benchmarks.encoders import clip, fast_vit_hd, llava_15, llava_next, ours, qwen
 from benchmarks.measure import Progress, Row, Settings, Work, live_memory, measure_once, side_by_side
-from convllava.checkpoints.inspection import TEXT_TOKENS, language_models
+from convllava.checkpoints.inspection import TEXT_TOKENS
 from convllava.io import ResumableJsonl
 from convllava.model.costs import prefill_flops
+from convllava.model.presets import language_models
 
 
 def first_token(settings: Settings, journal: ResumableJsonl, progress: Progress) -> list[Row]:

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from convllava.checkpoints.inspection import language_models, towers
 from convllava.errors import InputError
 from convllava.io import ResumableJsonl
+from convllava.model.presets import language_models, towers
 
 Row = dict[str, Any]
 """One line of a report: plain numbers and texts by name."""

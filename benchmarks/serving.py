@@ -23,13 +23,13 @@ from PIL import Image
 from benchmarks.measure import Row, Settings
 from benchmarks.servers import RunningServer, Server, convllava_serve, started, transformers_serve, vllm_serve
 from convllava import checkpoints
-from convllava.checkpoints.inspection import language_models, towers
 from convllava.errors import InputError
 from convllava.inference import load
 from convllava.inference.prompts import padded_inputs
 from convllava.inference.types import Message
 from convllava.io import ResumableJsonl
 from convllava.model.builder import build_fresh
+from convllava.model.presets import language_models, towers
 
 CLIENTS = (1, 4, 8)
 QUESTION = "what does it say"

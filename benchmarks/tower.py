@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.encoders import encode, stock_convnext
 from benchmarks.measure import Row, Settings, live_memory, matrix_product, peak_memory, side_by_side
-from convllava.checkpoints.inspection import towers
 from convllava.geometry import Size, visual_tokens
 from convllava.model.costs import tower_flops
+from convllava.model.presets import towers
 from convllava.model.vision_tower import ConvLlavaVisionModel
 
 SMALL = towers()["tiny"]

@@ -14,13 +14,13 @@ import torch
 from benchmarks.encoders import stock_convnext
 from benchmarks.measure import Row, Settings, Work, side_by_side
 from convllava import checkpoints
-from convllava.checkpoints.inspection import language_models, towers
 from convllava.data.batching import MicroBatchBudget, MicroBatchPlan
 from convllava.data.collate import collate, lengths_of, pack
 from convllava.data.formats import Records
 from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.synthetic_chat import ChatDataset
 from convllava.model.builder import build_fresh
+from convllava.model.presets import language_models, towers
 from convllava.model.vision_tower import ConvLlavaVisionModel
 from convllava.synthetic import World, closed_vocabulary
 from convllava.synthetic.world import SMALLEST

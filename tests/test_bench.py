@@ -40,12 +40,12 @@ from benchmarks.__main__ import app
 from benchmarks.fastvithd import FastVitHD
 from benchmarks.measure import Settings, live_memory, peak_memory, side_by_side
 from convllava import ConvLlavaVisionConfig, ConvLlavaVisionModel, InputError, load
-from convllava.checkpoints.inspection import language_models, towers
 from convllava.data.collate import collate
 from convllava.geometry import Size
 from convllava.io import ResumableJsonl
 from convllava.model.costs import prefill_flops, tower_flops
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.presets import language_models, towers
 from convllava.synthetic import World
 
 

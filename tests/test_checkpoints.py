@@ -28,11 +28,11 @@ def test_converted_weights_are_half_the_size_and_rounded_alike(tmp_path):
 
 def test_conversion_refuses_what_it_cannot_do(tmp_path):
     write(*fresh(), tmp_path / "full")
-    with pytest.raises(InputError, match="there is no dtype 'int3'"):
+    with pytest.raises(InputError, match="`dtype` 'int3' is not known"):
         convert(tmp_path / "full", tmp_path / "a", "int3")
     with pytest.raises(InputError, match="exists already"):
         convert(tmp_path / "full", tmp_path / "full")
-    with pytest.raises(InputError, match="does not load"):
+    with pytest.raises(InputError, match="there is no model"):
         convert(tmp_path / "nowhere", tmp_path / "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
@@ -59,7 +59,7 @@ def test_files_of_tensors_are_as_readable_as_the_others(tmp_path):
     model, processor = fresh()
     before = os.umask(0o027)
     try:
-        write(model, processor, tmp_path / "model", beside={"training/heads.safetensors": {"a": torch.zeros(1)}})
+        write(model, processor, tmp_path / "model", extra_tensors={"training/heads.safetensors": {"a": torch.zeros(1)}})
         convert(tmp_path / "model", tmp_path / "converted")
     finally:
         os.umask(before)

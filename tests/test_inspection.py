@@ -11,9 +11,10 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from convllava import InputError
-from convllava.checkpoints.inspection import inspect, inspect_tower, presets, training_memory
+from convllava.checkpoints.inspection import inspect, inspect_tower, training_memory
 from convllava.cli import app
 from convllava.inference import load
+from convllava.model.presets import presets
 
 
 def test_the_published_architecture_has_the_papers_numbers():

@@ -72,7 +72,7 @@ def test_a_run_may_move_and_a_lost_base_is_named(run, tmp_path):
     shutil.copytree(run, moved)
     assert base_of(moved / "1-lora") == str((moved / "0-chat").resolve())
     (moved / "0-chat").rename(moved / "elsewhere")
-    with pytest.raises(InputError, match="which is not here; give --base"):
+    with pytest.raises(InputError, match="which is not here; give its folder as `base`"):
         checkpoints.read(moved / "1-lora")
     checkpoints.merge(moved / "1-lora", tmp_path / "merged", base=str(moved / "elsewhere"))
     assert checkpoints.read(tmp_path / "merged")[0].dtype == torch.float32
@@ -160,7 +160,7 @@ def test_a_damaged_adapter_is_one_line(run, tmp_path, name, content):
 
 
 def test_an_adapter_is_not_converted_and_a_whole_model_not_merged(run, tmp_path):
-    with pytest.raises(InputError, match="is an adapter; write it with its base"):
+    with pytest.raises(InputError, match="is an adapter; write it and its base"):
         checkpoints.convert(run / "1-lora", tmp_path / "new")
     with pytest.raises(InputError, match="is no folder of an adapter"):
         checkpoints.merge(run / "0-chat", tmp_path / "new")

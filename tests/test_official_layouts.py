@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from convllava import InputError
 from convllava.checkpoints import convert, read
-from convllava.checkpoints.tensors import in_pieces
+from convllava.checkpoints.tensors import in_shards
 from convllava.io import write_json
 
 
@@ -67,7 +67,7 @@ def test_tied_embeddings_are_in_a_file_once(published, tmp_path):
 def test_a_base_of_what_is_no_lora_is_refused(published, tmp_path):
     convert(published, tmp_path / "ours", "float32")
     for folder in (published, tmp_path / "ours"):
-        with pytest.raises(InputError, match="is a whole checkpoint and no LoRA; leave --base out"):
+        with pytest.raises(InputError, match="is a whole checkpoint and no LoRA; leave `base` out"):
             convert(folder, tmp_path / "new", base=tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_lora_is_merged_and_its_projector_kept(published, tmp_path):
     adapter = {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "/no/where"}
     write_json(lora / "adapter_config.json", adapter)
 
-    with pytest.raises(InputError, match="a LoRA on '/no/where', which is not here; convert it with --base FOLDER"):
+    with pytest.raises(InputError, match="a LoRA on '/no/where', which is not here; give its folder as `base`"):
         convert(lora, tmp_path / "model", "float32")
     convert(lora, tmp_path / "model", "float32", base=base)
     merged, plain = tensors_of(tmp_path / "model"), tensors_of(published)
@@ -151,14 +151,14 @@ def test_rope_scaling_is_kept_both_ways(published, tmp_path):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 60))
 def test_pieces_hold_every_tensor_once_and_no_more_bytes_than_asked(sizes, limit):
     tensors = {f"t{number}": torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
-    pieces = list(in_pieces(tensors.items(), limit))
+    pieces = list(in_shards(tensors.items(), limit))
     assert [name for piece in pieces for name in piece] == list(tensors)
     for piece in pieces:
         assert len(piece) == 1 or sum(tensor.nbytes for tensor in piece.values()) <= limit
 
 
 def test_a_model_of_several_pieces_is_sharded_and_reads_back_the_same(published, tmp_path, monkeypatch):
-    monkeypatch.setattr(in_pieces, "__defaults__", (100_000,))
+    monkeypatch.setattr(in_shards, "__defaults__", (100_000,))
     convert(published, tmp_path / "ours", "float32")
     convert(tmp_path / "ours", tmp_path / "theirs", "float32", to="official")
     monkeypatch.undo()
@@ -226,7 +226,7 @@ def damage_completeness(folder: Path) -> None:
         (damage_shape, r"^[^:]*model\.safetensors: model\.mm_projector\.0\.weight has the shape \[64, 128\]"),
         (damage_emptied, r"pytorch_model\.bin is not a readable file of tensors"),
         (damage_pixels, r"preprocessor_config\.json lacks 'size'"),
-        (damage_projector, "sets mm_projector_type to .linear.; only mlp2x_gelu is known"),
+        (damage_projector, "sets mm_projector_type to .linear.; only mlp2x_gelu is supported"),
         (damage_completeness, r"lacks the tensor model\.multi_modal_projector\.linear_2\.bias"),
     ],
 )

@@ -1,9 +1,9 @@
-"""The image side of a model, tower and projector, for other runtimes: ONNX and OpenVINO, with any height and width.
+"""Export tower and projector to ONNX or OpenVINO, for images of any height and width.
 
     convllava export tiny image-side.onnx        # or image-side.xml for OpenVINO
 
-The file takes `pixel_values` (1, channels, height, width), sides multiples of the tower's stride, as the model's image
-processor makes them, and gives `tokens` (visual tokens, width of the language model), row separators included.
+The file takes `pixel_values` (1, channels, height, width) from the model's image processor; the sides are multiples of
+the tower's stride. It returns `tokens` (visual tokens, width of the language model), row separators included.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import logging
 import tempfile
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, InputError
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
 
 OPSET = 18
 TOLERANCE = 1e-4
-_MOST = 512
-"""Rows and columns of tokens, at most."""
-_CHECKED = ((2, 3), (1, 1), (5, 2), (1, 7))
-"""Rows and columns of tokens of the images on which the file is compared with the model."""
+"""Largest difference between file and model."""
+_MAX_GRID = 512
+"""Most rows and columns of visual tokens."""
+_CHECKED_GRIDS = ((2, 3), (1, 1), (5, 2), (1, 7))
+"""Rows and columns of visual tokens of the images that are compared."""
 
 
 class ImageSide(nn.Module):
-    """Pixels of one image -> what the language model reads."""
+    """Tower and projector: the pixels of one image -> the tokens that the language model reads."""
 
     def __init__(self, model: ConvLlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -43,49 +45,49 @@ class ImageSide(nn.Module):
 
 
 def export(model: ConvLlavaForConditionalGeneration, path: Path) -> float:
-    """Write the image side as `.onnx`, or as `.xml` and `.bin` of OpenVINO, and compare it with the model.
+    """Write tower and projector as `.onnx`, or as OpenVINO's `.xml` and `.bin`, and compare the file with the model.
 
     Args:
-        model: Of any precision; the file is in float32.
+        model: In any precision; the file is in float32.
         path: Ends in .onnx or .xml.
 
     Returns:
-        The largest difference found on images of four shapes.
+        The largest difference on images of four shapes.
 
     Raises:
-        InputError: another ending, a package that is missing, or a difference above 1e-4; nothing is written then.
+        InputError: if the ending is another one, a package is missing, or the difference is above 1e-4. Then no file is
+            written.
     """
     if path.suffix not in (".onnx", ".xml"):
-        raise InputError(f"{path} must end in .onnx, or in .xml for OpenVINO")
+        raise ConfigError(f"`path` {path} must end in .onnx, or in .xml for OpenVINO")
     side = copy.deepcopy(ImageSide(model)).float().eval()
-    stride = model.config.vision_config.stride
-    with tempfile.TemporaryDirectory(dir=_existing(path.parent), prefix=".export-") as folder:
-        draft = Path(folder) / "image-side.onnx"
-        _write_onnx(side, stride, model.config.vision_config.num_channels, draft)
+    stride, channels = model.config.vision_config.stride, model.config.vision_config.num_channels
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        written = Path(folder) / "image-side.onnx"
+        _write_onnx(side, stride, channels, written)
         if path.suffix == ".xml":
-            draft = _as_openvino(draft)
-        difference = compare(side, draft, stride)
-        if not difference <= TOLERANCE:  # nor where it is not a number
+            openvino = _import("openvino")
+            converted = openvino.convert_model(written)
+            written = written.with_suffix(".xml")
+            openvino.save_model(converted, written, compress_to_fp16=False)
+        difference = _difference(side, written, stride, channels)
+        if not difference <= TOLERANCE:  # also true for nan
             raise InputError(f"the exported file differs by {difference:.1e} from the model, more than {TOLERANCE:g}")
-        for file in sorted(draft.parent.glob(f"{draft.stem}.*")):
+        for file in sorted(written.parent.glob(f"{written.stem}.*")):
             if path.suffix == ".onnx" or file.suffix != ".onnx":
                 file.replace(path.with_suffix(file.suffix))
     return difference
 
 
-def _existing(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
-    return folder
-
-
 def _write_onnx(side: ImageSide, stride: int, channels: int, path: Path) -> None:
-    _need("onnxscript")
-    height, width = (stride * torch.export.Dim(name, min=1, max=_MOST) for name in ("rows", "columns"))
+    _import("onnxscript")
+    height, width = (stride * torch.export.Dim(name, min=1, max=_MAX_GRID) for name in ("rows", "columns"))
     example = torch.zeros(1, channels, 3 * stride, 4 * stride)
-    # The exporter tells of its progress and of what it does not find; neither is of use to who asked for a file.
+    # The exporter logs its progress and optional packages that are missing; neither helps a user.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,37 +106,28 @@ def _write_onnx(side: ImageSide, stride: int, channels: int, path: Path) -> None
     written.save(path, external_data=False)
 
 
-def _as_openvino(path: Path) -> Path:
-    openvino = _need("openvino")
-    target = path.with_suffix(".xml")
-    openvino.save_model(openvino.convert_model(path), target, compress_to_fp16=False)
-    return target
-
-
-def compare(side: ImageSide, path: Path, stride: int) -> float:
-    """The largest difference between a file and the model on images of four shapes."""
-    run = _opened(path)
+def _difference(side: ImageSide, path: Path, stride: int, channels: int) -> float:
+    """Return the largest difference between a file and the model on images of four shapes."""
+    if path.suffix == ".onnx":
+        session = _import("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    else:
+        compiled = _import("openvino").compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     differences = []
-    for rows, columns in _CHECKED:
+    for rows, columns in _CHECKED_GRIDS:
         generator = torch.Generator().manual_seed(rows * columns)
-        pixels = torch.randn(1, side.tower.config.num_channels, rows * stride, columns * stride, generator=generator)
+        pixels = torch.randn(1, channels, rows * stride, columns * stride, generator=generator)
         with torch.no_grad():
             expected = side(pixels).numpy()
-        differences.append(float(np.abs(run(pixels.numpy()) - expected).max()))
+        if path.suffix == ".onnx":
+            found = session.run(["tokens"], {"pixel_values": pixels.numpy()})[0]
+        else:
+            found = compiled(pixels.numpy())[0]
+        differences.append(float(np.abs(found - expected).max()))
     return float(np.max(differences))
 
 
-def _opened(path: Path) -> Any:
-    """A function from pixels to tokens that runs the file."""
-    if path.suffix == ".onnx":
-        session = _need("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return lambda pixels: session.run(["tokens"], {"pixel_values": pixels})[0]
-    compiled = _need("openvino").compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda pixels: compiled(pixels)[0]
-
-
-def _need(package: str) -> Any:
+def _import(package: str) -> Any:
     try:
-        return __import__(package)
+        return import_module(package)
     except ImportError:
         raise InputError(f"export needs {package}; pip install 'convllava[export]'") from None

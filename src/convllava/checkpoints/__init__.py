@@ -1,11 +1,11 @@
-"""Checkpoints on disk: find, read, write, convert and merge them, in our layout or the published one.
+"""Checkpoints on disk: find, read, write, convert and merge them, in our layout or the official one.
 
     convllava convert ConvLLaVA/ConvLLaVA-sft-1536 my-model
 
-docs/checkpoints.md describes the layouts and the name of each tensor in both.
+docs/checkpoints.md describes the layouts and the names of the tensors in both.
 """
 
-from convllava.checkpoints.conversion import convert, look_up, merge
+from convllava.checkpoints.conversion import convert, merge
 from convllava.checkpoints.reading import SHIPPED, configuration, find, processor, read
 from convllava.checkpoints.writing import whole_folder, write, write_adapter
 
@@ -14,7 +14,6 @@ __all__ = [
     "configuration",
     "convert",
     "find",
-    "look_up",
     "merge",
     "processor",
     "read",

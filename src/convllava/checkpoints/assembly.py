@@ -24,6 +24,7 @@ from convllava.io import one_line, read_json
 from convllava.model.config import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.modeling import ConvLlavaForConditionalGeneration, check_embeddings
+from convllava.model.part_names import part_of
 from convllava.model.processing import ConvLlavaProcessor
 from convllava.model.prompt_templates import template
 
@@ -54,14 +55,7 @@ class Assembly:
         rows: dict[str, list[int]] = {}
         for column, names in enumerate((self.loaded, self.new, self.left_over)):
             for name in names:
-                if match := re.match(r"model\.vision_tower\.(?:encoder\.)?(stages\.\d|embeddings)", name):
-                    row = f"tower {match[1]}"
-                elif name.startswith("model.multi_modal_projector."):
-                    row = "projector"
-                elif name.startswith(("model.language_model.", "lm_head.")):
-                    row = "language model"
-                else:
-                    row = f"encoder {name.split('.')[0]}"
+                row = f"encoder {name.split('.')[0]}" if names is self.left_over else part_of(name)
                 rows.setdefault(row, [0, 0, 0])[column] += 1
         for row, counts in rows.items():
             table.add_row(row, *(str(count) if count else "" for count in counts))

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, of which tensors are read only as they are asked for."""
+"""A checkpoint on disk whose tensors are read only when they are requested."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.model.processing import ConvLlavaProcessor
 
 
-class Tensors(Protocol):
-    """Tensors by name."""
+class TensorReader(Protocol):
+    """Yields (name, tensor) for the tensors whose names begin with a prefix; without a prefix, for all."""
 
     def __call__(self, prefix: str = "", /) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """One checkpoint, in whichever layout it lies.
+    """One checkpoint in any layout.
 
     Attributes:
-        config, processor, generation: As we write them.
-        tensors: Called with a prefix of our names (none: all), gives those tensors by name, each once; reading may
-            raise `InputError`.
-        tokenizer_folder: Where its tokenizer lies.
-        note: What a user should know of it; empty if nothing.
+        config, processor, generation: In our form.
+        tensors: Reads the tensors under our names, each once; may raise CheckpointError.
+        tokenizer_folder: Folder with the tokenizer.
+        note: A remark for the user about the checkpoint; may be empty.
     """
 
     config: ConvLlavaConfig
     processor: ConvLlavaProcessor
     generation: GenerationConfig
-    tensors: Tensors
+    tensors: TensorReader
     tokenizer_folder: Path
     note: str = ""
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write it in our layout into an empty folder."""
+        """Write it in our layout into an empty folder; `dtype` is the precision of the tensors."""
         self.processor.save_pretrained(folder)
         self.copy_vocabulary(folder)
         write_tensors(self.tensors(), folder)
@@ -54,19 +53,19 @@ class StoredModel:
         self.generation.save_pretrained(folder)
 
     def copy_vocabulary(self, folder: Path) -> None:
-        """Keep the tokenizer in the form that the original's slow tokenizer reads."""
+        """Copy the tokenizer.model that the original's slow tokenizer reads, if there is one."""
         if (self.tokenizer_folder / VOCABULARY).is_file():
             shutil.copyfile(self.tokenizer_folder / VOCABULARY, folder / VOCABULARY)
 
 
 def without_tied(names: Iterable[str], config: ConvLlavaConfig) -> set[str]:
-    """Those of a model's tensors that a file must have: tied embeddings are both in one of them."""
+    """Return the names that a file must contain: tied embeddings are stored once."""
     tied = {"lm_head.weight"} if config.text_config.tie_word_embeddings else set()
     return set(names) - tied
 
 
 def shapes_of(config: ConvLlavaConfig) -> dict[str, torch.Size]:
-    """Every tensor of a model and its shape, without allocating it."""
+    """Return the shape of every tensor of a model, without allocating it."""
     with torch.device("meta"):
         model = ConvLlavaForConditionalGeneration(config)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Models on disk: what they are made of, and writing them again."""
+"""Commands for models on disk: info, convert, merge, export."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ def info(
         str,
         typer.Argument(help="An architecture such as convllava-1536-7b, a checkpoint, or a tower alone: T, S, B, L."),
     ],
-    sides: Annotated[str | None, typer.Option(help="Of square images in pixels, separated by commas.")] = None,
+    sides: Annotated[str | None, typer.Option(help="Sides of square images in pixels, separated by commas.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model is made of and what it costs, without allocating it."""
+    """Show the parts and the costs of a model, without allocating it."""
     from convllava.checkpoints import SHIPPED
-    from convllava.checkpoints.inspection import SIDES, inspect, inspect_tower, tables_of, tower_table, towers
+    from convllava.checkpoints.inspection import SIDES, inspect, inspect_tower, model_tables, tower_tables
+    from convllava.model.presets import towers
 
     wanted = None if sides is None else numbers("--sides", sides)
-    if name in towers() and not (SHIPPED / name).exists():  # of a checkpoint there is more to show
+    if name in towers() and not (SHIPPED / name).exists():  # a checkpoint of that name has more to show
         tower = inspect_tower(name, wanted or SIDES)
-        show(tower, as_json, lambda: [tower_table(tower)])
-        return
-    report = inspect(name, wanted)
-    show(report, as_json, lambda: tables_of(report))
+        show(tower, as_json, lambda: tower_tables(tower))
+    else:
+        report = inspect(name, wanted)
+        show(report, as_json, lambda: model_tables(report))
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint: a folder or a hub id.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint: a folder, a hub id, or tiny.")],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     to: Annotated[str, typer.Option(help="convllava, or official: the layout of the original code.")] = "convllava",
-    base: Annotated[str | None, typer.Option(help="What a LoRA of the original code was trained on.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The language model that a LoRA of the original code was trained on.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a published checkpoint as ours, ours as a published one, or either in another precision."""
+    """Convert a checkpoint: from the official layout to ours, back, or to another precision."""
     from convllava import checkpoints
 
-    source = source if Path(source).is_dir() else checkpoints.find(source)
     note = checkpoints.convert(source, destination, dtype, to=to, base=base)
     report = {"checkpoint": str(destination), "layout": to, "dtype": dtype, "note": note}
     show(report, as_json, lambda: [str(destination)])
@@ -55,7 +57,7 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="The folder of a stage that trained an adapter.")],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    base: Annotated[str | None, typer.Option(help="What it was trained on, if that is elsewhere now.")] = None,
+    base: Annotated[str | None, typer.Option(help="The checkpoint that it was trained on, if that has moved.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter and its base as one plain checkpoint."""
@@ -70,10 +72,10 @@ def export(
     path: Annotated[Path, typer.Argument(help="A file that ends in .onnx, or in .xml for OpenVINO.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write vision tower and projector for other runtimes, with any height and width, checked against the model."""
+    """Export vision tower and projector for other runtimes, for any height and width, and check them."""
     from convllava.export import export as run
     from convllava.inference import load
 
     difference = run(load(model, device="cpu").model, path)
-    told = f"{path}: differs by at most {difference:.1e} from the model"
-    show({"path": str(path), "difference": difference}, as_json, lambda: [told])
+    text = f"{path}: differs by at most {difference:.1e} from the model"
+    show({"path": str(path), "difference": difference}, as_json, lambda: [text])

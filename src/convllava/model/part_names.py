@@ -1,4 +1,4 @@
-"""The parts of a model by the names that recipes and reports use."""
+"""Parts of a model as recipes and reports name them: stem, stage1 ... stageN, projector, language_model."""
 
 from __future__ import annotations
 
@@ -7,30 +7,43 @@ import re
 from torch import nn
 
 _STAGE = re.compile(r"(?:^|\.)vision_tower\.encoder\.stages\.(\d+)\.")
-_PREFIXES = {
-    "vision_tower.embeddings.": "stem",
-    "multi_modal_projector.": "projector",
-    "language_model.": "language_model",
-    "lm_head.": "language_model",
-    "head.": "head",
+_PARTS = {
+    "vision_tower.embeddings": "stem",
+    "multi_modal_projector": "projector",
+    "language_model": "language_model",
+    "lm_head": "language_model",
+    "head": "head",
 }
+"""Module -> part. `head` is trained together with the model by some objectives but is not part of it."""
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: stem, stage1 ... stageN, projector, language_model (with its head), or
-    head (of the stage that trains it, no part of the model)."""
+    """Return the part that a parameter belongs to; the language model includes `lm_head`.
+
+    Raises:
+        ValueError: if the name belongs to no part.
+    """
     if stage := _STAGE.search(name):
         return f"stage{int(stage[1]) + 1}"
     name = name.removeprefix("base_model.model.").removeprefix("model.")
-    for prefix, part in _PREFIXES.items():
-        if name.startswith(prefix):
+    for module, part in _PARTS.items():
+        if name.startswith(f"{module}."):
             return part
     raise ValueError(f"parameter {name} belongs to no known part")
 
 
+def module_of(part: str) -> str:
+    """Return the name of the module in `ConvLlavaForConditionalGeneration` that is this part."""
+    if part.startswith("stage"):
+        return f"model.vision_tower.encoder.stages.{int(part.removeprefix('stage')) - 1}"
+    return "model." + next(module for module, known in _PARTS.items() if known == part)
+
+
 def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every part with its named parameters, in the order of the model; tied parameters are counted once, and of parts
-    that PEFT has copied to train them the copy."""
+    """Return the named parameters of every part, in the order of the model.
+
+    Tied parameters are counted once. If PEFT has copied a part to train it, the copy counts and not the original.
+    """
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if ".original_module." not in name:

@@ -13,13 +13,14 @@ from transformers import CONFIG_MAPPING
 
 from convllava import checkpoints
 from convllava.checkpoints.assembly import STAGE5_DEPTH, build, build_processor
-from convllava.checkpoints.inspection import configuration_of, presets
+from convllava.checkpoints.inspection import configuration_of
 from convllava.errors import InputError, nearest
 from convllava.io import one_line
 from convllava.model.builder import Parts, build_fresh
 from convllava.model.config import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.presets import presets
 from convllava.model.processing import ConvLlavaProcessor
 from convllava.synthetic import closed_vocabulary
 from convllava.training.distributed import is_first_process

@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 from convllava.checkpoints.adapters import import_peft
 from convllava.errors import ConfigError
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.part_names import module_of
 from convllava.training.recipe import Stage
 
 _ADAPTABLE = re.compile(r"language_model|stage\d+")
@@ -82,16 +83,6 @@ def check_adaptable(stage: Stage) -> None:
             raise ConfigError(f"stage {stage.name}: adapter: give {part} a learning rate in learning_rates")
     if "language_model" in stage.learning_rates and "language_model" not in stage.adapter.parts:
         raise ConfigError(f"stage {stage.name}: adapter: parts must have language_model, or learning_rates must not")
-
-
-def module_of(part: str) -> str:
-    """Return the name of the module of a part."""
-    names = {
-        "stem": "model.vision_tower.embeddings",
-        "projector": "model.multi_modal_projector",
-        "language_model": "model.language_model",
-    }
-    return names.get(part) or f"model.vision_tower.encoder.stages.{int(part.removeprefix('stage')) - 1}"
 
 
 def pattern_of(model: nn.Module, parts: Iterable[str]) -> str:

@@ -16,10 +16,11 @@ from convllava.geometry import Size, visual_tokens
 from convllava.io import is_hub_id
 from convllava.model.image_processing import SQUARE, ConvLlavaImageProcessorPil
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.part_names import module_of
 from convllava.training.datasets import addresses_of, missing_files, missing_images, with_steps
 from convllava.training.distributed import check_processes, samples_of
 from convllava.training.initialise import check_pixels, outline, pixels_of
-from convllava.training.lora import check_adaptable, module_of
+from convllava.training.lora import check_adaptable
 from convllava.training.memory import Memory, memory_of
 from convllava.training.objectives.dense import DensePretraining
 from convllava.training.optim import parts_of, train_only

@@ -235,7 +235,7 @@ def write_stage(
     """The stage's folder: a whole checkpoint, or an adapter beside the one that it was trained on."""
     text = recipe.dump()
     if recipe.stages[index].adapter is None:
-        checkpoints.write(model, processor, folder, weights=weights, beside=beside, recipe=text)
+        checkpoints.write(model, processor, folder, weights=weights, extra_tensors=beside, recipe=text)
         return
     checkpoints.write_adapter(trained, processor, folder, base_folder(recipe, index, folder.parent), recipe=text)
 

@@ -6,7 +6,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from convllava import checkpoints
 from convllava.checkpoints.adapters import is_adapter
-from convllava.checkpoints.original_layout import is_official
+from convllava.checkpoints.official_layout import is_official
 from convllava.errors import InputError
 from convllava.io import one_line
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
