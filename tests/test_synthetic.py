@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import convllava
 from convllava.errors import InputError
 from convllava.synthetic import Sample, World, closed_vocabulary
 from convllava.synthetic.fonts import _system, typefaces
@@ -32,7 +33,7 @@ def test_a_sample_depends_only_on_its_index() -> None:
 
 
 def test_iteration_yields_all_samples_in_order() -> None:
-    world = World(size=256, seed=3)
+    world = convllava.World(size=256, seed=3)
     for _ in range(2):  # each iteration starts again
         found = [content(sample) for sample in itertools.islice(world, 4)]
         assert found == [content(world.sample(index)) for index in range(4)]

@@ -21,6 +21,7 @@ _HOMES = {
     "ConvLlavaImageProcessorPil": "model.image_processing",
     "ConvLlavaProcessor": "model.processing",
     "InputError": "errors",
+    "World": "synthetic",
     "build": "checkpoints.assembly",
     "load": "inference",
 }
@@ -30,7 +31,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'convllava' has no attribute {name!r}")
-    if _HOMES[name] != "errors":
+    if _HOMES[name] not in ("errors", "synthetic"):  # these need no transformers
         importlib.import_module("convllava.model.auto")
     return getattr(importlib.import_module(f"convllava.{_HOMES[name]}"), name)
 
