@@ -20,7 +20,7 @@ from convllava.data.synthetic_chat import ChatDataset
 from convllava.errors import InputError
 from convllava.inference import Assistant
 from convllava.synthetic import World
-from convllava.training import held_out
+from convllava.training import eval_callbacks
 from convllava.training import train as engine
 from convllava.training.datasets import make_held_out
 from convllava.training.eval_callbacks import AverageWeights, loss_weight
@@ -142,11 +142,12 @@ def test_held_out_text_alone_is_measured_and_not_drawn(tmp_path):
 @pytest.mark.parametrize(("texts", "drawn"), [(["what?", "what " * 480], 1), (["what " * 480], 0)])
 def test_a_question_that_leaves_no_room_for_an_answer_is_not_drawn(parts, monkeypatch, texts, drawn):
     sheets = []
-    monkeypatch.setattr(held_out, "draw_answers", lambda answered: sheets.append(len(answered)) or picture(8, 8))
+    monkeypatch.setattr(eval_callbacks, "draw_answers", lambda answered: sheets.append(len(answered)) or picture(8, 8))
     content = [[{"type": "image", "image": picture(64, 64)}, {"type": "text", "text": text}] for text in texts]
     questions = [([{"role": "user", "content": one}], "red") for one in content]
     writer = SimpleNamespace(add_image=lambda *_, **__: None)
-    held_out.SampleAnswers(Assistant(*parts), questions, writer).on_evaluate(None, SimpleNamespace(global_step=1), None)
+    callback = eval_callbacks.SampleAnswers(Assistant(*parts), questions, writer)
+    callback.on_evaluate(None, SimpleNamespace(global_step=1), None)
     assert sheets == [1] * drawn
 
 

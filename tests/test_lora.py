@@ -136,7 +136,7 @@ def test_an_adapter_of_a_model_in_four_bits_merges_into_the_whole_one(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": Adapter(parts=["projector"])}, "projector takes none"),
+        ({"adapter": Adapter(parts=["projector"])}, "projector takes no adapter"),
         ({"adapter": Adapter(parts=["language_model", "stage3"])}, "give stage3 a learning rate"),
         ({"adapter": Adapter(parts=["stage4"])}, "parts must have language_model, or learning_rates must not"),
     ],
