@@ -41,7 +41,7 @@ def supervised_batch(processor):
     return batch, targets, batch.pop("labels")
 
 
-def test_recorded_shares_and_logits_are_those_of_eager_attention():
+def test_recorded_shares_and_logits_equal_eager_attention():
     model, processor = parts()
     batch, targets, _ = supervised_batch(processor)
     model.set_attn_implementation({"text_config": "eager"})
@@ -67,7 +67,7 @@ def supervision_with(kind: str, targets: list[list[int]], shares: list[float]) -
     return supervision
 
 
-def test_the_loss_is_minus_the_log_of_the_share_on_all_places_of_a_position():
+def test_loss_is_minus_the_log_of_the_share_on_all_targets():
     supervision = supervision_with("answer", [[0, 2, 0], [0, 2, 1]], [0.3, 0.275])
     assert supervision.loss("answer", torch.ones(1, 3)).item() == pytest.approx(-math.log(0.575), abs=1e-5)
     assert supervision_with("answer", [], []).loss("answer", torch.ones(1, 3)).item() == 0.0
@@ -79,7 +79,7 @@ def test_question_positions_have_weight_one():
     assert found == pytest.approx((math.log(2) + 3 * math.log(4)) / 4, abs=1e-5)
 
 
-def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
+def test_mention_targets_supervise_a_middle_layer_and_answers_the_last():
     found = []
     for layers in (1, 2, 4):
         model, _ = parts(layers)
@@ -88,14 +88,14 @@ def test_a_middle_layer_looks_at_what_is_mentioned_and_the_last_at_the_answer():
     assert found == [{"answer": 0}, {"mention": 0, "answer": 1}, {"mention": 1, "answer": 3}]
 
 
-def test_a_family_whose_attention_cannot_be_told_is_refused(monkeypatch):
+def test_model_families_without_the_attention_interface_are_rejected(monkeypatch):
     model, _ = parts()
     monkeypatch.setattr(type(model.model.language_model), "_supports_attention_backend", False)
     with pytest.raises(InputError, match="the attention of a llama cannot have attention_supervision"):
         check_attention(model, Stage("guided", 1, {"projector": 1.0}, attention_supervision=0.5))
 
 
-def test_pointing_teaches_attention_to_look_there():
+def test_supervision_moves_attention_to_its_targets():
     model, processor = parts()
     enable_attention_supervision(model)
     batch, targets, labels = supervised_batch(processor)
@@ -113,7 +113,7 @@ def test_pointing_teaches_attention_to_look_there():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_under_autocast_attention_runs_in_full_precision(monkeypatch):
+def test_attention_under_cpu_autocast_runs_in_float32(monkeypatch):
     model, processor = parts()
     enable_attention_supervision(model)
     batch, targets, _ = supervised_batch(processor)

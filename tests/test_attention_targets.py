@@ -55,18 +55,18 @@ def small_processor() -> ConvLlavaProcessor:
 SCENE = (Thing("circle", "red", (2, 2, 14, 14)), Thing("square", "red", (34, 34, 62, 62)))
 
 
-def test_an_answer_is_sought_inside_other_words_only_where_it_is_none_itself():
+def test_answers_match_whole_words_before_parts_of_words():
     assert answer_cells(page("ab cab x"), Turn("read", "What?", "ab")) == [{(0, 0)}, {(0, 1)}]
     assert answer_cells(page("(ab, cab"), Turn("read", "What?", "ab")) == [{(0, 1)}, {(0, 2)}]
     assert answer_cells(page("xab cab"), Turn("read", "What?", "ab")) == [{(0, 1), (1, 1)}, {(0, 2), (1, 2)}]
 
 
-def test_each_character_is_sought_where_it_is_printed():
+def test_each_character_points_to_its_printed_cell():
     cells = answer_cells(page("abcdxy"), Turn("read", "What?", "cd x"))
     assert cells == [{(0, 2)}, {(0, 3)}, {(1, 0)}, {(1, 0)}]
 
 
-def test_a_text_printed_twice_points_at_both_and_one_printed_often_at_none():
+def test_text_printed_twice_points_to_both_and_frequent_text_to_none():
     assert answer_cells(page("abxab"), Turn("read", "What?", "ab")) == [{(0, 0), (0, 3)}, {(0, 1), (1, 0)}]
     assert answer_cells(page("1" * 6), Turn("read", "What?", "1")) == [frozenset()]
 
@@ -81,22 +81,22 @@ def test_a_text_printed_twice_points_at_both_and_one_printed_often_at_none():
         ("ground", "Where is it?", "[0.50, 0.50, 0.97, 0.97]", {(2, 2), (2, 3), (3, 2), (3, 3)}),
     ],
 )
-def test_things_are_sought_by_what_question_and_answer_say_of_them(task, question, answer, expected):
+def test_objects_are_found_by_shape_colour_position_and_box(task, question, answer, expected):
     cells = answer_cells(page(things=SCENE, kind="scene"), Turn(task, question, answer))
     assert cells == [expected] * len(answer)
 
 
-def test_a_value_that_is_not_printed_points_at_the_label_the_question_names():
+def test_unprinted_values_point_to_the_label_in_the_question():
     cells = answer_cells(page("Jan Feb"), Turn("chart", "What is the value for Feb?", "40"))
     assert cells[0] == {(1, 0), (1, 1), (1, 2)}
 
 
-def test_a_question_mentions_whole_words_in_any_case():
+def test_questions_mention_whole_words_in_any_case():
     assert mentioned_cells(page("DATE"), "What is the date?") == {(0, 0), (0, 1), (0, 2), (0, 3)}
     assert mentioned_cells(page("DAT"), "What is the date?") == frozenset()
 
 
-def test_each_character_of_a_question_is_sought_in_the_printed_word_that_it_spells():
+def test_question_characters_point_to_the_printed_word_and_character():
     printed, question = page("(Tea) tin"), "Is Tea tea?"
     whole, one = whole_word_cells(printed, question), spelled_cells(printed, question)
     assert whole[3:6] == [{(0, 1), (0, 2), (0, 3)}] * 3 == whole[7:10]
@@ -105,7 +105,7 @@ def test_each_character_of_a_question_is_sought_in_the_printed_word_that_it_spel
     assert frozenset().union(*whole) == mentioned_cells(printed, question)
 
 
-def test_how_many_there_are_is_sought_at_the_last_of_them():
+def test_counts_point_to_the_last_counted_object():
     turn = Turn("count", "How many?", "2", tuple(thing.box for thing in SCENE))
     assert answer_cells(page(things=SCENE, kind="scene"), turn) == [{(2, 2), (2, 3), (3, 2), (3, 3)}]
     cut = Sample(0, "scene", Image.new("RGB", (192, 64)), "", (), (), ())
@@ -114,7 +114,7 @@ def test_how_many_there_are_is_sought_at_the_last_of_them():
     assert answer_cells(middle, Turn("count", "How many?", "1", ((2, 2, 14, 14),))) == [frozenset()]
 
 
-def test_a_charts_value_is_sought_where_the_chart_shows_it():
+def test_chart_values_point_to_their_label_or_bar():
     printed = page("70 70", things=(Thing("bar", "red", (32, 32, 48, 64)),))
     shown = printed.sample.glyphs[2].box
     assert answer_cells(printed, Turn("chart", "How much is X?", "70", (shown,))) == [{(0, 3)}, {(1, 0)}]
@@ -132,11 +132,11 @@ def test_a_charts_value_is_sought_where_the_chart_shows_it():
         (["▁Is", "▁x", "?"], (0, 0, 0)),
     ],
 )
-def test_the_tokens_of_a_question_are_found_however_its_spaces_are_written(pieces, expected):
+def test_question_tokens_are_found_for_all_tokenizers(pieces, expected):
     assert question_span(pieces, "Is t?") == expected
 
 
-def test_the_caption_of_a_scene_tells_one_thing_after_the_other():
+def test_scene_captions_point_to_one_object_after_the_other():
     caption = "2 objects: a red circle at the top left, a red square at the bottom right."
     cells = caption_cells(page(things=SCENE, kind="scene"), caption)
     assert len(cells) == len(caption)
@@ -144,25 +144,25 @@ def test_the_caption_of_a_scene_tells_one_thing_after_the_other():
     assert cells[caption.index("square")] == {(2, 2), (2, 3), (3, 2), (3, 3)}
 
 
-def test_the_words_of_a_caption_are_found_in_reading_order():
+def test_caption_words_are_found_in_reading_order():
     cells = caption_cells(page("abcab"), "sign: ab c ab.")
     assert cells[6:8] == [{(0, 0)}, {(0, 1)}]
     assert cells[11:13] == [{(0, 3)}, {(1, 0)}]
 
 
 @given(st.text("abc ", min_size=1, max_size=12))
-def test_captions_and_answers_get_one_set_of_cells_per_character(text):
+def test_captions_and_answers_have_one_set_of_cells_per_character(text):
     printed = page("abcabc")
     assert len(caption_cells(printed, text)) == len(text)
     assert len(answer_cells(printed, Turn("read", "What?", text))) == len(text)
 
 
-def test_a_token_of_several_characters_takes_the_cells_of_all():
+def test_tokens_have_the_cells_of_all_their_characters():
     cells = [frozenset({(0, column)}) for column in range(4)]
     assert token_cells(["▁ab", "c", "d"], cells) == [{(0, 0), (0, 1)}, {(0, 2)}, {(0, 3)}]
 
 
-def test_answer_spans():
+def test_answer_spans_are_the_runs_of_labels():
     assert answer_spans(torch.tensor([-100, 5, 6, -100, -100, 7])) == [(1, 3), (5, 6)]
 
 

@@ -1,4 +1,4 @@
-"""Numbers of lines, words, bars and things: the world's, their maps, and the heads that are asked for them."""
+"""Auxiliary heads: the numbers of the generated world, their label maps, and the heads that predict them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ from convllava.training.objectives.attention_supervision import (
     enable_attention_supervision,
     supervised_layers,
 )
-from convllava.training.objectives.auxiliary_heads import HEADS_FILE, attach_heads, detach_heads
+from convllava.training.objectives.auxiliary_heads import (
+    HEADS_FILE,
+    AuxiliaryHeads,
+    attach_heads,
+    detach_heads,
+)
 from convllava.training.recipe import Data
 
 
 def text_in(sample: Sample, piece: Numbered) -> str:
-    """What is printed in a numbered piece."""
+    """Return the text that is printed in a numbered piece."""
     x0, y0, x1, y1 = piece.box
     inside = [
         glyph.char
@@ -44,8 +49,8 @@ def text_in(sample: Sample, piece: Numbered) -> str:
     return "".join(inside).strip(".,()")
 
 
-def asked_for(sample: Sample) -> list[tuple[str, str]]:
-    """For each question that names a number the answer, and what the pieces with that number say."""
+def answers_and_texts(sample: Sample) -> list[tuple[str, str]]:
+    """Return the answer of each question that names a number, and the text of the pieces with that number."""
     found = []
     for turn in sample.turns:
         key, blanks = parsed(turn)
@@ -74,16 +79,16 @@ def asked_for(sample: Sample) -> list[tuple[str, str]]:
     return found
 
 
-def test_the_numbers_of_a_page_are_those_that_its_questions_mean(monkeypatch):
+def test_numbers_of_a_page_match_its_questions(monkeypatch):
     monkeypatch.setattr("convllava.synthetic.world.degrade", lambda *args: None)  # boxes of turned words overlap
     for kinds in ("sign", "paragraph", "table"):
         world = World(size=512, kinds={kinds: 1}, turns=20, seed=3)
-        pairs = [pair for index in range(20) for pair in asked_for(world.sample(index))]
+        pairs = [pair for index in range(20) for pair in answers_and_texts(world.sample(index))]
         assert len(pairs) >= 15
         assert [answer for answer, _ in pairs] == [read for _, read in pairs]
 
 
-def test_a_count_is_the_number_of_the_last_that_is_counted():
+def test_count_answers_equal_the_label_of_the_last_counted_object():
     world = World(size=512, turns=20, seed=4)
     names = {"words": "place", "all": "place", "bars": "place", "points": "place", "lines": "row", "rows": "row"}
     names |= {"shape": "of_shape", "colour": "of_colour"}
@@ -100,13 +105,13 @@ def test_a_count_is_the_number_of_the_last_that_is_counted():
     assert len(seen) == len(names)
 
 
-def test_a_charts_pieces_have_the_values_that_it_shows():
+def test_chart_values_match_captions_and_answers():
     world = World(size=512, kinds={"bar_chart": 1, "line_chart": 1}, turns=20, seed=5)
     printed = 0
     for sample in map(world.sample, range(20)):
         values = {piece.place: piece.value for piece in sample.numbered if piece.value}
-        told = [int(part.split()[-1]) for part in sample.caption.rstrip(".").split(":")[1].split(", ")]
-        assert list(values.values()) == told
+        values_in_caption = [int(part.split()[-1]) for part in sample.caption.rstrip(".").split(":")[1].split(", ")]
+        assert list(values.values()) == values_in_caption
         letters = {glyph.box: glyph.char for glyph in sample.glyphs}
         things = [thing.box for thing in sample.things]
         for turn in (turn for turn in sample.turns if turn.evidence and turn.task == "chart"):
@@ -115,11 +120,11 @@ def test_a_charts_pieces_have_the_values_that_it_shows():
                     assert letters[box] == turn.answer[0]
                     printed += 1
                 else:
-                    assert told[things.index(box)] == int(turn.answer)
+                    assert values_in_caption[things.index(box)] == int(turn.answer)
     assert printed > 20
 
 
-def test_numbers_turn_with_the_page():
+def test_numbers_follow_a_moved_object():
     canvas = Canvas(64, 64, (255, 255, 255))
     region = canvas.add_thing("star", "red", (2, 2, 10, 10))
     canvas.number(region, place=3)
@@ -127,7 +132,7 @@ def test_numbers_turn_with_the_page():
     assert canvas.numbered() == (Numbered((4, 4, 12, 12), place=3),)
 
 
-def test_maps_tell_the_numbers_of_what_lies_over_each_cell():
+def test_position_labels_are_the_numbers_over_each_cell():
     things = tuple(
         Thing("star", colour, (32 * i, 32, 32 * i + 32, 64)) for i, colour in enumerate(("red", "blue", "red"))
     )
@@ -144,7 +149,7 @@ def test_maps_tell_the_numbers_of_what_lies_over_each_cell():
     assert found["boxes"][:, 0].tolist() == [4, 5, 6]
 
 
-def test_letters_are_numbered_in_their_words():
+def test_letter_labels_count_within_words():
     places = [*range(0, 16 * 14, 16), 16 * 16]
     text = "fourteenletter" + "a"
     glyphs = tuple(Glyph(char, (x, 32, x + 16, 64), begins=x in (0, 256)) for char, x in zip(text, places, strict=True))
@@ -158,7 +163,7 @@ def test_letters_are_numbered_in_their_words():
     assert not {"glyph", "spelling"} & set(position_labels(sample, size, 32))
 
 
-def test_every_value_of_a_chart_has_a_class():
+def test_chart_values_are_rounded_to_classes():
     assert [value_class(value) for value in (0, 1, 5, 8, 99, 100)] == [0, 1, 1, 2, 20, 20]
 
 
@@ -170,8 +175,8 @@ def batch_of(processor: Any, *samples: int, character_labels: bool = False) -> d
     return collate([dataset[index] for index in samples], processor.tokenizer.pad_token_id)
 
 
-def told(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-    """What the heads tell, and what they were given."""
+def run_heads(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the outputs of the heads, and the input of the position heads."""
     targets = {kind: batch[f"{kind}_targets"] for kind in supervised_layers(model)}
     given: list[Tensor] = []
     hook = model.head.norm.register_forward_hook(lambda module, args, output: given.append(args[0]))
@@ -193,13 +198,13 @@ def with_heads(layers: int, separator: bool, character_labels: bool = False) -> 
 
 
 @pytest.mark.parametrize(("layers", "separator"), [(1, True), (1, False), (2, True)])
-def test_heads_are_given_what_the_layer_that_looks_at_mentions_makes_of_each_visual_token(layers, separator):
+def test_position_heads_get_visual_tokens_after_the_mention_layer(layers, separator):
     model, processor = with_heads(layers, separator)
     batch = batch_of(processor, 0, 1)
     whole: list[Tensor] = []
     if layers > 1:
         model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: whole.append(output))
-    _, given = told(model, batch)
+    _, given = run_heads(model, batch)
     images = model.get_image_features(batch["pixel_values"]).pooler_output
     grids = [tuple(length // 4 for length in page["row"].shape) for page in batch["position_labels"]]
     assert [len(tokens) for tokens in images] == [rows * (columns + separator) for rows, columns in grids]
@@ -213,19 +218,19 @@ def test_heads_are_given_what_the_layer_that_looks_at_mentions_makes_of_each_vis
     torch.testing.assert_close(given, torch.cat(content), atol=1e-6, rtol=1e-5)
 
 
-def test_heads_of_a_batch_are_given_what_they_are_of_single_samples():
+def test_batched_head_inputs_equal_single():
     model, processor = with_heads(2, True)
-    together = told(model, batch_of(processor, 0, 1, 2))[1]
-    alone = [told(model, batch_of(processor, index))[1] for index in range(3)]
+    together = run_heads(model, batch_of(processor, 0, 1, 2))[1]
+    alone = [run_heads(model, batch_of(processor, index))[1] for index in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
-def test_letters_are_asked_of_visual_tokens_before_the_language_model():
+def test_character_heads_get_visual_tokens_before_the_language_model():
     model, processor = with_heads(2, True, character_labels=True)
     given: list[Tensor] = []
     model.head.characters.glyph.register_forward_hook(lambda module, args, output: given.append(args[0]))
     batch = batch_of(processor, 0, 1, character_labels=True)
-    told(model, batch)
+    run_heads(model, batch)
     images = model.get_image_features(batch["pixel_values"]).pooler_output
     grids = [tuple(length // 4 for length in page["row"].shape) for page in batch["position_labels"]]
     content = [
@@ -235,9 +240,9 @@ def test_letters_are_asked_of_visual_tokens_before_the_language_model():
     torch.testing.assert_close(given[0], torch.cat(content), atol=1e-6, rtol=1e-5)
 
 
-def test_heads_begin_without_a_wish_and_leave_no_trace():
+def test_new_heads_give_the_model_no_gradient_and_detach():
     model, processor = with_heads(2, True, character_labels=True)
-    found, _ = told(model, batch_of(processor, 0, 1, character_labels=True))
+    found, _ = run_heads(model, batch_of(processor, 0, 1, character_labels=True))
     (found["loss"] + found["character_loss"]).backward()
     touched = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
     assert {"head.maps.row.weight", "head.characters.glyph.weight", "head.characters.next.weight"} <= touched
@@ -246,20 +251,33 @@ def test_heads_begin_without_a_wish_and_leave_no_trace():
     assert "head" not in parts_of(model)
 
 
-def test_a_marked_stage_logs_what_its_heads_tell_and_leaves_a_model_without_them(tmp_path):
-    last = engine.train(recipe(MARKED), tmp_path)
-    assert {0 <= value <= 1 for value in logged(tmp_path, "of_colour")} == {True}
-    assert len(logged(tmp_path, "loss")) == MARKED.steps
+def test_heads_learn_the_labels_of_a_batch():
+    model, processor = with_heads(2, True, character_labels=True)
+    batch = batch_of(processor, 0, 1, character_labels=True)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=0.02)
+    found = []
+    for _ in range(40):
+        found.append(run_heads(model, batch)[0])
+        optimizer.zero_grad()
+        (found[-1]["loss"] + found[-1]["character_loss"]).backward()
+        optimizer.step()
+    assert found[-1]["loss"] < 0.3 * found[0]["loss"]
+    for name in ("row", "place", "letter", "glyph", "spelling"):
+        assert found[-1][name] > 0.9 > 0.5 > found[0][name], name
+
+
+def test_training_logs_the_accuracies_of_the_heads_and_saves_the_model_without_them(tmp_path, monkeypatch):
+    outputs: list[dict[str, Tensor]] = []
+    forward = AuxiliaryHeads.forward
+    monkeypatch.setattr(AuxiliaryHeads, "forward", lambda *args: outputs.append(forward(*args)) or outputs[-1])
+    last = engine.train(recipe(dataclasses.replace(MARKED, data=Data(size=256, kinds={"sign": 1}))), tmp_path)
+    assert len(outputs) == MARKED.steps
+    for name in ("row", "letter", "box_error", "glyph", "spelling"):
+        assert logged(tmp_path, name) == [pytest.approx(found[name].item(), abs=1e-4) for found in outputs]
     assert not any("head." in name and "lm_head" not in name for name in load_file(last / "model.safetensors"))
 
 
-def test_a_stage_with_letters_logs_how_well_they_are_told(tmp_path):
-    engine.train(recipe(dataclasses.replace(MARKED, data=Data(size=256, kinds={"sign": 1}))), tmp_path)
-    for name in ("glyph", "spelling"):
-        assert {0 <= value <= 1 for value in logged(tmp_path, name)} == {True}
-
-
-def test_heads_begin_as_those_of_the_stage_before(tmp_path):
+def test_heads_start_from_those_of_the_previous_stage(tmp_path):
     still = dict.fromkeys(MARKED.learning_rates, 0.0)
     without = dataclasses.replace(MARKED, name="without", character_label_weight=0.0, learning_rates=still, steps=1)
     last = engine.train(
@@ -273,7 +291,7 @@ def test_heads_begin_as_those_of_the_stage_before(tmp_path):
     assert [path.name for path in last.glob("*.safetensors")] == ["model.safetensors"]  # vLLM reads them all
 
 
-def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path):
+def test_heads_with_other_shapes_or_damaged_are_rejected(tmp_path):
     engine.train(recipe(MARKED), tmp_path)
     file = tmp_path / "0-marked" / HEADS_FILE
     model, _ = with_heads(1, True)
@@ -286,7 +304,7 @@ def test_heads_that_do_not_fit_are_refused_in_one_line(tmp_path):
         attach_heads(model, file.parent.parent)
 
 
-def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):
+def test_two_processes_train_heads_like_two_micro_batches_of_one(tmp_path):
     stage = dataclasses.replace(MARKED, steps=2)
     train(recipe(stage), tmp_path / "two", TWO)
     train(recipe(dataclasses.replace(stage, gradient_accumulation_steps=2)), tmp_path / "one")
@@ -296,7 +314,7 @@ def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"position_label_weight": -1.0}, "position_label_weight must be 0 or more"),
         ({"character_label_weight": -1.0}, "character_label_weight must be 0 or more"),
@@ -314,6 +332,6 @@ def test_two_processes_learn_marks_as_two_passes_of_one(tmp_path):
         ({"position_label_weight": 0.0}, "only position_label_weight has a head"),
     ],
 )
-def test_marks_that_cannot_be_are_refused(settings, told):
-    with pytest.raises(InputError, match=told):
+def test_invalid_label_settings_are_rejected(settings, message):
+    with pytest.raises(InputError, match=message):
         dataclasses.replace(MARKED, **settings)

@@ -1,4 +1,4 @@
-"""What a stage leaves: averaged weights, those of the best held-out loss; and what is measured while it trains."""
+"""Evaluation while a stage trains: held-out loss, early stopping, averaged weights, drawn answers; optimizer groups."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from convllava.training.eval_callbacks import AverageWeights, loss_weight
 from convllava.training.optim import layer_of, parameter_groups, train_only
 from convllava.training.recipe import Adapter, Data, Evaluation, Source
 
-MEASURED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))
+EVALUATED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))
 STOPPED = dataclasses.replace(
-    MEASURED,
+    EVALUATED,
     steps=30,
-    learning_rates={"projector": 2.0, "language_model": 0.3},  # far too much, so that the loss grows
+    learning_rates={"projector": 2.0, "language_model": 0.3},  # much too high, so that the loss grows
     schedule="constant",
     evaluation=Evaluation(every=1, samples=3, pictures=0, patience=2),
 )
-AVERAGED = dataclasses.replace(MEASURED, ema=0.9, learning_rates={"projector": 0.1, "language_model": 0.05})
+AVERAGED = dataclasses.replace(EVALUATED, ema=0.9, learning_rates={"projector": 0.1, "language_model": 0.05})
 
 
 def loss_on_held_out(plan, folder):
@@ -45,19 +45,19 @@ def loss_on_held_out(plan, folder):
         return model.eval()(**collate([dataset[index] for index in range(len(dataset))], 0)).loss.item()
 
 
-def test_evaluation_is_logged_and_drawn_and_changes_nothing(tmp_path):
-    engine.train(recipe(MEASURED), tmp_path / "measured")
-    engine.train(recipe(dataclasses.replace(MEASURED, evaluation=None)), tmp_path / "plain")
-    assert logged(tmp_path / "measured") == logged(tmp_path / "plain")
-    assert [line["step"] for line in log(tmp_path / "measured") if "eval_loss" in line] == [2, 4, 6]
-    events = EventAccumulator(str(tmp_path / "measured/tensorboard/0-chat"), size_guidance={"images": 0})
+def test_evaluation_is_logged_and_drawn_without_changing_the_training(tmp_path):
+    engine.train(recipe(EVALUATED), tmp_path / "evaluated")
+    engine.train(recipe(dataclasses.replace(EVALUATED, evaluation=None)), tmp_path / "plain")
+    assert logged(tmp_path / "evaluated") == logged(tmp_path / "plain")
+    assert [line["step"] for line in log(tmp_path / "evaluated") if "eval_loss" in line] == [2, 4, 6]
+    events = EventAccumulator(str(tmp_path / "evaluated/tensorboard/0-chat"), size_guidance={"images": 0})
     events.Reload()
     assert [event.step for event in events.Images("answers")] == [2, 4, 6]
-    assert events.Scalars("eval/loss")[-1].value == pytest.approx(logged(tmp_path / "measured", "eval_loss")[-1])
+    assert events.Scalars("eval/loss")[-1].value == pytest.approx(logged(tmp_path / "evaluated", "eval_loss")[-1])
 
 
-def test_the_loss_that_is_told_is_that_of_the_weights_that_are_left(tmp_path):
-    for stage in (MEASURED, AVERAGED):
+def test_logged_eval_loss_equals_that_of_the_saved_weights(tmp_path):
+    for stage in (EVALUATED, AVERAGED):
         stage = dataclasses.replace(stage, batch_size=4, evaluation=Evaluation(every=3, samples=4, pictures=0))
         folder = tmp_path / f"ema-{stage.ema}"
         last = engine.train(recipe(stage), folder)
@@ -65,15 +65,15 @@ def test_the_loss_that_is_told_is_that_of_the_weights_that_are_left(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(tmp_path, packing):
+def test_held_out_loss_is_the_mean_over_tokens_of_all_batches(tmp_path, packing):
     data = dataclasses.replace(DATA, turns=5)  # of unequal lengths
-    stage = dataclasses.replace(MEASURED, steps=2, packing=packing, data=data)
+    stage = dataclasses.replace(EVALUATED, steps=2, packing=packing, data=data)
     plan = recipe(dataclasses.replace(stage, evaluation=Evaluation(every=2, samples=3, pictures=0)))
     last = engine.train(plan, tmp_path)
     assert logged(tmp_path, "eval_loss") == [pytest.approx(loss_on_held_out(plan, last), abs=1e-5)]
 
 
-def test_a_batch_that_is_filled_up_counts_its_own_samples_only(parts):
+def test_loss_weight_leaves_out_samples_that_fill_up_a_batch(parts):
     dataset = ChatDataset(World(size=128, simple=True), parts[1], 3)
     items = [dataset[index] for index in range(3)]
     own = sum(int((item["labels"][1:] != IGNORE).sum()) for item in items[:2])
@@ -82,16 +82,16 @@ def test_a_batch_that_is_filled_up_counts_its_own_samples_only(parts):
         assert loss_weight(batch, 0) == 0
 
 
-def test_training_stops_where_the_loss_grows_and_leaves_the_best_weights(tmp_path):
+def test_early_stopping_keeps_the_best_weights(tmp_path):
     last = engine.train(recipe(STOPPED), tmp_path)
-    told = logged(tmp_path, "eval_loss")
-    best = told.index(min(told))
-    assert len(told) == best + 3 < STOPPED.steps
-    assert loss_on_held_out(recipe(STOPPED), last) == pytest.approx(min(told), rel=0.2)
-    assert loss_on_held_out(recipe(STOPPED), last) < told[-1]
+    losses = logged(tmp_path, "eval_loss")
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < STOPPED.steps
+    assert loss_on_held_out(recipe(STOPPED), last) == pytest.approx(min(losses), rel=0.2)
+    assert loss_on_held_out(recipe(STOPPED), last) < losses[-1]
 
 
-def test_the_average_is_that_of_all_steps():
+def test_averaged_weights_follow_the_formula():
     weight = torch.nn.Parameter(torch.zeros(1))
     average = AverageWeights(torch.nn.ParameterList([weight]), decay=0.5)
     expected = 0.0
@@ -110,7 +110,7 @@ DROPPING = dataclasses.replace(AVERAGED, adapter=Adapter(rank=2, dropout=0.3))
 
 
 @pytest.mark.parametrize("stage", [AVERAGED, STOPPED, DROPPING], ids=["average", "early stopping", "dropout"])
-def test_a_resumed_run_leaves_the_weights_of_an_uninterrupted_one(tmp_path, stage):
+def test_resumed_run_equals_uninterrupted(tmp_path, stage):
     plan, whole, parts = recipe(stage, save_every=1), tmp_path / "whole", tmp_path / "parts"
     plan = dataclasses.replace(plan, workers=1 if stage is DROPPING else 0)  # loaders with workers draw a seed
     engine.train(plan, whole)
@@ -123,7 +123,7 @@ def test_a_resumed_run_leaves_the_weights_of_an_uninterrupted_one(tmp_path, stag
     assert not changed(weights(whole / "0-chat"), weights(parts / "0-chat"))
 
 
-def test_a_run_that_stopped_early_and_lacks_only_its_folder_takes_no_more_steps(tmp_path):
+def test_stopped_run_without_its_folder_takes_no_more_steps(tmp_path):
     plan, whole, parts = recipe(STOPPED, save_every=1), tmp_path / "whole", tmp_path / "parts"
     engine.train(plan, whole)
     with killed_in(engine, "write_stage"):
@@ -133,14 +133,18 @@ def test_a_run_that_stopped_early_and_lacks_only_its_folder_takes_no_more_steps(
     assert not changed(weights(whole / "0-chat"), weights(parts / "0-chat"))
 
 
-def test_held_out_text_alone_is_measured_and_not_drawn(tmp_path):
+def test_held_out_text_is_evaluated_without_pictures(tmp_path):
     data = dataclasses.replace(DATA, images=False)
-    engine.train(recipe(dataclasses.replace(MEASURED, data=data, evaluation=Evaluation(every=6, samples=2))), tmp_path)
-    assert len(logged(tmp_path, "eval_loss")) == 1
+    plan = recipe(dataclasses.replace(EVALUATED, data=data, evaluation=Evaluation(every=6, samples=2)))
+    last = engine.train(plan, tmp_path)
+    assert logged(tmp_path, "eval_loss") == [pytest.approx(loss_on_held_out(plan, last), abs=1e-4)]
+    events = EventAccumulator(str(tmp_path / "tensorboard/0-chat"))
+    events.Reload()
+    assert events.Tags()["images"] == []
 
 
 @pytest.mark.parametrize(("texts", "drawn"), [(["what?", "what " * 480], 1), (["what " * 480], 0)])
-def test_a_question_that_leaves_no_room_for_an_answer_is_not_drawn(parts, monkeypatch, texts, drawn):
+def test_questions_without_room_for_an_answer_are_not_drawn(parts, monkeypatch, texts, drawn):
     sheets = []
     monkeypatch.setattr(eval_callbacks, "draw_answers", lambda answered: sheets.append(len(answered)) or picture(8, 8))
     content = [[{"type": "image", "image": picture(64, 64)}, {"type": "text", "text": text}] for text in texts]
@@ -151,7 +155,7 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_not_drawn(parts, monkey
     assert sheets == [1] * drawn
 
 
-def test_files_are_evaluated_on_other_files(tmp_path):
+def test_file_stages_are_evaluated_on_held_out_files(tmp_path):
     for name, count in (("train", 4), ("test", 2)):
         Image.new("RGB", (96, 64), "red").save(tmp_path / f"{name}.png")
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red"}]
@@ -159,15 +163,21 @@ def test_files_are_evaluated_on_other_files(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(records))
     held_out = Evaluation(every=2, samples=64, sources=[Source("test.json")], pictures=1)
     stage = dataclasses.replace(CHAT, data=Data(sources=[Source("train.json")]), evaluation=held_out)
-    engine.train(recipe(stage, data_root=str(tmp_path)), tmp_path / "run")
-    assert len(logged(tmp_path / "run", "eval_loss")) == 2
+    plan = recipe(stage, data_root=str(tmp_path))
+    last = engine.train(plan, tmp_path / "run")
+    losses = logged(tmp_path / "run", "eval_loss")
+    assert len(losses) == 2
+    assert losses[-1] == pytest.approx(loss_on_held_out(plan, last), abs=1e-4)
     with pytest.raises(InputError, match=r"give evaluation.sources if the stage has data.sources"):
         dataclasses.replace(stage, data=DATA)
 
 
-def test_a_dense_stage_is_evaluated_too(tmp_path):
-    engine.train(recipe(dataclasses.replace(DENSE, evaluation=Evaluation(every=3, samples=2))), tmp_path)
-    assert len(logged(tmp_path, "eval_loss")) == 1
+def test_dense_stages_are_evaluated(tmp_path):
+    stage = dataclasses.replace(DENSE, steps=24, evaluation=Evaluation(every=8, samples=2))
+    engine.train(recipe(stage), tmp_path)
+    losses = logged(tmp_path, "eval_loss")
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(
@@ -182,11 +192,11 @@ def test_a_dense_stage_is_evaluated_too(tmp_path):
         ("model.vision_tower.encoder.stages.2.downsampling_layer.0.weight", -1),
     ],
 )
-def test_the_last_norm_of_any_family_learns_as_the_last_layer(name, layer):
+def test_last_norm_belongs_to_the_last_layer_in_all_families(name, layer):
     assert layer_of(name, 6) == layer
 
 
-def test_lower_layers_learn_more_slowly(parts):
+def test_layer_decay_lowers_the_rates_of_lower_layers(parts):
     model, _ = parts
     stage = dataclasses.replace(
         CHAT,

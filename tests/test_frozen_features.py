@@ -62,7 +62,7 @@ def encoded(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("stages", range(6))
-def test_a_tower_goes_on_from_any_stage_with_the_same_numbers(stages):
+def test_tower_from_stage_features_equals_whole_tower(stages):
     tower = fresh()[0].model.vision_tower
     images = [torch.randn(3, *size) for size in ((64, 128), (128, 64))]
     whole = tower(images)
@@ -75,7 +75,7 @@ def test_a_tower_goes_on_from_any_stage_with_the_same_numbers(stages):
 
 
 @pytest.mark.parametrize(("trains", "frozen"), [(PROJECTOR, 4), (INSTRUCT, 5)])
-def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trains, frozen):
+def test_cached_run_equals_uncached(folder, encoded, trains, frozen):
     settings = {"learning_rates": trains, "batch_size": 1, "steps": 8}
     for name, gb, images in (("without", 0.0, 7), ("first", 1.0, 5), ("second", 1.0, 0)):
         encoded.clear()
@@ -84,14 +84,14 @@ def test_a_run_with_features_that_are_kept_is_that_without(folder, encoded, trai
         assert encoded == [frozen] * images
 
 
-def test_in_bfloat16_the_frozen_stages_run_in_it_too(folder):
+def test_cached_bfloat16_run_equals_uncached(folder):
     settings = {"learning_rates": PROJECTOR, "precision": "bfloat16", "batch_size": 1, "steps": 8}
     for name, gb in (("without", 0.0), ("with", 1.0)):
         engine.train(recipe(folder, gb, **settings), folder / name)
     assert logged(folder / "with") == logged(folder / "without")
 
 
-def test_packed_passes_of_a_budget_adapters_and_evaluation_go_with_it(folder, encoded):
+def test_cache_works_with_packing_budget_adapter_and_evaluation(folder, encoded):
     held_out = Evaluation(every=3, samples=6, sources=[Source("data.json")], pictures=1)
     adapter = Adapter(rank=2, parts=["language_model"])
     settings = {"packing": True, "budget": Budget(tokens=60), "evaluation": held_out, "adapter": adapter}
@@ -103,7 +103,7 @@ def test_packed_passes_of_a_budget_adapters_and_evaluation_go_with_it(folder, en
         assert logged(folder / "with", key) == pytest.approx(logged(folder / "without", key), abs=1e-6)
 
 
-def test_other_weights_have_other_features(folder, encoded):
+def test_other_weights_get_another_cache(folder, encoded):
     engine.train(recipe(folder), folder / "one")
     engine.train(dataclasses.replace(recipe(folder), seed=1), folder / "two")
     assert len(encoded) == 10
@@ -111,7 +111,7 @@ def test_other_weights_have_other_features(folder, encoded):
 
 
 @pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}])
-def test_the_same_weights_with_other_settings_have_other_features(folder, encoded, change):
+def test_other_tower_settings_get_another_cache(folder, encoded, change):
     first = recipe(folder)
     second = dataclasses.replace(first, model=dataclasses.replace(first.model, vision=first.model.vision | change))
     engine.train(first, folder / "one")
@@ -119,7 +119,7 @@ def test_the_same_weights_with_other_settings_have_other_features(folder, encode
     assert len(encoded) == 10
 
 
-def test_what_has_no_room_is_computed_again(folder, encoded):
+def test_full_cache_computes_the_rest_again(folder, encoded):
     engine.train(recipe(folder, gb=1000 / 1e9), folder / "little")
     kept = list((folder / ".cache" / "features").rglob("*.safetensors"))
     assert 1 <= len(kept) < 5
@@ -129,7 +129,7 @@ def test_what_has_no_room_is_computed_again(folder, encoded):
     assert logged(folder / "little") == pytest.approx(logged(folder / "without"), abs=1e-6)
 
 
-def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path, monkeypatch, capsys):
+def test_damaged_file_is_ignored_and_full_disk_only_warns(tmp_path, monkeypatch, capsys):
     store, features = FeatureStore(tmp_path, 1e9), torch.randn(2, 3, 4)
     name = feature_name(torch.zeros(3, 64, 64))
     store.write(name, features)
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_computed_again_and_a_full_disk_stops_no_run(tmp_path,
     assert store.room == 0
 
 
-def test_runs_that_keep_the_same_features_at_the_same_time_do_not_meet(tmp_path, monkeypatch):
+def test_concurrent_writes_of_the_same_features_both_succeed(tmp_path, monkeypatch):
     one, two = FeatureStore(tmp_path, 1e9), FeatureStore(tmp_path, 1e9)
 
     def while_the_other_does(tensors, path):
@@ -164,13 +164,13 @@ def test_runs_that_keep_the_same_features_at_the_same_time_do_not_meet(tmp_path,
     assert len(list((tmp_path / "ab").iterdir())) == 1
 
 
-def test_names_are_of_pixels_and_of_their_shape():
+def test_feature_names_depend_on_pixels_and_shape():
     image = torch.arange(3 * 64 * 128.0).view(3, 64, 128)
     assert feature_name(image) == feature_name(image.clone()) != feature_name(image.view(3, 128, 64))
     assert feature_name(image) != feature_name(image + 1)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(folder):
+def test_resumed_cached_run_equals_uninterrupted(folder):
     whole = dataclasses.replace(recipe(folder, learning_rates=PROJECTOR), save_every=2)
     engine.train(whole, folder / "whole")
     for path in (folder / ".cache" / "features").rglob("*.safetensors"):
@@ -182,7 +182,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder):
     assert logged(folder / "parts") == logged(folder / "whole")
 
 
-def test_two_processes_keep_the_features_of_one(folder):
+def test_two_processes_cache_the_features_of_one(folder):
     plan = dataclasses.replace(recipe(folder, learning_rates=PROJECTOR), workers=1)
     for name, program in (("two", TWO), ("one", ONE)):
         train(plan, folder / name, program)
@@ -191,7 +191,7 @@ def test_two_processes_keep_the_features_of_one(folder):
     assert sorted(path.suffix for path in files) == [".safetensors"] * 5
 
 
-def test_stages_before_the_first_that_trains_are_frozen(folder):
+def test_stages_before_the_first_trained_stage_are_frozen(folder):
     stage = recipe(folder).stages[0]
     frozen = [
         count_frozen_stages(dataclasses.replace(stage, learning_rates=trains), 5) for trains in (PROJECTOR, INSTRUCT)
@@ -208,11 +208,11 @@ def test_stages_before_the_first_that_trains_are_frozen(folder):
         ({"feature_cache_gb": -1.0}, "feature_cache_gb must be 0 or more"),
     ],
 )
-def test_what_keeps_nothing_is_refused(folder, change, message):
+def test_invalid_cache_settings_are_rejected(folder, change, message):
     with pytest.raises(InputError, match=message):
         recipe(folder, **change)
 
 
-def test_a_shared_tower_keeps_no_features(folder):
+def test_cache_is_rejected_with_a_sharded_tower(folder):
     with pytest.raises(InputError, match="feature_cache_gb needs a whole model in each process"):
         check_sharding(dataclasses.replace(recipe(folder), sharding="fsdp"), 2)

@@ -1,4 +1,4 @@
-"""Adapters: what trains, what their folders hold, and that a merged one is the same model."""
+"""LoRA adapters: the parts that train, the files of their folders, and merging."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def logits(model, processor):
         return model(**inputs).logits
 
 
-def test_the_folder_has_the_adapter_alone_and_loads_as_the_whole_model(run):
+def test_adapter_folder_holds_only_the_adapter_and_loads_the_whole_model(run):
     folder = run / "1-lora"
     assert (folder / "adapter_model.safetensors").stat().st_size < (run / "0-chat/model.safetensors").stat().st_size
     assert not (folder / "model.safetensors").exists()
@@ -57,7 +57,7 @@ def test_the_folder_has_the_adapter_alone_and_loads_as_the_whole_model(run):
     assert trained == {"stage4", "stage5", "projector", "language_model"}
 
 
-def test_merged_has_the_logits_of_the_adapter(run, tmp_path):
+def test_merged_logits_equal_adapter(run, tmp_path):
     base, processor = checkpoints.read(run / "0-chat")
     untouched = logits(base.eval(), processor)
     beside = logits(apply(base, run / "1-lora", merge=False), processor)
@@ -67,7 +67,7 @@ def test_merged_has_the_logits_of_the_adapter(run, tmp_path):
     assert (merged - untouched).abs().max() > 0.01
 
 
-def test_a_run_may_move_and_a_lost_base_is_named(run, tmp_path):
+def test_moved_runs_load_and_a_lost_base_is_named(run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     assert base_of(moved / "1-lora") == str((moved / "0-chat").resolve())
@@ -78,26 +78,29 @@ def test_a_run_may_move_and_a_lost_base_is_named(run, tmp_path):
     assert checkpoints.read(tmp_path / "merged")[0].dtype == torch.float32
 
 
-def test_a_run_behind_a_symbolic_link_finds_its_base(tmp_path):
+def test_adapter_behind_a_symbolic_link_finds_its_base(tmp_path):
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far/away")
-    assert checkpoints.read(engine.train(recipe(replaced(steps=1)), tmp_path / "link/run"))[0].num_parameters()
+    last = engine.train(recipe(replaced(steps=1)), tmp_path / "link/run")
+    assert base_of(last) == str(tmp_path / "far/away/run/base")
+    assert not changed(weights(last), weights(tmp_path / "far/away/run" / last.name))
+    assert changed(weights(last), weights(tmp_path / "far/away/run/base"))
 
 
-def test_a_folder_called_like_a_shipped_model_does_not_take_its_place(tmp_path, monkeypatch):
+def test_bundled_model_wins_over_a_folder_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
     assert engine.base_folder(engine.Recipe("fine", [STAGE], ModelSpec(checkpoint="tiny")), 0, tmp_path) == "tiny"
 
 
-def test_four_bits_after_an_adapter_are_refused_before_anything_trains(tmp_path):
+def test_four_bit_after_an_adapter_is_rejected_before_training(tmp_path):
     four = replaced(adapter=Adapter(four_bit=True), learning_rates={"language_model": 1e-2}, name="four")
     with pytest.raises(InputError, match="four_bit cannot follow an adapter"):
         engine.train(recipe(STAGE, four), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_next_stage_trains_what_the_adapter_has_made(run, tmp_path):
+def test_next_stage_starts_from_the_merged_adapter(run, tmp_path):
     plan = recipe(STAGE, CHAT)
     last = engine.train(plan, tmp_path)
     assert (tmp_path / "base/model.safetensors").exists()
@@ -105,7 +108,7 @@ def test_the_next_stage_trains_what_the_adapter_has_made(run, tmp_path):
     assert trained.isdisjoint(("stem", "stage4"))
 
 
-def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path):
+def test_resumed_adapter_equals_uninterrupted(tmp_path):
     plan = recipe(replaced(adapter=Adapter(rank=4, dropout=0.1, parts=BOTH.parts)), save_every=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     engine.train(plan, whole)
@@ -116,7 +119,7 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path):
     assert not changed(weights(whole / "0-lora"), weights(parts / "0-lora"))
 
 
-def test_the_shipped_model_is_named_as_a_base_and_not_copied(tmp_path):
+def test_bundled_model_is_the_base_by_name(tmp_path):
     stage = replaced(steps=1, learning_rates={"projector": 1e-3, "language_model": 1e-3}, adapter=Adapter(rank=2))
     plan = engine.Recipe("fine", [stage], ModelSpec(checkpoint="tiny"), workers=0)
     engine.train(plan, tmp_path)
@@ -125,7 +128,7 @@ def test_the_shipped_model_is_named_as_a_base_and_not_copied(tmp_path):
     assert checkpoints.read(tmp_path / "0-lora")[0].num_parameters() > 1e6
 
 
-def test_an_adapter_of_a_model_in_four_bits_merges_into_the_whole_one(tmp_path):
+def test_four_bit_adapter_merges_into_the_whole_model(tmp_path):
     stage = replaced(adapter=Adapter(rank=4, four_bit=True), learning_rates={"stage5": 1e-2, "language_model": 1e-2})
     last = engine.train(recipe(CHAT, stage), tmp_path)
     trained = {part_of(name) for name in changed(weights(tmp_path / "0-chat"), weights(last))}
@@ -141,7 +144,7 @@ def test_an_adapter_of_a_model_in_four_bits_merges_into_the_whole_one(tmp_path):
         ({"adapter": Adapter(parts=["stage4"])}, "parts must have language_model, or learning_rates must not"),
     ],
 )
-def test_bad_adapters_are_refused_before_anything_is_written(tmp_path, changes, message):
+def test_invalid_adapters_are_rejected_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         engine.train(recipe(replaced(**changes)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -150,7 +153,7 @@ def test_bad_adapters_are_refused_before_anything_is_written(tmp_path, changes, 
 @pytest.mark.parametrize(
     ("name", "content"), [("adapter_model.safetensors", b"{" * 200), ("adapter_model.bin", b"")], ids=["cut", "empty"]
 )
-def test_a_damaged_adapter_is_one_line(run, tmp_path, name, content):
+def test_damaged_adapters_give_a_one_line_error(run, tmp_path, name, content):
     shutil.copytree(run / "1-lora", tmp_path / "lora")
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     (tmp_path / "lora" / name).write_bytes(content)
@@ -159,7 +162,7 @@ def test_a_damaged_adapter_is_one_line(run, tmp_path, name, content):
     assert "\n" not in str(refusal.value)
 
 
-def test_an_adapter_is_not_converted_and_a_whole_model_not_merged(run, tmp_path):
+def test_convert_rejects_adapters_and_merge_whole_models(run, tmp_path):
     with pytest.raises(InputError, match="is an adapter; write it and its base"):
         checkpoints.convert(run / "1-lora", tmp_path / "new")
     with pytest.raises(InputError, match="is no folder of an adapter"):

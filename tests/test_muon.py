@@ -16,7 +16,7 @@ from convllava.training.muon import Muon, orthogonalise, owners_of
 
 @settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
-def test_singular_values_come_near_one(rows, columns, seed):
+def test_orthogonalised_singular_values_are_near_one(rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     before = torch.linalg.svdvals(matrix / matrix.norm())
     after = torch.linalg.svdvals(orthogonalise(matrix))
@@ -47,7 +47,7 @@ def groups_of(model: nn.Module, muon: bool) -> list[dict]:
     ]
 
 
-def test_what_is_not_for_muon_takes_the_steps_of_adamw():
+def test_other_groups_take_the_steps_of_torch_adamw():
     ours, theirs = network(), network()
     steps(ours, Muon(groups_of(ours, False), betas=(0.9, 0.98)), 10)
     steps(theirs, torch.optim.AdamW(groups_of(theirs, False), betas=(0.9, 0.98)), 10)
@@ -55,13 +55,13 @@ def test_what_is_not_for_muon_takes_the_steps_of_adamw():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_orthogonal_steps_learn():
+def test_orthogonal_steps_reduce_the_loss():
     model = network()
     losses = steps(model, Muon(groups_of(model, True)), 200)
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_its_state_continues_where_it_was_saved():
+def test_loaded_state_continues_exactly():
     model = network()
     optimizer = Muon(groups_of(model, True))
     steps(model, optimizer, 5)
@@ -85,7 +85,7 @@ def trained() -> nn.Module:
     return model
 
 
-def test_two_processes_share_the_work_and_take_the_steps_of_one(tmp_path, monkeypatch):
+def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     mp.spawn(train_together, (str(tmp_path),), nprocs=2)
     alone = trained().state_dict()
@@ -95,7 +95,7 @@ def test_two_processes_share_the_work_and_take_the_steps_of_one(tmp_path, monkey
             torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
 
 
-def test_the_dearest_matrices_are_spread_first():
+def test_expensive_matrices_are_spread_over_processes():
     shapes = [(2, 2), (8, 8), (8, 4), (8, 6), (3, 2)]
     owners = owners_of([torch.empty(shape) for shape in shapes], 2)
     assert owners[1] != owners[3]
@@ -103,7 +103,7 @@ def test_the_dearest_matrices_are_spread_first():
     assert max(costs) - min(costs) <= max(max(s) * min(s) ** 2 for s in shapes)
 
 
-def test_in_bfloat16_steps_point_the_same_way():
+def test_bfloat16_steps_have_the_direction_of_float32():
     matrix = torch.randn(48, 96)
     full, low = orthogonalise(matrix), orthogonalise(matrix, torch.bfloat16)
     assert low.dtype == torch.float32

@@ -25,7 +25,7 @@ from convllava.training.objectives.alignment import Alignment, class_tokens
 from convllava.training.objectives.losses import answer_loss, answer_weights, prompt_labels, prompt_loss
 
 
-def test_label_maps_lie_where_things_lie():
+def test_label_maps_cover_the_boxes_of_the_page():
     glyphs = (Glyph("A", (0, 0, 16, 16)), Glyph("i", (33, 40, 36, 56)))
     things = (Thing("star", "red", (64, 0, 128, 32)),)
     sample = Sample(0, "sheet", World(size=128, simple=True).sample(0).image.resize((128, 64)), "", (), glyphs, things)
@@ -45,7 +45,7 @@ def labelled_page() -> Sample:
     return Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ())
 
 
-def test_spelling_tells_what_each_character_follows_and_where_words_end():
+def test_spelling_labels_hold_two_previous_characters_and_word_ends():
     printed = printed_words(labelled_page())
     assert ["".join(glyph.char for glyph in word) for word in printed] == ["ab", "c", "d"]
     found = spelling_labels(printed, unchanged(Size(64, 64), stride=32), 32)
@@ -57,7 +57,7 @@ def test_spelling_tells_what_each_character_follows_and_where_words_end():
     ]
 
 
-def test_cells_are_named_by_the_words_that_the_tokenizer_knows():
+def test_word_labels_are_the_words_of_one_token():
     _, processor = engine.start(recipe(ALIGN))
     glyphs = tuple(Glyph(char, (2 + 9 * i, 2, 10 + 9 * i, 12)) for i, char in enumerate("Total:"))
     printed = printed_words(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()))
@@ -69,13 +69,13 @@ def test_cells_are_named_by_the_words_that_the_tokenizer_knows():
     )
 
 
-def test_boxes_are_told_from_the_centre_of_each_cell():
+def test_box_labels_are_distances_from_the_cell_centre():
     found = box_labels([(8, 0, 40, 32), (48, 48, 64, 64)], unchanged(Size(64, 64), stride=32), 32)
     expected = [[0, -0.25, -0.5, 0.75, 0.5], [3, 0.0, 0.0, 0.5, 0.5]]
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
-def test_dense_items_fit_the_grids():
+def test_dense_items_have_the_size_of_the_grids():
     _, processor = engine.start(recipe(DENSE))
     for index in range(3):
         item = DenseDataset(World(size=128, simple=True), processor, 3, sheets=0.5)[index]
@@ -84,7 +84,7 @@ def test_dense_items_fit_the_grids():
         assert item["shape"].shape == item["colour"].shape == (height // 32, width // 32)
 
 
-def test_visual_tokens_are_asked_for_all_words_of_their_cell_alike():
+def test_alignment_gives_all_names_of_a_cell_the_same_share():
     model, processor = engine.start(recipe(ALIGN))
     alignment = Alignment(model, class_tokens(processor.tokenizer))
     circle, red, x, total = (processor.tokenizer(text).input_ids[0] for text in (" circle", " red", "x", " total"))
@@ -103,7 +103,7 @@ def test_visual_tokens_are_asked_for_all_words_of_their_cell_alike():
     assert alignment._naming_loss(tokens, 0 * bags) == 0
 
 
-def test_balance_weighs_answers_by_their_length():
+def test_length_weighting_1_gives_answers_the_same_weight_and_0_tokens():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 6, 5), torch.full((2, 6), IGNORE)
     labels[0, 1:3], labels[0, 4], labels[1, 2:] = torch.tensor([1, 2]), 3, torch.tensor([0, 1, 2, 3])
@@ -113,7 +113,7 @@ def test_balance_weighs_answers_by_their_length():
     torch.testing.assert_close(answer_loss(logits, labels, answer_weights(labels, 0.0)), each.sum() / 7)
 
 
-def test_calibration_gives_tokens_mean_zero_and_one_size():
+def test_calibrated_tokens_have_mean_zero_and_unit_size():
     model, processor = engine.start(recipe(CHAT))
     world = World(size=128, simple=True)
     dataset = ChatDataset(world, processor, 4)
@@ -126,7 +126,7 @@ def test_calibration_gives_tokens_mean_zero_and_one_size():
     torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(1.0), atol=1e-3, rtol=0)
 
 
-def test_what_is_asked_is_all_text_but_answers_images_padding_and_beginnings():
+def test_prompt_labels_leave_out_answers_images_padding_and_first_tokens():
     ids = torch.tensor([[1, 9, 9, 4, 5, 6, 0], [1, 9, 7, 8, 5, 0, 0]])
     answers = torch.full_like(ids, -100)
     answers[:, 4] = 5
@@ -137,7 +137,7 @@ def test_what_is_asked_is_all_text_but_answers_images_padding_and_beginnings():
     assert packed.tolist() == [[-100, -100, -100, -100, -100, 6, 0]]
 
 
-def test_the_loss_of_what_is_asked_is_a_mean_over_it_and_nothing_where_nothing_is():
+def test_prompt_loss_is_a_mean_over_prompts_and_zero_without_any():
     logits, asked = torch.randn(2, 4, 7), torch.full((2, 4), -100)
     assert prompt_loss(logits, asked).item() == 0.0
     asked[0, 0] = 5  # nothing foretells the first
