@@ -18,6 +18,7 @@ from training_runs import SMALLEST
 from convllava.data.formats import Records, open_records
 from convllava.training.datasets import make_dataset
 from convllava.training.recipe import Data, Recipe, Source, Stage
+from convllava.training.stage import StageRun
 
 SHAPES = {"a.png": (70, 130), "b.png": (64, 64), "c.png": (150, 90)}
 TALKS: list[tuple[list[str], list[tuple[str, str]]]] = [
@@ -142,12 +143,12 @@ def open_one(path: Path) -> Records:
 
 
 def items_of(plan: Recipe, count: int = 5) -> list[dict[str, torch.Tensor]]:
-    dataset = make_dataset(plan, 0, fresh()[1])
+    dataset = make_dataset(StageRun(plan, 0, fresh()[1]))
     return [dataset[index] for index in range(count)]
 
 
 def in_file_order(plan: Recipe) -> list[dict[str, torch.Tensor]]:
-    dataset: Any = make_dataset(plan, 0, fresh()[1])
+    dataset: Any = make_dataset(StageRun(plan, 0, fresh()[1]))
     return [dataset.item(dataset.sample(0, number)) for number in range(len(dataset.mixture.sources[0].records))]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from convllava.training import train as engine
-from convllava.training.check_data_report import FindingsLog
+from convllava.training.check_data import FindingsLog
 
 
 class KilledError(Exception):

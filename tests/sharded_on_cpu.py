@@ -1,4 +1,4 @@
-"""The command line with FSDP2 on processors, where accelerate shares models among accelerators only.
+"""The command line with FSDP2 on CPUs. By itself, accelerate shards models only on accelerators.
 
 torchrun --nproc-per-node 2 tests/sharded_on_cpu.py train RECIPE --output DIR
 """
@@ -16,7 +16,7 @@ begin = AcceleratorState.__init__
 
 
 def begin_sharded(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-    """As on accelerators; the state is one, however often it is begun."""
+    """Use FSDP as on accelerators. The state is shared by all instances."""
     begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if plugin := fsdp_plugin or vars(self).get("fsdp_plugin"):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin

@@ -191,7 +191,7 @@ def with_heads(layers: int, separator: bool, character_labels: bool = False) -> 
     plan = recipe(MARKED)
     language = {**plan.model.language, "num_hidden_layers": layers}
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, language=language, row_separator=separator))
-    model, processor = engine.start(plan)
+    model, processor = engine.initial_model(plan)
     enable_attention_supervision(model)
     attach_heads(model, character_labels=character_labels)
     return model, processor

@@ -1,4 +1,4 @@
-"""What is said about data before they train: every problem with its row, and pictures of what the model will see."""
+"""Checks of data before training report every problem with its row; previews show what the model will see."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from convllava.model.tokenizer import build_tokenizer
 from convllava.training import check_data
 from convllava.training.check_data import check, verdict
 from convllava.training.datasets import mixture_sources
-from convllava.training.initialise import processor_of, start
+from convllava.training.initialise import initial_model, initial_processor
 from convllava.training.preview import preview
 from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage
 
@@ -65,7 +65,7 @@ RECORDS: list[tuple[str | None, Any]] = [
     ("cut", {"conversations": turns("hi", "red " * 90)}),
     (None, {"conversations": turns("what is the total?", "red")}),
 ]
-"""Each with the problem that it has."""
+"""Records, each with its problem."""
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def report(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "report.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_problem_is_found_with_its_row(folder):
+def test_every_problem_is_reported_with_its_row(folder):
     summary = check(recipe(folder), folder / "out", workers=0)
     expected = [(n, f"s{n}", problem) for n, (problem, _) in enumerate(RECORDS) if problem is not None]
     found = report(folder / "out")
@@ -117,7 +117,7 @@ def test_every_problem_is_found_with_its_row(folder):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["report.jsonl", "sizes.png", "summary.json"]
 
 
-def test_a_check_skips_what_training_skips_and_counts_its_tokens(folder):
+def test_check_and_training_skip_the_same_samples_and_count_the_same_tokens(folder):
     plan = recipe(folder)
     processor = fresh()[1]
     (source,) = mixture_sources(plan, plan.stages[0].data.sources)
@@ -150,14 +150,14 @@ def test_a_processor_without_pixels_writes_the_same_text(folder, mode):
     assert real["pixel_values"].shape[-1] > 1
 
 
-def test_two_workers_find_what_none_finds(folder, monkeypatch):
+def test_two_workers_report_the_same_as_one_process(folder, monkeypatch):
     monkeypatch.setattr(looking, "_CHUNK", 2)
     alone, two = (check(recipe(folder), folder / f"out{workers}", workers) for workers in (0, 2))
     assert alone == two
     assert report(folder / "out0") == report(folder / "out2")
 
 
-def test_a_check_that_was_killed_goes_on(folder, monkeypatch):
+def test_a_killed_check_continues(folder, monkeypatch):
     monkeypatch.setattr(looking, "_CHUNK", 2)
     whole = check(recipe(folder), folder / "whole", 0)
     with killed_after_findings(5):
@@ -179,7 +179,7 @@ def test_data_repaired_after_a_kill_are_checked_again(folder, monkeypatch):
     assert report(folder / "out") == []
 
 
-def test_what_was_found_of_another_recipe_is_not_taken(folder):
+def test_findings_of_another_recipe_are_not_used(folder):
     (folder / "out").mkdir()
     notes = '0123\n[0, 0, "s0", 0, 0, [], "cut", "never"]\n'
     (folder / "out" / ".checked.jsonl").write_text(notes)
@@ -218,7 +218,7 @@ def test_files_of_an_evaluation_are_checked_too(folder):
 
 
 def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
-    """The command line in this process: exit code, stdout, stderr without the progress bar."""
+    """Run a command in this process; return exit code, stdout, and stderr without the progress bar."""
     monkeypatch.setattr(sys, "argv", ["convllava", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -226,7 +226,7 @@ def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out, err.rpartition("convllava: ")[2]
 
 
-def test_the_command_ends_well_with_bad_samples_and_in_two_with_too_many(folder, capsys, monkeypatch):
+def test_command_fails_only_if_too_many_samples_are_bad(folder, capsys, monkeypatch):
     path = folder / "recipe.yaml"
     path.write_text(recipe(folder).dump())
     options = ("--workers", 0, "--output", folder / "out")
@@ -241,20 +241,20 @@ def test_the_command_ends_well_with_bad_samples_and_in_two_with_too_many(folder,
     write(folder, [RECORDS[2][1]])
     code, _, err = run(capsys, monkeypatch, "data", "check", path, *options)
     assert code == 2
-    assert err == "stage files: none of its 1 samples can be used; report.jsonl says why\n"
+    assert err == "stage files: none of its 1 samples can be used; report.jsonl lists the reasons\n"
 
 
-def test_a_source_that_is_damaged_as_a_whole_ends_a_check_before_it_writes(folder):
+def test_a_damaged_source_is_rejected_before_anything_is_written(folder):
     (folder / "data.tar").write_bytes(b"no tar")
     with pytest.raises(InputError, match=r"data\.tar is not a complete, uncompressed tar file"):
         check(recipe(folder, Source("data.tar")), folder / "out", 0)
     assert not (folder / "out").exists()
     pages = dataclasses.replace(recipe(folder), stages=[Stage("pages", 1, {"projector": 1e-3})])
-    with pytest.raises(InputError, match="files learns from generated pages alone; there is no file to check"):
+    with pytest.raises(InputError, match="files trains on generated pages only; there is no file to check"):
         check(pages, folder / "out", 0)
 
 
-def test_a_damaged_member_of_a_tar_is_told_by_its_key(folder):
+def test_a_damaged_member_of_a_tar_is_reported_by_its_key(folder):
     with tarfile.open(folder / "data.tar", "w") as archive:
         for name, content in (("0.json", b"{"), ("1.json", json.dumps(RECORDS[-1][1]).encode())):
             member = tarfile.TarInfo(name)
@@ -266,16 +266,18 @@ def test_a_damaged_member_of_a_tar_is_told_by_its_key(folder):
     assert "0.json is not json" in line["detail"]
 
 
-def test_the_processor_of_a_recipe_is_that_of_its_model(folder):
+def test_initial_processor_equals_that_of_the_initial_model(folder):
     for model in (recipe(folder).model, ModelSpec(checkpoint=str(SHIPPED / "tiny")), assembled(folder)):
         plan = dataclasses.replace(recipe(folder), model=model)
-        one, other = (supervised_item(processor, "red") for processor in (processor_of(plan), start(plan)[1]))
+        one, other = (
+            supervised_item(processor, "red") for processor in (initial_processor(plan), initial_model(plan)[1])
+        )
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def assembled(folder: Path) -> ModelSpec:
-    """Pretrained parts, tiny and random."""
+    """Write small random parts in the format of pretrained ones."""
     tower = ConvNextConfig(depths=[1] * 4, hidden_sizes=[8] * 4)
     ConvNextForImageClassification(tower).save_pretrained(folder / "vision")
     tokenizer = build_tokenizer(["what"])
@@ -285,7 +287,7 @@ def assembled(folder: Path) -> ModelSpec:
     return ModelSpec(vision_from=str(folder / "vision"), language_from=str(folder / "language"))
 
 
-def test_pixels_become_the_picture_they_were(parts):
+def test_picture_of_pixels_equals_the_resized_image(parts):
     processor = parts[1].image_processor
     image = picture(70, 130)
     placement = processor.placement(Size(70, 130))
@@ -302,7 +304,7 @@ def supervised_item(processor: ConvLlavaProcessor, answer: str) -> dict[str, Any
     return encode(processor, messages)
 
 
-def test_a_sheet_marks_the_text_that_is_supervised(parts):
+def test_a_sheet_marks_supervised_text(parts):
     item = supervised_item(parts[1], "red")
     sample = sheet_sample(item, parts[1], 64, 3)
     supervised, visual = (
@@ -321,7 +323,7 @@ def has_colour(image: Image.Image, colour: tuple[int, int, int]) -> bool:
     return bool((np.asarray(image) == colour).all(axis=-1).any())
 
 
-def test_long_text_is_shortened_and_long_words_are_broken(parts):
+def test_long_text_is_shortened_and_long_words_are_split(parts):
     short, long = (
         draw_sheet([sheet_sample(supervised_item(parts[1], text), parts[1], 64, 0)]) for text in ("a", "a" * 3000)
     )
@@ -343,15 +345,15 @@ def test_a_preview_draws_files_and_generated_pages(folder, pages, capsys, monkey
 
 
 @pytest.mark.parametrize("objective", ["dense", "align"])
-def test_a_preview_draws_pages_for_labels_of_cells(folder, objective):
+def test_a_preview_draws_pages_with_dense_labels(folder, objective):
     stage = {"data": Data(size=128, simple=True), "steps": 1, "epochs": None, "objective": objective}
     preview(recipe(folder, **stage), None, 2, folder / "preview.png")
     assert Image.open(folder / "preview.png").width > 460
 
 
-def test_a_preview_that_cannot_be_is_refused_in_one_line(folder):
+def test_impossible_previews_are_rejected_in_one_line(folder):
     plan = recipe(folder)
-    with pytest.raises(InputError, match="files has no stage 'instruct'; choose one of files"):
+    with pytest.raises(InputError, match="files has no `stage` 'instruct'; choose one of files"):
         preview(plan, "instruct", 1, folder / "a.png")
     for name in ("a.txt", "a.psd"):
         with pytest.raises(InputError, match="give the name of a picture"):
@@ -362,7 +364,7 @@ def test_a_preview_that_cannot_be_is_refused_in_one_line(folder):
         preview(plan, None, 1, folder / "none" / "a.png")
 
 
-def test_a_part_of_nothing_wrong_has_no_verdict(folder):
+def test_good_data_have_no_verdict(folder):
     write(folder, [RECORDS[0][1]])
     summary = check(recipe(folder), folder / "out", 0)
     assert verdict(summary) is None

@@ -18,7 +18,7 @@ from convllava.training import train as engine
 
 
 def test_labels_are_exactly_the_answers_and_their_ends():
-    _, processor = engine.start(recipe(CHAT))
+    _, processor = engine.initial_model(recipe(CHAT))
     world = World(size=128, simple=True, turns=3)
     dataset = ChatDataset(world, processor, 4, captions=1.0)
     messages = dataset.messages(world.sample(0), dataset.turns(world.sample(0)))
@@ -31,14 +31,14 @@ def test_labels_are_exactly_the_answers_and_their_ends():
 
 
 def test_a_template_without_answer_marks_is_rejected():
-    _, processor = engine.start(recipe(CHAT))
+    _, processor = engine.initial_model(recipe(CHAT))
     processor.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
     with pytest.raises(InputError, match="marks no assistant text"):
         encode(processor, [{"role": "user", "content": [{"type": "text", "text": "a"}]}])
 
 
 def test_batched_loss_equals_the_mean_over_all_supervised_tokens():
-    model, processor = engine.start(recipe(CHAT))
+    model, processor = engine.initial_model(recipe(CHAT))
     dataset = ChatDataset(World(size=128, simple=True), processor, 3, captions=0.5)
     items = [dataset[index] for index in range(3)]
     batch = model(**collate(items, processor.tokenizer.pad_token_id)).loss

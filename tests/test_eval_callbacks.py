@@ -26,6 +26,7 @@ from convllava.training.datasets import make_held_out
 from convllava.training.eval_callbacks import AverageWeights, loss_weight
 from convllava.training.optim import layer_of, parameter_groups, train_only
 from convllava.training.recipe import Adapter, Data, Evaluation, Source
+from convllava.training.stage import StageRun
 
 EVALUATED = dataclasses.replace(CHAT, steps=6, evaluation=Evaluation(every=2, samples=3, pictures=2))
 STOPPED = dataclasses.replace(
@@ -40,7 +41,7 @@ AVERAGED = dataclasses.replace(EVALUATED, ema=0.9, learning_rates={"projector": 
 
 def loss_on_held_out(plan, folder):
     model, processor = read(folder)
-    dataset = make_held_out(plan, 0, processor)
+    dataset = make_held_out(StageRun(plan, 0, processor))
     with torch.no_grad():
         return model.eval()(**collate([dataset[index] for index in range(len(dataset))], 0)).loss.item()
 

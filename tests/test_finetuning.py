@@ -1,4 +1,4 @@
-"""The walk-through of docs/finetuning.md, in fewer steps and at a lower resolution."""
+"""The commands of docs/finetuning.md work, with fewer steps and smaller images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
 QUICK = "--set stages.lora.pixels.min_pixels=65536 --max-steps 20 --set stages.lora.evaluation.every=10"
 
 
-def test_the_walk_through_teaches_the_shipped_model_and_ends_in_a_plain_checkpoint(tmp_path, monkeypatch):
+def test_walk_through_lowers_the_loss_and_writes_a_merged_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -34,6 +34,7 @@ from convllava.errors import InputError
 from convllava.training.datasets import make_dataset
 from convllava.training.plan import plan
 from convllava.training.recipe import Source
+from convllava.training.stage import StageRun
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_a_limit_takes_the_first_records_of_all_shards(folder):
 
 def test_two_workers_give_the_same_items_as_none(folder):
     sources = [Source("finevision.parquet"), Source("data.tar"), Source("saved")]
-    dataset = make_dataset(recipe(folder, *sources, steps=12), 0, fresh()[1])
+    dataset = make_dataset(StageRun(recipe(folder, *sources, steps=12), 0, fresh()[1]))
     alone, two = (
         list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)) for workers in (0, 2)
     )
@@ -149,7 +150,7 @@ def test_unusable_sources_are_named(tmp_path, source, message):
     splits = DatasetDict({name: Dataset(onevision().slice(0, 1)) for name in ("train", "test")})
     splits.save_to_disk(tmp_path / "splits")
     with pytest.raises(InputError, match=message) as refusal:
-        make_dataset(recipe(tmp_path, source, steps=1), 0, fresh()[1])
+        make_dataset(StageRun(recipe(tmp_path, source, steps=1), 0, fresh()[1]))
     assert "\n" not in str(refusal.value)
 
 

@@ -17,9 +17,9 @@ from training_runs import ONE, TWO, logged, train
 from convllava.errors import InputError
 from convllava.model.vision_tower import ConvLlavaStageFeatures, ConvLlavaVisionModel
 from convllava.training import train as engine
+from convllava.training.distributed import check_sharding
 from convllava.training.frozen_features import FeatureStore, count_frozen_stages, feature_name
 from convllava.training.recipe import Adapter, Budget, Data, Evaluation, ModelSpec, Recipe, Source, Stage
-from convllava.training.sharding import check_sharding
 
 PROJECTOR = {"stage5": 1e-3, "projector": 1e-3}
 INSTRUCT = {"projector": 1e-3, "language_model": 1e-3}

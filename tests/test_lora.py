@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import picture
+from conftest import fresh, picture
 from killing import killed_after
 from training_runs import CHAT, changed, logged, recipe, weights
 
@@ -15,7 +15,8 @@ from convllava.checkpoints.adapters import apply, base_of
 from convllava.errors import InputError
 from convllava.model.part_names import part_of
 from convllava.training import train as engine
-from convllava.training.recipe import Adapter, ModelSpec, Stage
+from convllava.training.recipe import Adapter, ModelSpec, Recipe, Stage
+from convllava.training.stage import StageRun
 
 BOTH = Adapter(rank=4, parts=["language_model", "stage4"])
 STAGE = Stage(
@@ -90,7 +91,8 @@ def test_adapter_behind_a_symbolic_link_finds_its_base(tmp_path):
 def test_bundled_model_wins_over_a_folder_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert engine.base_folder(engine.Recipe("fine", [STAGE], ModelSpec(checkpoint="tiny")), 0, tmp_path) == "tiny"
+    _, processor = fresh()
+    assert StageRun(Recipe("fine", [STAGE], ModelSpec(checkpoint="tiny")), 0, processor, tmp_path).base == "tiny"
 
 
 def test_four_bit_after_an_adapter_is_rejected_before_training(tmp_path):

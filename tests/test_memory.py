@@ -1,4 +1,4 @@
-"""Memory in closed form against what autograd keeps; and what is said when there is not enough."""
+"""The closed form of memory equals what autograd keeps; an out-of-memory error names sizes and remedies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num
 
 
 def kept_bytes(module, run):
-    """What autograd keeps for the backward pass, but for weights."""
+    """Return the bytes that autograd keeps for the backward pass, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept = {}
 
@@ -39,13 +39,13 @@ def kept_bytes(module, run):
 
 
 def downsampling_weights(tower):
-    """Those that train."""
+    """Return the downsampling weights that train."""
     layers = [layer for stage in tower.encoder.stages for layer in stage.downsampling_layer]
     return [layer.weight for layer in layers if layer.weight.ndim == 4 and layer.weight.requires_grad]
 
 
 @pytest.mark.parametrize(("first", "checkpointing"), [(1, False), (3, False), (5, False), (1, True)])
-def test_activations_are_what_autograd_keeps(first, checkpointing):
+def test_counted_activations_equal_what_autograd_keeps(first, checkpointing):
     config = ConvLlavaConfig(vision_config=WIDTH, text_config=TEXT)
     model = ConvLlavaForConditionalGeneration(config).train()
     parts = ["stem"] if first == 1 else [f"stage{number}" for number in range(first, 6)]
@@ -58,19 +58,19 @@ def test_activations_are_what_autograd_keeps(first, checkpointing):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     images, embeddings = [torch.randn(3, 128, 256), torch.randn(3, 192, 64)], torch.randn(2, 90, 64, requires_grad=True)
     pixels = sum(image.numel() // 3 for image in images)
-    told = tower_activations(config.vision_config, stage, pixels)
-    told_text = language_activations(config.text_config, stage, 180)
-    # Beside activations autograd keeps copies of small weights, which lie in another order than patches.
-    told += sum(4 * weight.numel() for weight in downsampling_weights(tower) if weight.numel() <= SMALL)
-    if checkpointing:  # what one layer keeps while it is computed again, which happens after the count below
-        told -= 4 * 12 * WIDTH["hidden_sizes"][0] * pixels // 16
-        told_text -= 4 * 180 * (8 * 64 + 2 * 32 + 4 * 160)
-    assert kept_bytes(tower, lambda: tower(images).last_hidden_state) == pytest.approx(told, rel=0.03)
+    counted = tower_activations(config.vision_config, stage, pixels)
+    counted_text = language_activations(config.text_config, stage, 180)
+    # Autograd also keeps copies of small weights, whose memory order differs from that of patches.
+    counted += sum(4 * weight.numel() for weight in downsampling_weights(tower) if weight.numel() <= SMALL)
+    if checkpointing:  # one layer's values during recomputation, which happens after the count below
+        counted -= 4 * 12 * WIDTH["hidden_sizes"][0] * pixels // 16
+        counted_text -= 4 * 180 * (8 * 64 + 2 * 32 + 4 * 160)
+    assert kept_bytes(tower, lambda: tower(images).last_hidden_state) == pytest.approx(counted, rel=0.03)
     kept = kept_bytes(language, lambda: language(inputs_embeds=embeddings, use_cache=False).last_hidden_state)
-    assert kept == pytest.approx(told_text, rel=0.03)
+    assert kept == pytest.approx(counted_text, rel=0.03)
 
 
-def test_processes_share_states_and_not_activations():
+def test_processes_share_states_but_not_activations():
     config = ConvLlavaConfig(vision_config=WIDTH, text_config=TEXT)
     whole = memory_of(2 * 10**9, 2 * 10**9, config, CHAT, 10**6, 10**4)
     shared = memory_of(2 * 10**9, 2 * 10**9, config, CHAT, 10**6, 10**4, processes=8)
@@ -87,15 +87,15 @@ def test_processes_share_states_and_not_activations():
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_out_of_memory_is_answered_with_numbers_and_settings(tmp_path, monkeypatch, error):
+def test_out_of_memory_names_sizes_and_remedies(tmp_path, monkeypatch, error):
     def failing(self, *args, **kwargs):
         raise error
 
     monkeypatch.setattr(ConvLlavaForConditionalGeneration, "forward", failing)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         engine.train(recipe(CHAT), tmp_path / "run")
-    message = str(told.value)
-    assert "out of memory in stage chat, in a pass of 2 images with" in message
+    message = str(caught.value)
+    assert "out of memory in stage chat, in a micro-batch of 2 images with" in message
     assert "weights 0" in message
     for remedy in (
         "gradient_accumulation_steps: 2",
@@ -106,10 +106,10 @@ def test_out_of_memory_is_answered_with_numbers_and_settings(tmp_path, monkeypat
     ):
         assert remedy in message
     smaller = dataclasses.replace(CHAT, batch_size=1, gradient_checkpointing=True, adapter=Adapter(rank=2))
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         engine.train(recipe(smaller), tmp_path / "smaller")
-    assert "gradient_accumulation_steps" not in str(told.value)
-    assert "adapter" not in str(told.value)
+    assert "gradient_accumulation_steps" not in str(caught.value)
+    assert "adapter" not in str(caught.value)
 
 
 def test_other_errors_pass_through(tmp_path, monkeypatch):

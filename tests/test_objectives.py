@@ -58,7 +58,7 @@ def test_spelling_labels_hold_two_previous_characters_and_word_ends():
 
 
 def test_word_labels_are_the_words_of_one_token():
-    _, processor = engine.start(recipe(ALIGN))
+    _, processor = engine.initial_model(recipe(ALIGN))
     glyphs = tuple(Glyph(char, (2 + 9 * i, 2, 10 + 9 * i, 12)) for i, char in enumerate("Total:"))
     printed = printed_words(Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ()))
     found = word_token_labels(printed, unchanged(Size(64, 64), stride=32), 32, processor.tokenizer)
@@ -76,7 +76,7 @@ def test_box_labels_are_distances_from_the_cell_centre():
 
 
 def test_dense_items_have_the_size_of_the_grids():
-    _, processor = engine.start(recipe(DENSE))
+    _, processor = engine.initial_model(recipe(DENSE))
     for index in range(3):
         item = DenseDataset(World(size=128, simple=True), processor, 3, sheets=0.5)[index]
         height, width = item["pixel_values"].shape[1:]
@@ -85,7 +85,7 @@ def test_dense_items_have_the_size_of_the_grids():
 
 
 def test_alignment_gives_all_names_of_a_cell_the_same_share():
-    model, processor = engine.start(recipe(ALIGN))
+    model, processor = engine.initial_model(recipe(ALIGN))
     alignment = Alignment(model, class_tokens(processor.tokenizer))
     circle, red, x, total = (processor.tokenizer(text).input_ids[0] for text in (" circle", " red", "x", " total"))
     embeddings = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
@@ -114,7 +114,7 @@ def test_length_weighting_1_gives_answers_the_same_weight_and_0_tokens():
 
 
 def test_calibrated_tokens_have_mean_zero_and_unit_size():
-    model, processor = engine.start(recipe(CHAT))
+    model, processor = engine.initial_model(recipe(CHAT))
     world = World(size=128, simple=True)
     dataset = ChatDataset(world, processor, 4)
     images = [dataset[index]["pixel_values"][0] for index in range(4)]

@@ -24,13 +24,14 @@ from convllava.data.batching import UNUSABLE, MicroBatchBudget, MicroBatchDatase
 from convllava.data.formats import Records
 from convllava.data.mixture import Mixture, MixtureSource
 from convllava.errors import InputError
-from convllava.training import measuring
+from convllava.training import batch_costs
 from convllava.training import train as engine
+from convllava.training.batch_costs import in_micro_batches, plan_steps
 from convllava.training.datasets import make_collator, make_dataset
-from convllava.training.initialise import processor_of
-from convllava.training.measuring import in_passes, with_planned_steps
+from convllava.training.initialise import initial_processor
 from convllava.training.plan import plan
 from convllava.training.recipe import Budget, Data, Evaluation, Recipe, Source, Stage
+from convllava.training.stage import StageRun
 
 BUDGET = Budget(tokens=150, pixels=4 * 128 * 128, micro_batches=2)
 
@@ -143,10 +144,11 @@ def recipe(folder: Path, **settings: Any) -> Recipe:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_batches_that_training_gets_are_within_the_budget(folder, packing):
-    planned = with_planned_steps(recipe(folder, packing=packing), folder / "run")
-    processor = processor_of(planned)
+    planned = plan_steps(recipe(folder, packing=packing), folder / "run")
+    processor = initial_processor(planned)
+    run = StageRun(planned, 0, processor, folder / "run")
     collate = make_collator(planned.stages[0], processor)
-    passes = in_passes(planned, 0, processor, folder / "run", make_dataset(planned, 0, processor))
+    passes = in_micro_batches(run, make_dataset(run))
     assert isinstance(passes, MicroBatchDataset)
     for number in range(len(passes)):
         batch = collate([passes[number]])
@@ -158,55 +160,55 @@ def test_the_batches_that_training_gets_are_within_the_budget(folder, packing):
 
 def test_costs_are_measured_once_for_each_version_of_a_file(folder, monkeypatch):
     measured = []
-    measure = measuring.measure
-    monkeypatch.setattr(measuring, "measure", lambda *all: measured.append(1) or measure(*all))
+    measure = batch_costs.measure
+    monkeypatch.setattr(batch_costs, "measure", lambda *all: measured.append(1) or measure(*all))
     stages = recipe(folder).stages
     twice = dataclasses.replace(recipe(folder), stages=[*stages, dataclasses.replace(stages[0], name="again")])
     engine.train(twice, folder / "one", max_steps=1)
-    with_planned_steps(twice, folder / "two")
+    plan_steps(twice, folder / "two")
     assert measured == [1]
     assert len(list((folder / ".cache" / "costs").glob("*.npy"))) == 1
     (folder / "data.json").write_text((folder / "data.json").read_text() + "\n")
-    with_planned_steps(twice, folder / "three")
+    plan_steps(twice, folder / "three")
     assert measured == [1, 1]
-    with_planned_steps(recipe(folder, pixels={"max_pixels": 64 * 128}), folder / "four")
+    plan_steps(recipe(folder, pixels={"max_pixels": 64 * 128}), folder / "four")
     assert measured == [1, 1, 1]
 
 
 def test_only_one_of_two_simultaneous_runs_measures(folder, monkeypatch):
-    add, others = measuring.FindingsLog.add, []
+    add, others = batch_costs.FindingsLog.add, []
 
     def while_another_starts(self, job, findings):
-        monkeypatch.setattr(measuring.FindingsLog, "add", add)
-        others.append(Thread(target=with_planned_steps, args=(recipe(folder), folder / "other")))
+        monkeypatch.setattr(batch_costs.FindingsLog, "add", add)
+        others.append(Thread(target=plan_steps, args=(recipe(folder), folder / "other")))
         others[0].start()
         others[0].join(timeout=2)
         add(self, job, findings)
 
-    monkeypatch.setattr(measuring.FindingsLog, "add", while_another_starts)
-    one = with_planned_steps(recipe(folder), folder / "one")
+    monkeypatch.setattr(batch_costs.FindingsLog, "add", while_another_starts)
+    one = plan_steps(recipe(folder), folder / "one")
     others[0].join()
     (path,) = (folder / ".cache" / "costs").glob("*.npy")
     assert (np.load(path)[:, 0] != 0).all()
-    assert with_planned_steps(recipe(folder), folder / "later") == one
+    assert plan_steps(recipe(folder), folder / "later") == one
 
 
 def test_a_process_with_other_files_than_the_first_one_is_rejected(folder, monkeypatch):
-    monkeypatch.setattr(measuring, "is_first_process", lambda: False)
-    monkeypatch.setattr(measuring, "_PATIENCE", 0.0)
-    monkeypatch.setattr(measuring, "_LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(batch_costs, "is_first_process", lambda: False)
+    monkeypatch.setattr(batch_costs, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(batch_costs, "_POLL_SECONDS", 0.01)
     with pytest.raises(
         InputError, match=r"source data.json: the first process measures other files than this one; give all"
     ):
-        with_planned_steps(recipe(folder), folder / "run")
+        plan_steps(recipe(folder), folder / "run")
 
 
 def test_a_killed_measurement_is_resumed(folder, monkeypatch):
     with killed_after_findings(10):
-        with_planned_steps(recipe(folder), folder / "run")
-    add, seen = measuring.FindingsLog.add, []
-    monkeypatch.setattr(measuring.FindingsLog, "add", lambda *all: seen.extend(all[2]) or add(*all))
-    with_planned_steps(recipe(folder), folder / "run")
+        plan_steps(recipe(folder), folder / "run")
+    add, seen = batch_costs.FindingsLog.add, []
+    monkeypatch.setattr(batch_costs.FindingsLog, "add", lambda *all: seen.extend(all[2]) or add(*all))
+    plan_steps(recipe(folder), folder / "run")
     assert [finding.index for finding in seen] == list(range(10, 24))
 
 

@@ -1,4 +1,4 @@
-"""A short cut of recipes/tiny-quick.yaml, from nothing to a model that sees: the whole of training at work."""
+"""A shortened recipes/tiny-quick.yaml trains a model with random weights until it recognises colours."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from convllava.training.train import train
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-quick.yaml"
 STEPS = {"dense": 200, "projector": 80, "pretrain": 150}
 SMALL = {"mode": "native", "min_pixels": 16384, "max_pixels": 65536}
-"""Colours need no enlarged pages."""
+"""Smaller pages than in the recipe; they are large enough for colours."""
 
 
-def test_a_short_cut_of_the_quick_recipe_sees_colours(tmp_path):
+def test_shortened_quick_recipe_learns_colours(tmp_path):
     recipe = Recipe.load(RECIPE)
     scenes = {"kinds": {"scene": 1.0}}
     stages = [

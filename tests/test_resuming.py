@@ -1,4 +1,4 @@
-"""Runs that are killed, lack room on the disk or share their batches: they end as if nothing had happened."""
+"""Killed runs, full disks and several processes: the result equals that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from killing import die, killed_after, killed_in
@@ -31,7 +32,7 @@ from training_runs import (
     weights,
 )
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 from convllava.training import train as engine
 from convllava.training.objectives.auxiliary_heads import HEADS_FILE
 from convllava.training.recipe import Adapter, Evaluation, Recipe, Stage
@@ -49,7 +50,7 @@ def test_resumed_equals_uninterrupted(tmp_path, stage):
     assert logged(parts) == logged(whole)
     spent = logged(parts, "processor")
     assert spent[0] > 0
-    assert spent == sorted(spent), "time on the processor adds up over resumed parts"
+    assert spent == sorted(spent), "processor seconds add up over resumed parts"
     assert not changed(weights(whole / f"0-{stage.name}"), weights(parts / f"0-{stage.name}"))
     heads = [run / f"0-{stage.name}" / HEADS_FILE for run in (whole, parts)]
     assert {path.exists() for path in heads} == {stage.position_label_weight > 0}
@@ -57,7 +58,7 @@ def test_resumed_equals_uninterrupted(tmp_path, stage):
         assert heads[0].read_bytes() == heads[1].read_bytes()
 
 
-def test_a_checkpoint_that_was_being_written_is_never_taken(tmp_path):
+def test_an_incomplete_checkpoint_is_never_used(tmp_path):
     plan = recipe(CHAT, save_every=2)
     with killed_in(engine.StageTrainer, "_save_rng_state"):
         engine.train(plan, tmp_path)
@@ -68,13 +69,13 @@ def test_a_checkpoint_that_was_being_written_is_never_taken(tmp_path):
     assert not progress.exists()
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+def test_a_full_disk_keeps_the_last_complete_checkpoint(tmp_path):
     plan, out = recipe(dataclasses.replace(CHAT, steps=6), save_every=2), tmp_path / "out"
     limit = no_file_larger(200_000)
     full = subprocess.run(command(plan, out), capture_output=True, text=True, preexec_fn=limit, env=ALONE)
     assert full.returncode == 2
     assert "the checkpoint of step 2 cannot be written" in full.stderr
-    assert "there is none before it" in full.stderr
+    assert "this stage has no earlier one" in full.stderr
     assert "Traceback" not in full.stderr
     assert list((out / ".0-chat.progress").iterdir()) == []
     train(plan, out)
@@ -82,7 +83,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 
 def no_file_larger(size):
-    """For a new process: a write beyond so many bytes fails, as on a full disk."""
+    """Return a function for a new process that makes larger writes fail, as on a full disk."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -92,7 +93,7 @@ def no_file_larger(size):
 
 
 @pytest.mark.parametrize("program", [ONE, TWO], ids=["1", "2"])
-def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, program):
+def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path, program):
     plan = recipe(dataclasses.replace(CHAT, steps=8), save_every=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(plan, whole, program)
@@ -105,7 +106,7 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, prog
 
 
 def kill_when(ready, started):
-    """Start a command, and kill it with all its processes as soon as `ready`; it must not have ended before."""
+    """Start a command, and kill all its processes as soon as `ready`; fail if it ends before."""
     process = subprocess.Popen(started, env=ALONE, start_new_session=True)
     while process.poll() is None and not ready():
         time.sleep(0.002)
@@ -114,8 +115,8 @@ def kill_when(ready, started):
     assert process.wait() == -signal.SIGKILL
 
 
-def test_two_processes_have_the_loss_of_one_and_go_through_every_stage(tmp_path):
-    held_out = Evaluation(every=3, samples=5, pictures=0)  # of which the second process has none in its last batch
+def test_two_processes_have_the_losses_of_one_in_every_stage(tmp_path):
+    held_out = Evaluation(every=3, samples=5, pictures=0)  # the second process has none of them in its last batch
     plan = recipe(dataclasses.replace(CHAT, steps=3, batch_size=4, evaluation=held_out), GUIDED)
     train(plan, tmp_path / "one", ONE)
     train(plan, tmp_path / "two", TWO)
@@ -126,16 +127,26 @@ def test_two_processes_have_the_loss_of_one_and_go_through_every_stage(tmp_path)
         assert a[key] == pytest.approx(b[key], abs=1e-4)
 
 
-def test_a_folder_with_a_run_is_not_overwritten_and_a_changed_recipe_not_resumed(tmp_path):
-    engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
-    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
-        engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
-    with pytest.raises(InputError, match=r"another recipe \(seed: 0 -> 5\); resume with the same recipe"):
-        engine.prepare_output(recipe(CHAT, seed=5), tmp_path, resume=True)
-    engine.prepare_output(recipe(CHAT), tmp_path, resume=True)
+def begun(plan: Recipe, run: Path) -> None:
+    """Leave the folder of a run that has only its recipe."""
+    run.mkdir(exist_ok=True)
+    (run / "recipe.yaml").write_text(plan.dump())
 
 
-def test_settings_that_change_no_weight_may_change_when_a_run_is_resumed(tmp_path):
+def test_a_run_is_neither_overwritten_nor_resumed_with_another_recipe(tmp_path, monkeypatch):
+    begun(recipe(CHAT), tmp_path)
+    resumed = []
+    monkeypatch.setattr(engine, "train_stage", lambda run, model: resumed.append(run.index))
+    with pytest.raises(ConfigError, match="already holds a run; continue it with `resume`"):
+        engine.train(recipe(CHAT), tmp_path)
+    with pytest.raises(ConfigError, match=r"another recipe \(seed: 0 -> 5\); resume with the same recipe"):
+        engine.train(recipe(CHAT, seed=5), tmp_path, resume=True)
+    assert resumed == []
+    engine.train(recipe(CHAT), tmp_path, resume=True)
+    assert resumed == [0]
+
+
+def test_settings_without_effect_on_weights_may_change_on_resume(tmp_path):
     stage = dataclasses.replace(CHAT, adapter=Adapter(rank=2, dropout=0.3), evaluation=Evaluation(2, 2, pictures=0))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     engine.train(recipe(stage), whole)
@@ -167,25 +178,24 @@ def test_a_run_begun_with_old_keys_is_resumed(tmp_path):
     assert (tmp_path / "recipe.yaml").read_text() == plan.dump()
 
 
-def test_a_used_folder_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    engine.prepare_output(recipe(CHAT), tmp_path, resume=False)
-    monkeypatch.setattr(engine, "with_planned_steps", die)
-    with pytest.raises(InputError, match="already holds a run"):
+def test_a_used_folder_is_rejected_before_anything_is_measured(tmp_path, monkeypatch):
+    begun(recipe(CHAT), tmp_path)
+    monkeypatch.setattr(engine, "plan_steps", die)
+    with pytest.raises(ConfigError, match="already holds a run"):
         engine.train(recipe(CHAT), tmp_path)
 
 
-def test_a_resumed_run_begins_after_the_last_stage_also_where_earlier_ones_were_removed(tmp_path, monkeypatch):
+def test_a_resumed_run_starts_after_the_last_complete_stage(tmp_path, monkeypatch):
     stages = [dataclasses.replace(CHAT, name=name) for name in "abcd"]
-    engine.prepare_output(recipe(*stages), tmp_path, resume=False)
-    model, processor = engine.start(recipe(CHAT))
-    engine.checkpoints.write(model, processor, tmp_path / "2-c")
-    begun = []
-    monkeypatch.setattr(engine, "run_stage", lambda recipe, index, *_: begun.append(index))
+    begun(recipe(*stages), tmp_path)
+    engine.checkpoints.write(*engine.initial_model(recipe(CHAT)), tmp_path / "2-c")  # 0-a and 1-b were deleted
+    trained = []
+    monkeypatch.setattr(engine, "train_stage", lambda run, model: trained.append(run.index))
     engine.train(recipe(*stages), tmp_path, resume=True)
-    assert begun == [3]
+    assert trained == [3]
 
 
-def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
+def test_an_incomplete_last_line_of_the_log_is_dropped(tmp_path):
     engine.train(recipe(DENSE), tmp_path)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"stage": "chat", "in')

@@ -1,4 +1,4 @@
-"""A model shared by two processes: FSDP2 gives the losses and weights of one process."""
+"""A model that two processes share (FSDP2) has the losses and weights of one process."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from conftest import picture
 from training_runs import CHAT, ONE, TORCHRUN, logged, recipe, train, weights
 
 from convllava.errors import InputError
+from convllava.training.distributed import check_sharding, deepspeed_config
 from convllava.training.recipe import Data, Evaluation, Source
-from convllava.training.sharding import check_sharding, deepspeed_config
 
 SHARED = (*TORCHRUN, str(Path(__file__).parent / "sharded_on_cpu.py"))
 
 
-def test_fsdp_equals_one_process_with_text_alone_in_some(tmp_path):
+def test_fsdp_equals_one_process_if_some_batches_have_no_image(tmp_path):
     picture(70, 130).save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "red"}]
     records = [{"id": str(number), "conversations": turns} for number in range(6)]
@@ -43,17 +43,17 @@ def test_fsdp_equals_one_process_with_text_alone_in_some(tmp_path):
         ({"evaluation": Evaluation(pictures=0, patience=2)}, "evaluation.patience needs a whole model"),
     ],
 )
-def test_what_a_shared_model_cannot_do_is_refused(change, message):
+def test_settings_that_need_a_whole_model_are_rejected(change, message):
     with pytest.raises(InputError, match=message):
         check_sharding(recipe(dataclasses.replace(CHAT, **change), sharding="fsdp"), 2)
     check_sharding(recipe(CHAT, sharding="fsdp"), 2)
 
 
-def test_zero_is_refused_where_it_cannot_run():
-    with pytest.raises(InputError, match="zero3 needs DeepSpeed; pip install deepspeed, or take fsdp"):
+def test_zero_without_deepspeed_is_rejected():
+    with pytest.raises(InputError, match="zero3 needs DeepSpeed; pip install deepspeed, or set it to fsdp"):
         check_sharding(recipe(CHAT, sharding="zero3"), 2)
 
 
-def test_zero_3_gathers_what_it_saves():
+def test_only_zero_3_gathers_weights_to_save_them():
     assert deepspeed_config(3)["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
-    assert deepspeed_config(2)["zero_optimization"]["stage"] == 2
+    assert "stage3_gather_16bit_weights_on_model_save" not in deepspeed_config(2)["zero_optimization"]

@@ -30,6 +30,7 @@ from convllava.data.records import SampleError, conversation_of
 from convllava.errors import InputError
 from convllava.training.datasets import make_dataset
 from convllava.training.recipe import Source
+from convllava.training.stage import StageRun
 
 
 def test_a_name_goes_to_load_dataset(tmp_path, monkeypatch):
@@ -41,7 +42,9 @@ def test_a_name_goes_to_load_dataset(tmp_path, monkeypatch):
     assert len(found) == len(TALKS)
     assert all(map(same, found, expected))
     with pytest.raises(InputError, match="local does not load as a dataset"):
-        make_dataset(recipe(tmp_path, Source("local", format="datasets", split="gone"), steps=1), 0, fresh()[1])
+        make_dataset(
+            StageRun(recipe(tmp_path, Source("local", format="datasets", split="gone"), steps=1), 0, fresh()[1])
+        )
 
 
 def test_columns_that_make_no_conversation_are_named(tmp_path):

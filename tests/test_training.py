@@ -1,4 +1,4 @@
-"""The engine: what trains, what it logs, and what it refuses before anything is written."""
+"""Training: which weights change, what is logged, and what is rejected before anything is written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ import convllava
 from convllava.errors import InputError
 from convllava.model.part_names import part_of, parts_of
 from convllava.training import train as engine
+from convllava.training.initialise import initial_processor
 from convllava.training.logging import processor_seconds
+from convllava.training.objectives.build import build_trained_module
 from convllava.training.optim import parameter_groups, train_only
 from convllava.training.plan import plan
 from convllava.training.recipe import ModelSpec, Recipe
+from convllava.training.stage import resolve_stages
 
 
 def test_only_the_named_parts_change_and_every_stage_loads(tmp_path):
     last = engine.train(recipe(DENSE, CHAT), tmp_path)
     assert last == tmp_path / "1-chat"
     assert isinstance(convllava.load(last).ask(torch.zeros(64, 64).numpy(), "what?", max_new_tokens=3), str)
-    begun = dict(engine.start(recipe(DENSE))[0].named_parameters())
+    begun = dict(engine.initial_model(recipe(DENSE))[0].named_parameters())
     for before, after, trained in (
         (begun, weights(tmp_path / "0-dense"), set(DENSE.learning_rates)),
         (weights(tmp_path / "0-dense"), weights(tmp_path / "1-chat"), set(CHAT.learning_rates)),
@@ -35,20 +38,42 @@ def test_only_the_named_parts_change_and_every_stage_loads(tmp_path):
         assert {part_of(name) for name in changed(before, after)} == trained - {"head"}
 
 
-def test_the_log_has_one_line_a_step(tmp_path):
-    engine.train(recipe(DENSE, CHAT), tmp_path)
+def test_log_has_one_line_per_step_with_true_counts(tmp_path):
+    plan = recipe(DENSE, CHAT)
+    engine.train(plan, tmp_path)
     lines = log(tmp_path)
     assert [(line["stage"], line["step"]) for line in lines] == [("dense", 1), ("dense", 2), ("dense", 3)] + [
         ("chat", step) for step in (1, 2, 3, 4)
     ]
-    assert lines[-1]["images"] == 8
-    assert lines[-1]["tokens"] > 8 * 20
-    assert set(lines[-1]["learning_rates"]) == set(CHAT.learning_rates)
-    assert all(math.isfinite(line["loss"]) for line in lines)
-    assert 0 <= lines[2]["colour"] <= 1
+    _, chat = resolve_stages(plan, initial_processor(plan))
+    dataset = engine.make_dataset(chat)
+    lengths = [len(dataset[number]["input_ids"]) for number in range(8)]
+    assert [line["samples"] for line in lines[3:]] == [line["images"] for line in lines[3:]] == [2, 4, 6, 8]
+    assert [line["tokens"] for line in lines[3:]] == [sum(lengths[:end]) for end in (2, 4, 6, 8)]
+    cosine = (1 + math.cos(math.pi / 4)) / 2
+    expected = {part: cosine * rate for part, rate in CHAT.learning_rates.items()}
+    assert lines[3]["learning_rates"] == pytest.approx(expected), "the rates after the first of four steps"
     for folder in (tmp_path, tmp_path / "0-dense", tmp_path / "1-chat"):
-        assert Recipe.load(folder / "recipe.yaml") == recipe(DENSE, CHAT)
-    assert list((tmp_path / "tensorboard").rglob("events*"))
+        assert Recipe.load(folder / "recipe.yaml") == plan
+    assert {path.parent.name for path in (tmp_path / "tensorboard").rglob("events*")} == {"0-dense", "1-chat"}
+
+
+@pytest.mark.parametrize("stage", [DENSE, CHAT], ids=lambda stage: stage.name)
+def test_first_logged_values_are_those_of_the_model_itself(tmp_path, stage):
+    plan = recipe(stage)
+    engine.train(plan, tmp_path, max_steps=1)
+    model, processor = engine.initial_model(plan)
+    (run,) = resolve_stages(plan, processor)
+    engine.set_seed(plan.seed)
+    module = build_trained_module(stage, model, processor).train()
+    dataset = engine.make_dataset(run)
+    batch = engine.make_collator(stage, processor)([dataset[number] for number in range(stage.batch_size)])
+    outputs = module(**batch)
+    (line,) = log(tmp_path)
+    assert line["loss"] == pytest.approx(outputs["loss"].item(), abs=1e-4)
+    for name in {"colour", "shape"} & outputs.keys():
+        assert line[name] == pytest.approx(outputs[name].item(), abs=1e-4)
+    assert ("colour" in line) == (stage is DENSE)
 
 
 def test_stable_rates_fall_in_the_last_fifth_of_the_steps(tmp_path):
@@ -58,21 +83,25 @@ def test_stable_rates_fall_in_the_last_fifth_of_the_steps(tmp_path):
     assert rates == pytest.approx([0.5, *[1.0] * 7, 0.5, 0.0])
 
 
-def test_a_guided_run_logs_where_attention_looks(tmp_path):
-    engine.train(recipe(GUIDED), tmp_path)
-    answers, losses = (logged(tmp_path, name) for name in ("answer_loss", "loss"))
-    assert all(0 < answer < loss for answer, loss in zip(answers, losses, strict=True))
-    found = logged(tmp_path, "answer_attention")
-    assert len(found) == GUIDED.steps
-    assert min(found) > 0
+def first_lines(folder, stages):
+    """Return the first line of the log of each stage, trained on its own."""
+    for number, stage in enumerate(stages):
+        engine.train(recipe(stage), folder / str(number), max_steps=1)
+    return [log(folder / str(number))[0] for number in range(len(stages))]
 
 
-def test_what_is_asked_counts_by_its_weight(tmp_path):
-    losses = []
-    for number, weight in enumerate((0.0, 0.5, 1.0)):
-        stage = dataclasses.replace(CHAT, steps=1, prompt_loss_weight=weight)
-        engine.train(recipe(stage), tmp_path / str(number))
-        losses.append(logged(tmp_path / str(number), "loss")[0])
+def test_attention_losses_count_by_their_weight(tmp_path):
+    weights = (0.5, 1.0)
+    one, two = first_lines(tmp_path, [dataclasses.replace(GUIDED, attention_supervision=weight) for weight in weights])
+    looks = [one[name] for name in one if name.endswith("_attention")]
+    assert sum(looks) > 0
+    assert two["loss"] - one["loss"] == pytest.approx(0.5 * sum(looks), rel=1e-3)
+    assert two["answer_loss"] == one["answer_loss"]
+
+
+def test_prompt_loss_counts_by_its_weight(tmp_path):
+    stages = [dataclasses.replace(CHAT, prompt_loss_weight=weight) for weight in (0.0, 0.5, 1.0)]
+    losses = [line["loss"] for line in first_lines(tmp_path, stages)]
     assert losses[1] - losses[0] > 1  # the vocabulary's entropy is 7
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
 
@@ -82,7 +111,7 @@ def test_max_steps_caps_every_stage(tmp_path):
     assert logged(tmp_path, "step") == [1, 1]
 
 
-def test_a_worker_that_ends_while_its_seconds_are_asked_for_stops_no_run(monkeypatch):
+def test_a_worker_that_has_ended_does_not_stop_a_run(monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     worker = psutil.Process(ended.pid)
     ended.wait()
@@ -91,7 +120,7 @@ def test_a_worker_that_ends_while_its_seconds_are_asked_for_stops_no_run(monkeyp
 
 
 def test_every_parameter_belongs_to_one_part_and_one_group():
-    model, _ = engine.start(recipe(CHAT))
+    model, _ = engine.initial_model(recipe(CHAT))
     parts = parts_of(model)
     assert list(parts) == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5", "projector", "language_model"]
     assert sum(len(parameters) for parameters in parts.values()) == len(list(model.parameters()))
@@ -108,12 +137,12 @@ def test_every_parameter_belongs_to_one_part_and_one_group():
 
 
 def test_an_unknown_part_is_named():
-    model, _ = engine.start(recipe(CHAT))
+    model, _ = engine.initial_model(recipe(CHAT))
     with pytest.raises(InputError, match=r"no part 'projecter'; did you mean projector\?"):
         train_only(model, ["projecter"])
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+def test_a_batch_that_does_not_divide_among_processes_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="batch_size 2 does not divide among 3 processes"):
         engine.train(recipe(CHAT), tmp_path / "out")
@@ -143,7 +172,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
         ({"checkpoint": "/no/where"}, "there is no model"),
     ],
 )
-def test_bad_models_are_refused_before_anything_is_written(tmp_path, change, message):
+def test_bad_models_are_rejected_before_anything_is_written(tmp_path, change, message):
     plan = dataclasses.replace(recipe(CHAT), model=ModelSpec(**change))
     with pytest.raises(InputError, match=message):
         engine.train(plan, tmp_path / "out")
@@ -153,12 +182,12 @@ def test_bad_models_are_refused_before_anything_is_written(tmp_path, change, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "kinds has 'novel'"),
+        ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "`kinds` has 'novel'"),
         ({"data": dataclasses.replace(DATA, size=10)}, "size"),
         ({"learning_rates": {"projector": 1e-3}}, "the model has no part 'projector'"),
     ],
 )
-def test_a_plan_refuses_what_stops_a_dense_stage(tmp_path, change, message):
+def test_plan_and_training_reject_the_same_dense_stages(tmp_path, change, message):
     planned = recipe(dataclasses.replace(DENSE, **change))
     for attempt in (lambda: plan(planned), lambda: engine.train(planned, tmp_path / "out")):
         with pytest.raises(InputError, match=message):
@@ -168,7 +197,7 @@ def test_a_plan_refuses_what_stops_a_dense_stage(tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_dense_labels_are_for_patches_of_four_pixels(tmp_path):
+def test_dense_labels_need_patches_of_four_pixels(tmp_path):
     wide = {**recipe(DENSE).model.vision, "patch_size": 8}
     planned = dataclasses.replace(recipe(DENSE), model=dataclasses.replace(recipe(DENSE).model, vision=wide))
     with pytest.raises(InputError, match="for a patch_size of 4; the tower's is 8"):
@@ -176,16 +205,16 @@ def test_dense_labels_are_for_patches_of_four_pixels(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path):
+def test_an_unknown_logger_is_rejected_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="report_to: wandbb: "):
         engine.train(recipe(CHAT, report_to=["wandbb"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_last_stage_is_refused_before_anything_is_written(tmp_path):
+def test_a_bad_last_stage_is_rejected_before_anything_is_written(tmp_path):
     for change, message in (
         ({"learning_rates": {"stage9": 1e-3}}, "the model has no part 'stage9'"),
-        ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "kinds has 'novel'"),
+        ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "`kinds` has 'novel'"),
     ):
         with pytest.raises(InputError, match=message):
             engine.train(recipe(DENSE, dataclasses.replace(CHAT, name="bad", **change)), tmp_path / "out")

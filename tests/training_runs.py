@@ -1,4 +1,4 @@
-"""Recipes of small models, trainings of them in processes of their own, and what their runs leave."""
+"""Recipes of small models, trainings in separate processes, and functions that read their logs and weights."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ MARKED = dataclasses.replace(
     character_label_weight=0.5,
     learning_rates={**GUIDED.learning_rates, "head": 1e-3},
 )
-"""Of a model with one layer, which asks its embeddings."""
+"""The test model has one layer, so the position heads read its embeddings."""
 LOW = dataclasses.replace(GUIDED, name="low", precision="bfloat16", optimizer="muon")
 
 ONE = ("-m", "convllava")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TWO = (*TORCHRUN, *ONE)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Settings of a process that shares the machine with other tests."""
+"""Environment of a process that shares the machine with other tests."""
 SMALLEST = ModelSpec(
     vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
     language={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     pixels={"min_pixels": 64 * 64, "max_pixels": 128 * 128},
 )
-"""For what the data do, whatever is learnt of them."""
+"""The smallest model, for tests of data whose results do not depend on learning."""
 
 
 def recipe(*stages: Stage, **settings: object) -> Recipe:
@@ -64,26 +64,26 @@ def recipe(*stages: Stage, **settings: object) -> Recipe:
 
 
 def command(plan: Recipe, output: Path, program: Sequence[str] = ONE) -> list[str]:
-    """The command line that begins or continues a run; the recipe is written beside the run's folder."""
+    """Write the recipe next to the run's folder and return the command that starts or continues the run."""
     path = output.with_name(f"{output.name}.yaml")
     path.write_text(plan.dump())
     return [sys.executable, *program, "train", str(path), "--resume", "--output", str(output)]
 
 
 def train(plan: Recipe, output: Path, program: Sequence[str] = ONE) -> None:
-    """Begin or continue a run in processes of its own."""
+    """Start or continue a run in separate processes."""
     subprocess.run(command(plan, output, program), check=True, env=ALONE, timeout=300)
 
 
 def log(run: Path) -> list[dict[str, Any]]:
-    """The whole lines that have been logged."""
+    """Return the complete lines of a run's log."""
     path = run / "log.jsonl"
     lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def logged(run: Path, name: str = "loss") -> list[Any]:
-    """A value of every line that has it, of which there is one at least."""
+    """Return one value of every log line that has it; fail if none has."""
     found = [line[name] for line in log(run) if name in line]
     assert found, f"{run} has logged no {name}"
     return found
@@ -94,5 +94,5 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
-    """The names of weights that are not the same, bit for bit."""
+    """Return the names of weights that are not equal bit for bit."""
     return {name for name in before.keys() | after.keys() if not before[name].equal(after[name])}

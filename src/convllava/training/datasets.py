@@ -1,4 +1,4 @@
-"""What a stage sees: the generated world, or files of conversations."""
+"""The samples of a stage: pages of the generated world, or conversations from files."""
 
 from __future__ import annotations
 
@@ -21,48 +21,56 @@ from convllava.data.dense_labels import AlignmentDataset, DenseDataset, collate_
 from convllava.data.formats import Records, open_records
 from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.synthetic_chat import ChatDataset
-from convllava.errors import InputError
+from convllava.errors import DataError, InputError
 from convllava.synthetic import World
 from convllava.training.recipe import Data, Recipe, Source, Stage
+from convllava.training.stage import StageRun
 
 _LENGTH_STEP = 32
-"""Rows of padded samples are as long as a multiple of this where a CPU computes them in bfloat16: it makes its kernels
-anew for every length, which takes as long as they then run."""
+"""With bfloat16 on a CPU, rows are padded to a multiple of this length: the CPU's library compiles a kernel for each
+length, which takes as long as running it."""
 Question = tuple[list[dict[str, Any]], str]
 """A conversation up to its first answer, and that answer."""
+Collator = Callable[[list[Any]], dict[str, Any]]
 
 
-def make_dataset(recipe: Recipe, index: int, processor: Any) -> Dataset:
-    """As many samples as the stage has steps for, every stage with a seed of its own; of the generated world's training
-    split, or of files."""
-    stage = recipe.stages[index]
-    assert stage.steps is not None
-    return _dataset(recipe, index, processor, "train", stage.steps * stage.batch_size, stage.data.sources)
+def make_dataset(run: StageRun) -> Dataset:
+    """Return the samples that a stage trains on, as many as its steps need: from its files, or from the training split
+    of the generated world.
+
+    Raises:
+        InputError: if a file cannot be read, or the world's settings are bad.
+    """
+    assert run.stage.steps is not None
+    return _dataset(run, "train", run.stage.steps * run.stage.batch_size, run.stage.data.sources)
 
 
-def make_held_out(recipe: Recipe, index: int, processor: Any) -> Dataset:
-    """The samples that the stage is evaluated on: of the generated world's held-out split, or of other files."""
-    evaluation = recipe.stages[index].evaluation
-    assert evaluation is not None
-    return _dataset(recipe, index, processor, "heldout", evaluation.samples, evaluation.sources)
+def make_held_out(run: StageRun) -> Dataset:
+    """Return the samples that a stage is evaluated on: from other files, or from the held-out split of the world.
+
+    Raises:
+        InputError: see `make_dataset`.
+    """
+    assert run.stage.evaluation is not None
+    return _dataset(run, "heldout", run.stage.evaluation.samples, run.stage.evaluation.sources)
 
 
-def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int, sources: Sequence[Source]) -> Dataset:
-    stage, data = recipe.stages[index], recipe.stages[index].data
+def _dataset(run: StageRun, split: str, length: int, sources: Sequence[Source]) -> Dataset:
+    stage, data = run.stage, run.stage.data
     if sources:
-        mixture = _mixture(recipe, index, sources)
+        mixture = mixture_of(run, sources)
         length = length if split == "train" else min(length, len(mixture))
-        return FileDataset(mixture, processor, length, max_tokens=data.max_tokens, truncate=data.overlong == "truncate")
-    world = make_world(data, _seed(recipe, index), split)
+        truncate = data.overlong == "truncate"
+        return FileDataset(mixture, run.processor, length, max_tokens=data.max_tokens, truncate=truncate)
+    world = make_world(data, run.data_seed, split)
     if stage.objective == "dense":
-        return DenseDataset(world, processor, length, sheets=data.glyph_sheets)
+        return DenseDataset(world, run.processor, length, sheets=data.glyph_sheets)
     if stage.objective == "align":
-        return AlignmentDataset(
-            world, processor, length, sheets=data.glyph_sheets, stride=processor.image_processor.stride
-        )
+        stride = run.processor.image_processor.stride
+        return AlignmentDataset(world, run.processor, length, sheets=data.glyph_sheets, stride=stride)
     return ChatDataset(
         world,
-        processor,
+        run.processor,
         length,
         captions=data.captions,
         casual=data.casual_questions,
@@ -73,55 +81,12 @@ def _dataset(recipe: Recipe, index: int, processor: Any, split: str, length: int
     )
 
 
-def mixture_of(recipe: Recipe, index: int) -> Mixture:
-    """Which sample of its files a stage sees when.
+def make_world(data: Data, seed: int, split: str = "train") -> World:
+    """Return the generated world with the settings of a stage's data.
 
     Raises:
-        InputError: see `open_records`.
+        InputError: if a setting is bad.
     """
-    return _mixture(recipe, index, recipe.stages[index].data.sources)
-
-
-def _mixture(recipe: Recipe, index: int, sources: Sequence[Source]) -> Mixture:
-    return Mixture(mixture_sources(recipe, sources), _seed(recipe, index))
-
-
-def _seed(recipe: Recipe, index: int) -> int:
-    """Of a stage's data."""
-    return 1000 * recipe.seed + index
-
-
-def questions_of(dataset: ChatDataset | FileDataset, count: int) -> list[Question]:
-    """The first samples of a dataset that ask about an image."""
-    asked = filter(None, (_question(dataset, index) for index in range(len(dataset))))
-    return list(itertools.islice(asked, count))
-
-
-def _question(dataset: ChatDataset | FileDataset, index: int) -> Question | None:
-    try:
-        messages = dataset.conversation(index)
-    except InputError:
-        return None  # evaluation tells of it
-    end = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    asks = any(part["type"] == "image" for message in messages[:end] for part in message["content"])
-    return (messages[:end], messages[end]["content"][0]["text"]) if asks else None
-
-
-def distinct_samples(dataset: Any) -> int:
-    """How many different samples a stage goes through."""
-    if isinstance(dataset, MicroBatchDataset):
-        return min(len(dataset.positions), len(dataset.samples.mixture))
-    return min(len(dataset), len(dataset.mixture)) if isinstance(dataset, FileDataset) else len(dataset)
-
-
-def image_of(item: dict[str, Tensor]) -> Tensor:
-    """The first image of a dataset's item, (3, height, width)."""
-    pixels = item["pixel_values"]
-    return pixels if pixels.ndim == 3 else pixels[0]
-
-
-def make_world(data: Data, seed: int, split: str = "train") -> World:
-    """The generated world that a stage's data names."""
     return World(
         split,
         seed=seed,
@@ -134,30 +99,35 @@ def make_world(data: Data, seed: int, split: str = "train") -> World:
     )
 
 
-Collator = Callable[[list[Any]], dict[str, Any]]
-
-
 def make_collator(stage: Stage, processor: Any) -> Collator:
-    """Makes a batch of a list of a dataset's items, each of which may be a whole pass."""
+    """Return the function that makes a batch from a list of a dataset's items. With a budget, an item of the training
+    samples is a whole micro-batch, while held-out samples come one by one."""
     if stage.objective != "chat":
         return collate_dense
     rounded = stage.precision == "bfloat16" and stage.budget is None and not torch.accelerator.is_available()
-    multiple = _LENGTH_STEP if rounded else 1
-    padded = partial(collate, pad_token_id=processor.tokenizer.pad_token_id, multiple=multiple)
+    padded = partial(collate, pad_token_id=processor.tokenizer.pad_token_id, multiple=_LENGTH_STEP if rounded else 1)
     collator: Collator = pack if stage.packing else padded
-    return collator if stage.budget is None else partial(_of_passes, collator)
+    return collator if stage.budget is None else partial(_flattened, collator)
 
 
-def _of_passes(collator: Collator, items: list[Any]) -> dict[str, Any]:
-    """Held-out samples come one by one, those that train in passes."""
+def _flattened(collator: Collator, items: list[Any]) -> dict[str, Any]:
     return collator([sample for item in items for sample in (item if isinstance(item, list) else [item])])
 
 
-def mixture_sources(recipe: Recipe, sources: Sequence[Source]) -> list[MixtureSource]:
-    """Open the sources of a mixture.
+def mixture_of(run: StageRun, sources: Sequence[Source] | None = None) -> Mixture:
+    """Return the order of the samples of sources, by default of those that the stage trains on.
 
     Raises:
-        InputError: see `open_records`.
+        InputError: if a source cannot be read.
+    """
+    return Mixture(mixture_sources(run.recipe, run.stage.data.sources if sources is None else sources), run.data_seed)
+
+
+def mixture_sources(recipe: Recipe, sources: Sequence[Source]) -> list[MixtureSource]:
+    """Open sources for a mixture.
+
+    Raises:
+        InputError: if a source cannot be read.
     """
     return [
         MixtureSource(records_of(recipe, source), images_of(recipe, source), source.repeat, source.weight)
@@ -166,10 +136,10 @@ def mixture_sources(recipe: Recipe, sources: Sequence[Source]) -> list[MixtureSo
 
 
 def records_of(recipe: Recipe, source: Source) -> Records:
-    """The records of a source.
+    """Open the records of a source.
 
     Raises:
-        InputError: see `open_records`.
+        InputError: if the source cannot be read.
     """
     return open_records(
         source.name,
@@ -182,48 +152,77 @@ def records_of(recipe: Recipe, source: Source) -> Records:
 
 
 def addresses_of(recipe: Recipe, source: Source) -> list[str]:
-    """Where a source's files lie, patterns as they are; a name for `load_dataset` where there is no such file."""
+    """Return paths or addresses of a source's files, patterns unchanged; names for `load_dataset` if there is no such
+    file."""
     found = [storage.within(recipe.data_root, path) for path in source.paths]
     is_name = source.format == "datasets" and not any(map(storage.exists, found))
     return source.paths if is_name else found
 
 
+def images_of(recipe: Recipe, source: Source) -> str:
+    """Return the folder that the paths of a source's images are relative to."""
+    return storage.within(recipe.data_root, source.images)
+
+
 def stamps_of(recipe: Recipe, source: Source) -> list[tuple[str, str]]:
-    """A source's files, each with what changes when it does.
+    """Return a source's files, each with a text that changes if the file does.
 
     Raises:
-        InputError: a pattern that no file has.
+        InputError: if a pattern matches no file.
     """
     files = [file for address in addresses_of(recipe, source) for file in storage.expand(address)]
     return [(file, storage.stamp(file)) for file in files]
 
 
-def images_of(recipe: Recipe, source: Source) -> str:
-    """The folder that a source's images are relative to."""
-    return storage.within(recipe.data_root, source.images)
+def questions_of(dataset: ChatDataset | FileDataset, count: int) -> list[Question]:
+    """Return the first questions of a dataset that are about an image."""
+    return list(itertools.islice(_questions(dataset), count))
 
 
-def with_steps(recipe: Recipe) -> Recipe:
-    """The recipe with steps in place of epochs, for which its files are counted; but not of stages with a budget (see
-    `measuring.with_planned_steps`).
+def _questions(dataset: ChatDataset | FileDataset) -> Iterator[Question]:
+    for index in range(len(dataset)):
+        try:
+            messages = dataset.conversation(index)
+        except InputError:
+            continue  # the evaluation reports it
+        end = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        if any(part["type"] == "image" for message in messages[:end] for part in message["content"]):
+            yield messages[:end], messages[end]["content"][0]["text"]
+
+
+def distinct_samples(dataset: Any) -> int:
+    """Return how many different samples a stage uses."""
+    if isinstance(dataset, MicroBatchDataset):
+        return min(len(dataset.positions), len(dataset.samples.mixture))
+    return min(len(dataset), len(dataset.mixture)) if isinstance(dataset, FileDataset) else len(dataset)
+
+
+def image_of(item: dict[str, Tensor]) -> Tensor:
+    """Return the first image of a dataset's item, (3, height, width)."""
+    pixels = item["pixel_values"]
+    return pixels if pixels.ndim == 3 else pixels[0]
+
+
+def count_steps(recipe: Recipe) -> Recipe:
+    """Return the recipe with steps instead of epochs, for which the samples of its files are counted. Stages with a
+    budget are left as they are (see `batch_costs.plan_steps`).
 
     Raises:
-        InputError: a file that is not there or cannot be read.
+        InputError: if a file cannot be read.
     """
-    return dataclasses.replace(recipe, stages=[_with_steps(recipe, stage) for stage in recipe.stages])
+    stages = []
+    for stage in recipe.stages:
+        if stage.epochs is not None and stage.budget is None:
+            samples = len(Mixture(mixture_sources(recipe, stage.data.sources)))
+            stage = dataclasses.replace(stage, steps=steps_of(samples, stage.epochs, stage.batch_size), epochs=None)
+        stages.append(stage)
+    return dataclasses.replace(recipe, stages=stages)
 
 
-def _with_steps(recipe: Recipe, stage: Stage) -> Stage:
-    if stage.epochs is None or stage.budget is not None:
-        return stage
-    mixture = Mixture(mixture_sources(recipe, stage.data.sources))
-    return dataclasses.replace(stage, steps=steps_of(len(mixture), stage.epochs, stage.batch_size), epochs=None)
-
-
-def missing_files(recipe: Recipe) -> Iterator[str]:
-    """Data files and folders of images that are not there, each once."""
+def missing_files(recipe: Recipe) -> list[str]:
+    """Return the data files and image folders that do not exist, each once."""
     sources = [source for stage in recipe.stages for source in stage.all_sources]
-    return iter(dict.fromkeys(path for source in sources for path in _missing_of(recipe, source)))
+    return list(dict.fromkeys(path for source in sources for path in _missing_of(recipe, source)))
 
 
 def _missing_of(recipe: Recipe, source: Source) -> Iterator[str]:
@@ -234,23 +233,34 @@ def _missing_of(recipe: Recipe, source: Source) -> Iterator[str]:
         yield images
 
 
-def missing_images(recipe: Recipe, samples: int = 1000) -> Iterator[Path]:
-    """Folders that are not there among those of images of so many samples spread over each file that is."""
+def check_files(recipe: Recipe) -> None:
+    """Check that the recipe's data files and image folders exist.
+
+    Raises:
+        DataError: if some do not; the message names them and the folder that paths are relative to.
+    """
+    if missing := missing_files(recipe):
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        root = recipe.data_root if storage.is_remote(recipe.data_root) else Path(recipe.data_root).absolute()
+        raise DataError(
+            f"missing data: {named}; paths are relative to data_root, now {root}; change it in the recipe or with "
+            "`overrides` data_root=FOLDER"
+        )
+
+
+def missing_image_folders(recipe: Recipe, samples: int = 1000) -> list[Path]:
+    """Return the folders of images that do not exist, from about so many samples spread over each file."""
     found: dict[Path, None] = {}
     for source in {source.name: source for stage in recipe.stages for source in stage.all_sources}.values():
         folder = images_of(recipe, source)
         if any(_missing_of(recipe, source)) or storage.is_remote(folder):
             continue
         records = records_of(recipe, source)
-        if not records.embeds_images:
-            for number in range(0, len(records), max(1, len(records) // samples)):
-                found |= dict.fromkeys(path.parent for path in _images_in(records[number], Path(folder)))
-    return (folder for folder in found if not folder.exists())
-
-
-def _images_in(record: dict[str, Any], folder: Path) -> Iterator[Path]:
-    """Those that it names; what is no name is the examination's to tell."""
-    named = record.get("image")
-    for path in named if isinstance(named, list) else [named]:
-        if path and isinstance(path, str):
-            yield folder / path
+        if records.embeds_images:
+            continue
+        for number in range(0, len(records), max(1, len(records) // samples)):
+            named = records[number].get("image")
+            for path in named if isinstance(named, list) else [named]:
+                if path and isinstance(path, str):  # `data check` reports other values
+                    found[(Path(folder) / path).parent] = None
+    return [folder for folder in found if not folder.exists()]

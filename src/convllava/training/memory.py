@@ -1,7 +1,7 @@
-"""What training holds in memory: weights, gradients and the optimiser of every part, and the activations of a batch.
+"""Memory of training: weights, gradients and optimiser state of every part, and the activations of a micro-batch.
 
 Activations are counted in closed form, from what autograd keeps of the tower's training path and of a Llama-like
-language model with fused attention; a test holds them against what it really keeps.
+language model with fused attention. A test compares the count with what autograd really keeps.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ GB = 1e9
 
 
 class Memory(TypedDict):
-    """In GB, for one process.
+    """Memory of one process in GB.
 
     Attributes:
-        weights: All of them in float32; a language model in four bits holds less.
-        gradients: Of those that train.
-        optimizer: AdamW's two moments; Muon holds less, one for most matrices.
+        weights: All weights in float32; a language model in four bits needs less.
+        gradients: Gradients of the parameters that train.
+        optimizer: AdamW's two moments; Muon needs less, one for most matrices.
         tower: Activations of the vision tower.
         language_model: Activations of the language model.
-        logits: With their gradients, in float32.
+        logits: Logits with their gradients, in float32.
     """
 
     weights: float
@@ -47,14 +47,16 @@ class Memory(TypedDict):
 def memory_of(
     parameters: int, trained: int, config: ConvLlavaConfig, stage: Stage, pixels: int, tokens: int, processes: int = 1
 ) -> Memory:
-    """Of one process in one pass.
+    """Return the memory of one process in one micro-batch.
 
     Args:
-        parameters: Of the whole model.
-        trained: Parameters that train, those of adapters among them.
-        pixels: Of all images of the pass.
-        tokens: Positions of all sequences of the pass, visual ones and padding included.
-        processes: That share weights, gradients and the optimiser's state, as under FSDP.
+        parameters: Number of parameters of the whole model.
+        trained: Number of parameters that train, including adapters.
+        config: Configuration of the model.
+        stage: The stage that trains.
+        pixels: Pixels of all images of the micro-batch.
+        tokens: Positions of all sequences of the micro-batch, with visual tokens and padding.
+        processes: Processes that share weights, gradients and optimiser state, as under FSDP.
     """
     states = {"weights": 4 * parameters, "gradients": 4 * trained, "optimizer": 8 * trained}
     activations = {
@@ -65,15 +67,15 @@ def memory_of(
     if stage.objective != "chat":  # the language model does not run
         activations |= {"language_model": 0, "logits": 0}
     found = {name: count / processes for name, count in states.items()} | activations
-    return {name: round(count / GB, 2) for name, count in found.items()}  # type: ignore[return-value]  # all keys are there
+    return {name: round(count / GB, 2) for name, count in found.items()}  # type: ignore[return-value]  # all keys exist
 
 
 def tower_activations(config: ConvLlavaVisionConfig, stage: Stage, pixels: int) -> int:
-    """Bytes that autograd keeps of the vision tower, from its first stage that trains on.
+    """Return the bytes that autograd keeps of the vision tower, from the first stage that trains.
 
-    A block of C channels keeps 12 C values a pixel: its input, the results of convolution, norm and second linear
-    layer, and twice 4 C around the GELU; between stages, patches and norms are 4 C more. With gradient checkpointing a
-    block keeps its input alone, and one block at a time all.
+    A block of C channels keeps 12 C values per pixel: its input, the results of convolution, norm and second linear
+    layer, and 4 C on both sides of the GELU. Between stages, patches and norms are 4 C more. With gradient
+    checkpointing a block keeps only its input, and one block at a time keeps everything.
     """
     kept, largest = 0, 0
     first = min((int(part[5:]) for part in stage.learning_rates if part.startswith("stage")), default=None)
@@ -87,13 +89,13 @@ def tower_activations(config: ConvLlavaVisionConfig, stage: Stage, pixels: int) 
         block = 12 * area * width
         largest = max(largest, block)
         kept += 4 * area * width + depth * (area * width if stage.gradient_checkpointing else block)
-    return _bytes(stage) * (kept + (largest if stage.gradient_checkpointing else 0))
+    return _bytes_per_value(stage) * (kept + (largest if stage.gradient_checkpointing else 0))
 
 
 def language_activations(text: Any, stage: Stage, tokens: int) -> int:
-    """Bytes that autograd keeps of the language model, through which gradients go in any stage.
+    """Return the bytes that autograd keeps of the language model. Gradients pass through it in every chat stage.
 
-    A layer of width h with an MLP of width m and k wide keys keeps 8 h + 2 k + 4 m values a token.
+    A layer of width h with an MLP of width m and keys of width k keeps 8 h + 2 k + 4 m values per token.
     """
     width, heads = text.hidden_size, text.num_attention_heads
     head = getattr(text, "head_dim", None) or width // heads
@@ -101,46 +103,42 @@ def language_activations(text: Any, stage: Stage, tokens: int) -> int:
     layer = 8 * width + 2 * keys + 4 * text.intermediate_size
     layers = text.num_hidden_layers
     kept = layers * width + layer if stage.gradient_checkpointing else layers * layer
-    return _bytes(stage) * tokens * (kept + 2 * width)
+    return _bytes_per_value(stage) * tokens * (kept + 2 * width)
 
 
-def _bytes(stage: Stage) -> int:
+def _bytes_per_value(stage: Stage) -> int:
     return 2 if stage.precision == "bfloat16" else 4
 
 
 @contextmanager
-def explaining(recipe: Recipe, stage: Stage, model: nn.Module, config: Any, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Where memory runs out within, say what took it and which settings take less.
+def explaining_out_of_memory(
+    recipe: Recipe, stage: Stage, model: nn.Module, config: Any, batch: Mapping[str, Any]
+) -> Iterator[None]:
+    """Turn an out-of-memory error in the block into a message that names what uses memory and what reduces it.
 
     Raises:
-        InputError: it has.
+        InputError: if memory runs out.
     """
     try:
         yield
+        return
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and not _OUT_OF_MEMORY.search(str(error)):
             raise
-        raise InputError(explanation(recipe, stage, model, config, batch)) from error
-
-
-def explanation(recipe: Recipe, stage: Stage, model: nn.Module, config: Any, batch: Mapping[str, Any]) -> str:
-    """One line: what a pass holds, and by which keys of the recipe it holds less."""
+        cause = error
     weights = [weight for named in parts_of(model).values() for _, weight in named]
     parameters = sum(weight.numel() for weight in weights)
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     images = batch.get("pixel_values", ())
     pixels = sum(image.shape[-2] * image.shape[-1] for image in images)
     tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
-    found = memory_of(parameters, trained, config, stage, pixels, tokens, _sharing(recipe))
-    told = ", ".join(f"{name.replace('_', ' ')} {size:g}" for name, size in found.items())
-    return (
-        f"out of memory in stage {stage.name}, in a pass of {len(images)} images with {pixels / 1e6:.1f} million "
-        f"pixels and {tokens} tokens; it holds about, in GB: {told}; less with {', '.join(_remedies(recipe, stage))}"
-    )
-
-
-def _sharing(recipe: Recipe) -> int:
-    return 1 if recipe.sharding == "none" else process_count()
+    sharing = 1 if recipe.sharding == "none" else process_count()
+    found = memory_of(parameters, trained, config, stage, pixels, tokens, sharing)
+    sizes = ", ".join(f"{name.replace('_', ' ')} {size:g}" for name, size in found.items())
+    raise InputError(
+        f"out of memory in stage {stage.name}, in a micro-batch of {len(images)} images with {pixels / 1e6:.1f} million"
+        f" pixels and {tokens} tokens; it needs about, in GB: {sizes}; less with {', '.join(_remedies(recipe, stage))}"
+    ) from cause
 
 
 def _remedies(recipe: Recipe, stage: Stage) -> Iterator[str]:

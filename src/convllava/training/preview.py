@@ -1,4 +1,4 @@
-"""Samples of a stage as the model will see them, drawn.
+"""Draw samples of a stage as the model will see them.
 
 convllava data preview recipes/tiny.yaml --stage instruct --output preview.png
 """
@@ -12,51 +12,41 @@ from typing import Any
 
 from PIL import Image
 
-from convllava.data.contact_sheet import SheetSample, draw_sheet, sheet_sample
-from convllava.errors import InputError
+from convllava.data.contact_sheet import draw_sheet, sheet_sample
+from convllava.errors import ConfigError
 from convllava.io import replacing
-from convllava.training.datasets import make_dataset
-from convllava.training.initialise import check_pixels, processor_of
+from convllava.training.datasets import check_files, make_dataset
+from convllava.training.initialise import initial_processor
 from convllava.training.recipe import Recipe
+from convllava.training.stage import resolve_stages
 
 
 def preview(recipe: Recipe, stage: str | None, samples: int, output: Path) -> None:
-    """Draw the first samples that a stage sees, as a picture whose kind its name tells.
+    """Draw the first samples of a stage.
 
     Args:
-        recipe: Whose data.
-        stage: By its name; None: the first.
-        samples: How many.
-        output: The picture's path.
+        recipe: The recipe whose data are drawn.
+        stage: Name of the stage; None: the first.
+        samples: Number of samples.
+        output: Path of the picture; its extension selects the format.
 
     Raises:
-        InputError: there is no such stage, its data cannot be read, or the picture not be written.
+        InputError: if there is no such stage, its data cannot be read, or the picture cannot be written.
     """
     kind = Image.registered_extensions().get(output.suffix.lower())
-    if kind not in Image.SAVE:  # some are read only
-        raise InputError(f"--output {output}: give the name of a picture, such as preview.png")
-    index = _index(recipe, stage)
-    sheet = draw_sheet(list(_shown(recipe, index, samples)))
-    with replacing(output) as partial:
-        sheet.save(partial, kind)
-
-
-def _index(recipe: Recipe, stage: str | None) -> int:
+    if kind not in Image.SAVE:  # PIL can read some formats without writing them
+        raise ConfigError(f"`output` {output}: give the name of a picture, such as preview.png")
     names = [stage.name for stage in recipe.stages]
     if stage is not None and stage not in names:
-        raise InputError(f"{recipe.name} has no stage {stage!r}; choose one of {', '.join(names)}")
-    return 0 if stage is None else names.index(stage)
-
-
-def _shown(recipe: Recipe, index: int, samples: int) -> list[SheetSample]:
-    processor = processor_of(recipe)
-    check_pixels(recipe, processor.image_processor)
-    for earlier in recipe.stages[: index + 1]:
-        processor.image_processor.change(**earlier.pixels)
-    # Steps enough for the samples; of a file they then need not be counted.
-    stage = recipe.stages[index]
-    shorter = dataclasses.replace(stage, steps=math.ceil(samples / stage.batch_size), epochs=None)
-    stages = [*recipe.stages[:index], shorter, *recipe.stages[index + 1 :]]
-    dataset: Any = make_dataset(dataclasses.replace(recipe, stages=stages), index, processor)
-    stride = getattr(dataset, "stride", processor.image_processor.stride)
-    return [sheet_sample(dataset[number], processor, stride, number) for number in range(samples)]
+        raise ConfigError(f"{recipe.name} has no `stage` {stage!r}; choose one of {', '.join(names)}")
+    index = 0 if stage is None else names.index(stage)
+    # With a number of steps, a stage with epochs need not count its samples.
+    batches = math.ceil(samples / recipe.stages[index].batch_size)
+    shorter = [dataclasses.replace(one, steps=batches, epochs=None, evaluation=None) for one in recipe.stages]
+    check_files(dataclasses.replace(recipe, stages=[shorter[index]]))
+    run = resolve_stages(dataclasses.replace(recipe, stages=shorter), initial_processor(recipe))[index]
+    dataset: Any = make_dataset(run)
+    stride = getattr(dataset, "stride", run.processor.image_processor.stride)
+    sheet = draw_sheet([sheet_sample(dataset[number], run.processor, stride, number) for number in range(samples)])
+    with replacing(output) as partial:
+        sheet.save(partial, kind)

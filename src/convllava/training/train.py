@@ -1,12 +1,12 @@
-"""Runs a recipe: stage after stage through a small subclass of the Hugging Face Trainer.
+"""Train a recipe, stage after stage, with a small subclass of the Hugging Face Trainer.
 
     convllava train recipes/tiny-quick.yaml --output runs/quick [--resume]
     torchrun --nproc-per-node 2 -m convllava train recipes/tiny-quick.yaml --output runs/quick
 
-Everything lies in the output folder: `recipe.yaml` (resolved), `log.jsonl` (one line an optimiser step), `tensorboard/`
-and one folder per stage, `1-NAME/`, which is a loadable checkpoint with the recipe beside it, and the heads that the
-next stage goes on with; it appears when the stage is complete. A stage in progress keeps
-`.1-NAME.progress/checkpoint-STEP/`, from which `--resume` continues exactly.
+The output folder has everything: `recipe.yaml` (with all defaults), `log.jsonl` (one line per optimiser step),
+`tensorboard/`, and one folder for each complete stage, `1-NAME/`: a loadable checkpoint with the recipe, and the
+auxiliary heads that the next stage continues with. A stage in progress has `.1-NAME.progress/checkpoint-STEP/`, from
+which a run can be resumed exactly.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from convllava import checkpoints
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 from convllava.inference import Assistant
 from convllava.io import make_output, replacing
+from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.training.batch_costs import in_micro_batches, plan_steps
 from convllava.training.calibration import calibrate
 from convllava.training.datasets import (
+    check_files,
     distinct_samples,
     image_of,
     make_collator,
@@ -41,221 +42,166 @@ from convllava.training.datasets import (
 from convllava.training.distributed import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.eval_callbacks import SampleAnswers, early_stopping_callbacks, has_stopped_early
 from convllava.training.frozen_features import CachedFeatureCollator, make_frozen_stages
-from convllava.training.initialise import start
+from convllava.training.initialise import initial_model
 from convllava.training.logging import ProgressBar, Skips, StepLog, print_parts
 from convllava.training.lora import four_bits
-from convllava.training.measuring import in_passes, with_planned_steps
 from convllava.training.objectives.attention_supervision import enable_attention_supervision
 from convllava.training.objectives.auxiliary_heads import detach_heads
 from convllava.training.objectives.build import build_trained_module
-from convllava.training.recipe import Recipe, Stage
-from convllava.training.trainer import StageTrainer, training_arguments
-from convllava.training.validate import check_stages
+from convllava.training.recipe import Recipe
+from convllava.training.stage import StageRun, resolve_stages
+from convllava.training.trainer import StageTrainer
+from convllava.training.validate import check_model, check_recipe
 
 CALIBRATION_SAMPLES = 32
-_SHOWN = 6
-"""Settings that differ from those of the run in the folder."""
+_LISTED_DIFFERENCES = 6
+"""Differences between two recipes that a message lists."""
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: bool = False, max_steps: int | None = None) -> Path:
     """Train every stage of a recipe that is not complete yet.
 
     Args:
-        recipe: What to train.
+        recipe: The recipe.
         output: Folder for checkpoints and logs.
-        resume: Continue in a folder that holds a run of the same recipe.
-        max_steps: Cap every stage at so many steps (to try a recipe).
+        resume: Continue the run in the folder; its recipe must be the same.
+        max_steps: Most steps of each stage, to try a recipe.
 
     Returns:
         The folder of the last stage's checkpoint.
 
     Raises:
-        InputError: the folder holds another run, or the recipe does not fit the model.
+        InputError: if the folder has another run, a file is missing, or the recipe does not fit the model.
     """
     output = Path(output)
-    check_processes(recipe, process_count())
-    if is_first_process():
-        check_output(output, resume)  # before anything is measured
-    recipe = capped(with_planned_steps(recipe, output), max_steps)
-    set_seed(recipe.seed)
-    make_room_for_kernels(recipe)
-    model, processor = start(recipe)
-    check_stages(recipe, model, processor)
-    if is_first_process():
-        prepare_output(recipe, output, resume)
-    folders = [output / f"{index}-{stage.name}" for index, stage in enumerate(recipe.stages)]
-    # After the last and not by their number: who needs the room removes the first ones.
-    done = [index for index, folder in enumerate(folders) if folder.exists()]
-    for index in range(1 + max(done, default=-1), len(folders)):
-        if index > 0:
-            # From the folder and not from memory, so that a resumed run sees what an uninterrupted one saw.
-            model, processor = checkpoints.read(folders[index - 1])
-        run_stage(recipe, index, model, processor, folders[index])
-    return folders[-1]
-
-
-def make_room_for_kernels(recipe: Recipe) -> None:
-    """On a CPU, products in bfloat16 have a kernel for every shape. The 1024 that oneDNN keeps are used up in ten steps
-    of pages of mixed shapes, and making one takes as long as it then runs. How many it keeps is read once, when it
-    makes the first."""
-    if any(stage.precision == "bfloat16" for stage in recipe.stages) and not torch.accelerator.is_available():
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
-
-
-def capped(recipe: Recipe, max_steps: int | None) -> Recipe:
-    """The recipe with no stage longer than so many steps."""
-    if max_steps is None:
-        return recipe
-    stages = [dataclasses.replace(stage, steps=min(stage.steps or max_steps, max_steps)) for stage in recipe.stages]
-    return dataclasses.replace(recipe, stages=stages)
-
-
-def check_output(output: Path, resume: bool) -> None:
-    """Refuse a folder with a run that is not to be continued."""
-    if not resume and (output / "recipe.yaml").exists():
-        raise InputError(f"{output} already holds a run; continue it with --resume or choose another --output")
-
-
-def prepare_output(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Write the resolved recipe as it now holds, once the run in the folder is found to learn the same."""
-    check_output(output, resume)
     saved = output / "recipe.yaml"
-    if saved.exists() and (changes := Recipe.load(saved).differences(recipe)):
-        shown = "; ".join([*changes[:_SHOWN], *["..."][: len(changes) > _SHOWN]])
-        raise InputError(
-            f"the run in {output} has another recipe ({shown}); resume with the same recipe and settings, or "
-            f"choose another --output"
-        )
-    make_output(output)
-    with replacing(saved) as partial:
-        partial.write_text(recipe.dump(), encoding="utf-8")
+    check_processes(recipe, process_count())
+    if is_first_process() and saved.exists() and not resume:
+        raise ConfigError(f"{output} already holds a run; continue it with `resume`, or choose another `output`")
 
+    # 1. Steps of each stage. Stages with epochs or a budget read their files for it.
+    check_files(recipe)
+    recipe = plan_steps(recipe, output)
+    if max_steps is not None:
+        stages = [dataclasses.replace(stage, steps=min(stage.steps or max_steps, max_steps)) for stage in recipe.stages]
+        recipe = dataclasses.replace(recipe, stages=stages)
 
-def run_stage(recipe: Recipe, index: int, model: Any, processor: Any, folder: Path) -> None:
-    """Train one stage, from its newest checkpoint if there is one, and write its folder."""
-    stage = recipe.stages[index]
-    progress = progress_of(folder)
-    if stage.adapter is not None:
-        model = base_model(recipe, index, model, processor, folder.parent)
-    set_seed(recipe.seed + index)
-    processor.image_processor.change(**stage.pixels)
-    before = folder.with_name(f"{index - 1}-{recipe.stages[index - 1].name}") if index > 0 else None
-    trained = build_trained_module(stage, model, processor, before)
+    # 2. The model before the first stage.
+    set_seed(recipe.seed)
+    if any(stage.precision == "bfloat16" for stage in recipe.stages) and not torch.accelerator.is_available():
+        # In bfloat16, oneDNN compiles a kernel for every shape, which takes as long as running it. Pages of mixed
+        # shapes fill its default cache of 1024 kernels in ten steps. It reads this setting before the first kernel.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
+    announce(f"recipe {recipe.name}: build the model")
+    model, processor = initial_model(recipe)
+
+    # 3. Anything that would stop a later stage stops the run now, before a file is written.
+    runs = resolve_stages(recipe, processor, output)
+    check_recipe(recipe, process_count())
+    for run in runs:
+        check_model(run, model)
     if is_first_process():
-        print_parts(f"stage {index}: {stage.name}", trained, stage.learning_rates)
-    dataset = in_passes(recipe, index, processor, folder.parent, make_dataset(recipe, index, processor))
-    checkpoint = get_last_checkpoint(progress) if progress.exists() else None
+        if saved.exists() and (differences := Recipe.load(saved).differences(recipe)):
+            listed = "; ".join([*differences[:_LISTED_DIFFERENCES], *["..."][: len(differences) > _LISTED_DIFFERENCES]])
+            raise ConfigError(
+                f"the run in {output} has another recipe ({listed}); resume with the same recipe and settings, or "
+                "choose another `output`"
+            )
+        make_output(output)
+        with replacing(saved) as partial:
+            partial.write_text(recipe.dump(), encoding="utf-8")
+
+    # 4. The stages after the last complete one; users may delete the folders of earlier stages.
+    complete = [run.index for run in runs if run.folder.exists()]
+    for run in runs[1 + max(complete, default=-1) :]:
+        if run.previous is not None:
+            # From the folder, not from memory, so that a resumed run starts from the same weights as this one.
+            model, _ = checkpoints.read(run.previous)
+        train_stage(run, model)
+    return runs[-1].folder
+
+
+def train_stage(run: StageRun, model: ConvLlavaForConditionalGeneration) -> None:
+    """Train one stage, from its newest checkpoint if it has one, and write its folder."""
+    stage, processor, output = run.stage, run.processor, run.output
+    announce(f"stage {run.index + 1} of {len(run.recipe.stages)}, {stage.name}: {stage.steps} steps")
+
+    # 1. The modules that train: the model, parts of it with an objective's heads, or an adapter.
+    if stage.adapter is not None:
+        if isinstance(run.base, Path) and not run.base.exists() and is_first_process():
+            checkpoints.write(model, processor, run.base)
+        wait_for_all()
+        if stage.adapter.four_bit:
+            model, _ = checkpoints.read(checkpoints.find(str(run.base)), quantization=four_bits(stage))
+    set_seed(run.recipe.seed + run.index)
+    trained: Any = build_trained_module(stage, model, processor, run.previous)
+    if is_first_process():
+        print_parts(f"stage {run.index}: {stage.name}", trained, stage.learning_rates)
+
+    # 2. The samples.
+    dataset = in_micro_batches(run, make_dataset(run))
+    held_out: Any = make_held_out(run) if stage.evaluation is not None else None
+    checkpoint = get_last_checkpoint(run.progress) if run.progress.exists() else None
     if stage.calibrate and checkpoint is None:
         calibrate(model, [image_of(dataset[sample]).to(model.device) for sample in range(CALIBRATION_SAMPLES)])
-    trainer = make_trainer(recipe, index, trained, model, processor, dataset, folder)
-    trainer.remove_callback(PrinterCallback)
-    bar = ProgressBar(f"{index}-{stage.name}", trainer.counts)
-    if is_first_process():
-        observe(trainer, stage, index, folder, bar, Assistant(model, processor))
-    if stage.attention_supervision:
-        enable_attention_supervision(model)
-    torch.set_flush_denormal(True)  # numbers that small only cost time
-    try:
-        if not has_stopped_early(stage, checkpoint):
-            trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.leave_what_counts()
-    finally:
-        torch.set_flush_denormal(False)
-        bar.stop()
-    model.config.use_cache = True  # the Trainer turns it off
-    heads = detach_heads(model)
-    weights = trainer.whole_weights()
-    trainer.accelerator.wait_for_everyone()  # each has read what the first removes now
-    if is_first_process():
-        write_stage(recipe, index, trained, model, processor, folder, weights, heads)
-        shutil.rmtree(progress, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-
-
-def make_trainer(
-    recipe: Recipe, index: int, trained: Any, model: Any, processor: Any, dataset: Dataset, folder: Path
-) -> StageTrainer:
-    """The trainer of a stage, whose folder will be `folder`.
-
-    Args:
-        trained: What of the model trains.
-        model: The whole model.
-        dataset: What it trains on.
-    """
-    stage, output = recipe.stages[index], folder.parent
     collator = make_collator(stage, processor)
-    frozen = make_frozen_stages(recipe, stage, model.model.vision_tower, output)
+    frozen = make_frozen_stages(run.recipe, stage, model.model.vision_tower, output)
     if frozen is not None and frozen.store is not None:
         collator = CachedFeatureCollator(collator, frozen.store)
-    return StageTrainer(
-        recipe,
-        stage,
+
+    # 3. The trainer, and what it reports.
+    trainer = StageTrainer(
+        run,
         model.config,
         Skips(output / "skipped.jsonl", stage, distinct_samples(dataset) / process_count()),
         model=trained,
         frozen=frozen,
-        args=training_arguments(recipe, stage, progress_of(folder)),
         train_dataset=dataset,
-        eval_dataset=make_held_out(recipe, index, processor) if stage.evaluation else None,
+        eval_dataset=held_out,
         data_collator=collator,
-        callbacks=early_stopping_callbacks(stage.evaluation) if stage.evaluation else [],
+        callbacks=early_stopping_callbacks(stage.evaluation) if stage.evaluation is not None else [],
     )
+    trainer.remove_callback(PrinterCallback)
+    bar = ProgressBar(run.folder.name, trainer.counts)
+    if is_first_process():
+        writer = SummaryWriter(output / "tensorboard" / run.folder.name)
+        for callback in (StepLog(output, stage, run.index, trainer.counts), bar, TensorBoardCallback(writer)):
+            trainer.add_callback(callback)
+        pictures = stage.evaluation.pictures if stage.evaluation is not None and stage.objective == "chat" else 0
+        if pictures and (questions := questions_of(held_out, pictures)):
+            trainer.add_callback(SampleAnswers(Assistant(model, processor), questions, writer))
+    if stage.attention_supervision:
+        enable_attention_supervision(model)
+
+    # 4. Training.
+    if checkpoint is not None:
+        announce(f"continue from {checkpoint}")
+    torch.set_flush_denormal(True)  # denormal numbers are slow and change nothing
+    try:
+        if not has_stopped_early(stage, checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.use_final_weights()
+    finally:
+        torch.set_flush_denormal(False)
+        bar.stop()
+
+    # 5. The stage's folder: a whole checkpoint, or an adapter with the name of its base.
+    model.config.use_cache = True  # the Trainer turns it off
+    heads = detach_heads(model)
+    weights = trainer.whole_weights()
+    trainer.accelerator.wait_for_everyone()  # every process has read the files that the first one now deletes
+    if is_first_process():
+        if stage.adapter is None:
+            text = run.recipe.dump()
+            checkpoints.write(model, processor, run.folder, weights=weights, extra_tensors=heads, recipe=text)
+        else:
+            checkpoints.write_adapter(trained, processor, run.folder, run.base, recipe=run.recipe.dump())
+        shutil.rmtree(run.progress, ignore_errors=True)
+        announce(f"wrote {run.folder}")
+    trainer.accelerator.wait_for_everyone()
 
 
-def progress_of(folder: Path) -> Path:
-    """Where a stage keeps its checkpoints until its folder is complete."""
-    return folder.with_name(f".{folder.name}.progress")
-
-
-def observe(
-    trainer: StageTrainer, stage: Stage, index: int, folder: Path, bar: ProgressBar, assistant: Assistant
-) -> None:
-    """Let the first process tell what happens: log.jsonl, the bar, TensorBoard."""
-    writer = SummaryWriter(folder.parent / "tensorboard" / folder.name)
-    trainer.add_callback(StepLog(folder.parent, stage, index, trainer.counts))
-    trainer.add_callback(bar)
-    trainer.add_callback(TensorBoardCallback(writer))
-    if stage.evaluation is not None and stage.evaluation.pictures and stage.objective == "chat":
-        dataset: Any = trainer.eval_dataset
-        questions = questions_of(dataset, stage.evaluation.pictures)
-        if questions:
-            trainer.add_callback(SampleAnswers(assistant, questions, writer))
-
-
-def write_stage(
-    recipe: Recipe,
-    index: int,
-    trained: Any,
-    model: Any,
-    processor: Any,
-    folder: Path,
-    weights: dict[str, Tensor] | None,
-    beside: dict[str, dict[str, Tensor]],
-) -> None:
-    """The stage's folder: a whole checkpoint, or an adapter beside the one that it was trained on."""
-    text = recipe.dump()
-    if recipe.stages[index].adapter is None:
-        checkpoints.write(model, processor, folder, weights=weights, extra_tensors=beside, recipe=text)
-        return
-    checkpoints.write_adapter(trained, processor, folder, base_folder(recipe, index, folder.parent), recipe=text)
-
-
-def base_model(recipe: Recipe, index: int, model: Any, processor: Any, output: Path) -> Any:
-    """The model that a stage's adapter is trained on, once it is on disk: as it is, or in four bits."""
-    adapter, base = recipe.stages[index].adapter, base_folder(recipe, index, output)
-    if isinstance(base, Path) and not base.exists() and is_first_process():
-        checkpoints.write(model, processor, base)
-    wait_for_all()
-    if adapter is None or not adapter.four_bit:
-        return model
-    return checkpoints.read(checkpoints.find(str(base)), quantization=four_bits(recipe.stages[index]))[0]
-
-
-def base_folder(recipe: Recipe, index: int, output: Path) -> str | Path:
-    """What a stage's adapter is trained on: the stage before, the recipe's checkpoint, or what the recipe builds."""
-    if index > 0:
-        return output / f"{index - 1}-{recipe.stages[index - 1].name}"
-    checkpoint = recipe.model.checkpoint
-    if checkpoint is None:
-        return output / "base"
-    return Path(checkpoint) if checkpoints.find(checkpoint) == checkpoint and Path(checkpoint).is_dir() else checkpoint
+def announce(text: str) -> None:
+    """Print a line about the next step, once for all processes."""
+    if is_first_process():
+        print(text, flush=True)

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer for one stage of a recipe."""
+"""The Hugging Face Trainer for one stage: learning rates by part, losses of the objectives, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -22,36 +22,59 @@ from convllava.data.dense_labels import ACCURACIES
 from convllava.errors import InputError
 from convllava.io import one_line
 from convllava.model.config import ConvLlavaConfig
-from convllava.training.distributed import is_first_process, passes_of, process_count, samples_of
+from convllava.training.distributed import (
+    is_first_process,
+    micro_batch_samples,
+    micro_batches_per_step,
+    process_count,
+    sharding_arguments,
+)
 from convllava.training.eval_callbacks import BEST, AverageWeights, HeldOutLoss, load_weights, loss_weight
 from convllava.training.frozen_features import FrozenStages
 from convllava.training.logging import Skips
-from convllava.training.memory import explaining
+from convllava.training.memory import explaining_out_of_memory
 from convllava.training.muon import Muon
 from convllava.training.objectives.attention_supervision import AttentionSupervision, supervised_layers
 from convllava.training.objectives.losses import ANSWER_LOSS, answer_loss, answer_weights, prompt_labels, prompt_loss
 from convllava.training.optim import parameter_groups
-from convllava.training.recipe import Recipe, Stage
-from convllava.training.sharding import sharding_arguments
+from convllava.training.stage import StageRun
 
 COUNTS = ("samples", "images", "tokens", "positions", "padded", "waited")
-"""Of what the stage has seen (see `StageTrainer._count`), and the seconds in which this process waited for samples."""
+"""What a stage counts (see `StageTrainer._count`): its samples, and the seconds that this process waited for them."""
+_DECAY_SHARE = 0.2
+"""Share of the steps, at the end, in which the learning rates of the schedule `stable` fall."""
 
-_FALLS = 0.2
-"""The share of the steps at the end in which the rates of the schedule `stable` fall."""
 
-
-def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> TrainingArguments:
-    """The Trainer's settings for one stage, whose steps are known."""
+def training_arguments(run: StageRun) -> TrainingArguments:
+    """Return the Trainer's settings for a stage, whose number of steps is known."""
+    recipe, stage = run.recipe, run.stage
     assert stage.steps is not None
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu, samples = not torch.accelerator.is_available(), micro_batch_samples(stage, process_count())
+    schedule: dict[str, Any] = {"lr_scheduler_type": stage.schedule}
+    if stage.schedule == "stable":
+        decay = {"num_decay_steps": round(_DECAY_SHARE * stage.steps), "decay_type": "linear"}
+        schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
+    elif stage.schedule == "constant":
+        schedule = {"lr_scheduler_type": "constant_with_warmup"}
+    evaluation: dict[str, Any] = {}
+    if stage.evaluation is not None:
+        evaluation = {
+            "eval_strategy": "steps",
+            "eval_steps": stage.evaluation.every,
+            # With a budget one by one: the costs of held-out samples are not measured.
+            "per_device_eval_batch_size": 1 if stage.budget else samples,
+            "prediction_loss_only": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "restore_callback_states_from_checkpoint": True,
+        }
     return TrainingArguments(
-        output_dir=str(progress),
+        output_dir=str(run.progress),
         max_steps=stage.steps,
-        # With a budget an item of the dataset is a whole pass.
-        per_device_train_batch_size=1 if stage.budget else samples_of(stage, process_count()),
-        gradient_accumulation_steps=passes_of(stage, process_count()),
-        **_schedule(stage),
+        # With a budget an item of the dataset is a whole micro-batch.
+        per_device_train_batch_size=1 if stage.budget else samples,
+        gradient_accumulation_steps=micro_batches_per_step(stage, process_count()),
+        **schedule,
         warmup_steps=round(stage.warmup * stage.steps),
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bfloat16",
@@ -68,57 +91,35 @@ def training_arguments(recipe: Recipe, stage: Stage, progress: Path) -> Training
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
         report_to=recipe.report_to,
-        **_evaluating(stage),
+        **evaluation,
         **sharding_arguments(recipe),
-        ddp_find_unused_parameters=True,  # an objective may leave parts of what trains alone for a step
+        ddp_find_unused_parameters=True,  # some objectives do not use every trained parameter in every step
     )
 
 
-def _schedule(stage: Stage) -> dict[str, Any]:
-    if stage.schedule == "stable":
-        falls = {"num_decay_steps": round(_FALLS * (stage.steps or 0)), "decay_type": "linear"}
-        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": falls}
-    return {"lr_scheduler_type": {"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule)}
-
-
-def _evaluating(stage: Stage) -> dict[str, Any]:
-    if stage.evaluation is None:
-        return {}
-    return {
-        "eval_strategy": "steps",
-        "eval_steps": stage.evaluation.every,
-        # One by one where passes are filled by what samples cost: nothing tells how many held-out ones fit.
-        "per_device_eval_batch_size": 1 if stage.budget else samples_of(stage, process_count()),
-        "prediction_loss_only": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "restore_callback_states_from_checkpoint": True,
-    }
-
-
 class SavesAsAsked(TrainerCallback):
-    """A resumed run saves as often as its recipe now says, where the Trainer takes that from the checkpoint."""
+    """Saves as often as the recipe says now; the Trainer would read that from the checkpoint of a resumed run."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.save_steps = int(args.save_steps)
 
 
 class StageTrainer(Trainer):
-    """The Hugging Face Trainer with a learning rate per part, samples in order, and checkpoints that are whole.
+    """The Hugging Face Trainer with a learning rate per part, samples in the recipe's order, and checkpoints that are
+    complete or absent.
 
     Args:
-        recipe: What the stage belongs to.
-        stage: What trains, at which rates.
-        config: Of the whole model, parts of which may train under other heads.
-        skips: Takes note of samples that were passed over.
-        frozen: Stages of the tower that need not run on the path that trains, if any are.
-        keywords: As of `Trainer`.
+        run: The stage.
+        config: Configuration of the whole model. Some objectives train a part of it with heads of their own.
+        skips: Records samples that were skipped.
+        model: The module that trains.
+        frozen: Frozen stages of the tower that run without gradients, if any.
+        keywords: Arguments of `Trainer`.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        stage: Stage,
+        run: StageRun,
         config: ConvLlavaConfig,
         skips: Skips,
         *,
@@ -126,16 +127,17 @@ class StageTrainer(Trainer):
         frozen: FrozenStages | None = None,
         **keywords: Any,
     ) -> None:
-        self.recipe, self.stage, self.config, self.skips, self.trained = recipe, stage, config, skips, model
+        self.recipe, self.stage, self.config, self.skips, self.trained = run.recipe, run.stage, config, skips, model
         self.frozen = frozen
         self.staging: str | None = None
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self.notes: dict[str, float] = {}
         self.held_out = HeldOutLoss()
-        self.supervised_layers = supervised_layers(model) if stage.attention_supervision else {}
-        super().__init__(model=model, **keywords)
+        self.supervised_layers = supervised_layers(model) if self.stage.attention_supervision else {}
+        super().__init__(model=model, args=training_arguments(run), **keywords)
         self.add_callback(SavesAsAsked())
-        self.average = AverageWeights(model, stage.ema) if stage.ema else None  # of weights that lie where they train
+        # Only now, when the Trainer has moved the weights to their device.
+        self.average = AverageWeights(model, self.stage.ema) if self.stage.ema else None
         if self.average is not None:
             self.add_callback(self.average)
 
@@ -150,7 +152,7 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """The world is drawn at random already; its order is then part of the recipe."""
+        """Keep the order of the samples, which is random already and part of the recipe."""
         samples: Any = train_dataset or self.train_dataset
         return SequentialSampler(samples)
 
@@ -161,7 +163,7 @@ class StageTrainer(Trainer):
         return batches
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        with explaining(self.recipe, self.stage, self.trained, self.config, inputs):
+        with explaining_out_of_memory(self.recipe, self.stage, self.trained, self.config, inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +174,7 @@ class StageTrainer(Trainer):
             inputs = self.frozen.encode(inputs)
         if self.trained.training:
             self._count(inputs)
-        # Right-padded and causal: nothing that is supervised sees the padding, and attention is faster without a mask.
+        # With causal attention no supervised token sees the padding on the right, and no mask is faster.
         mask = inputs.pop("attention_mask", None)
         supervision = self._take_supervision(inputs)
         if self.stage.answer_length_weighting or self.stage.prompt_loss_weight or supervision is not None:
@@ -186,8 +188,8 @@ class StageTrainer(Trainer):
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def _count(self, inputs: Mapping[str, Any]) -> None:
-        """Samples, images and tokens of all processes, which have as many each, more or less; and the positions that
-        the language model computes, beside those that padding would make of the same samples."""
+        """Count samples, images and tokens of all processes, assuming that each has as many as this one; the positions
+        that the language model computes; and those that it would compute if the samples were padded."""
         lengths, images, mask = lengths_of(inputs), len(inputs.get("pixel_values", ())), "attention_mask" in inputs
         found = {
             "samples": len(lengths) or images,
@@ -227,9 +229,8 @@ class StageTrainer(Trainer):
         logits, weights = outputs["logits"], answer_weights(labels, self.stage.answer_length_weighting)
         loss = answer_loss(logits, labels, weights)
         if self.trained.training:
-            self.notes = {
-                ANSWER_LOSS: loss.item()
-            }  # comparable between stages with different weights of the other losses
+            # Comparable between stages with different weights of the other losses.
+            self.notes = {ANSWER_LOSS: loss.item()}
         if prompts is not None:
             loss = loss + self.stage.prompt_loss_weight * prompt_loss(logits, prompts)
         if supervision is not None:
@@ -247,14 +248,14 @@ class StageTrainer(Trainer):
         super().log({**logs, **self.notes} if "loss" in logs else logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # Loaders draw seeds, and dropout must be what it is without evaluation.
+        # Loaders draw seeds; an evaluation must not change later random draws of the training.
         with torch.random.fork_rng(devices=[]), self.average.in_model() if self.average else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss alone, whatever the objective calls its labels; what it counts is noted."""
+        """Compute only the loss, with every objective's labels, and add it to the held-out loss."""
         inputs = self._prepare_inputs(inputs)
         weight = loss_weight(inputs, self._own_samples())
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -263,8 +264,8 @@ class StageTrainer(Trainer):
         return loss, None, None
 
     def _own_samples(self) -> int:
-        """How many samples of a batch are this process's: the last ones are filled up from the beginning, so that all
-        processes have as many."""
+        """Return how many samples of a batch count: accelerate fills the last batches with samples of the beginning, so
+        that all processes have the same number."""
         state, most = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
         if not state.end_of_dataloader or state.remainder <= 0:
             return most
@@ -279,9 +280,8 @@ class StageTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)
 
-    def leave_what_counts(self) -> None:
-        """After training: give the model the weights that the stage leaves, where they are not those of its last step:
-        those of the smallest held-out loss, or the averages."""
+    def use_final_weights(self) -> None:
+        """After training: load the weights with the smallest held-out loss, or the averages, if the stage has them."""
         best = Path(str(self.args.output_dir)) / BEST
         if self.stage.evaluation is not None and self.stage.evaluation.patience is not None and best.exists():
             load_weights(dict(self.trained.named_parameters()), best)
@@ -289,7 +289,7 @@ class StageTrainer(Trainer):
             self.average.swap()
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """The weights of a model that the processes share; None where each has it whole. All processes must ask."""
+        """Return the weights of a sharded model; None if each process has a whole one. All processes must call this."""
         if not self.is_sharded:
             return None
         weights = self.accelerator.get_state_dict(self.model_wrapped)
@@ -315,10 +315,10 @@ class StageTrainer(Trainer):
         return self.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let the Trainer write beside, then rename: a killed run never leaves half a checkpoint that looks whole.
+        """Let the Trainer write to a temporary folder and rename it, so that a kill leaves no incomplete checkpoint.
 
         Raises:
-            InputError: it cannot be written, as on a full disk; the one before is still there.
+            InputError: if it cannot be written, as on a full disk; the previous checkpoint survives.
         """
         name = f"checkpoint-{self.state.global_step}"
         home = Path(super()._get_output_dir(trial))
@@ -330,9 +330,14 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):
-                raise  # torch tells of a failed write by no type of its own
+                raise  # torch has no type of its own for a failed write
             shutil.rmtree(self.staging, ignore_errors=True)
-            raise self._not_saved(home, error) from error
+            last = get_last_checkpoint(home)
+            kept = f"step {last.rpartition('-')[2]} is still there" if last else "this stage has no earlier one"
+            raise InputError(
+                f"the checkpoint of step {self.state.global_step} cannot be written in {home}: {one_line(error)}; "
+                f"{kept}; the disk has {shutil.disk_usage(home).free / 1e9:.1f} GB free; make room and `resume`"
+            ) from error
         finally:
             staged, self.staging = Path(self.staging), None
         self.accelerator.wait_for_everyone()  # each process has written its random state
@@ -342,12 +347,3 @@ class StageTrainer(Trainer):
             for folder in older:
                 shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-
-    def _not_saved(self, home: Path, error: Exception) -> InputError:
-        last = get_last_checkpoint(home)
-        kept = f"step {last.rpartition('-')[2]} is still there" if last else "there is none before it in this stage"
-        free = shutil.disk_usage(home).free / 1e9
-        return InputError(
-            f"the checkpoint of step {self.state.global_step} cannot be written in {home}: {one_line(error)}; {kept}; "
-            f"the disk has {free:.1f} GB free; make room and continue with --resume"
-        )

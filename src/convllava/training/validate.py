@@ -1,4 +1,4 @@
-"""What would stop a run, asked before anything is written."""
+"""Checks of a recipe before anything is written: what would stop a later stage stops the run now."""
 
 from __future__ import annotations
 
@@ -7,97 +7,65 @@ from transformers.integrations import get_reporting_integration_callbacks
 from convllava import checkpoints
 from convllava.checkpoints.adapters import is_adapter
 from convllava.checkpoints.official_layout import is_official
-from convllava.errors import InputError
+from convllava.errors import ConfigError
 from convllava.io import one_line
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
-from convllava.model.processing import ConvLlavaProcessor
-from convllava.training.datasets import make_world, missing_files
-from convllava.training.distributed import process_count
-from convllava.training.initialise import check_pixels
+from convllava.training.datasets import make_world
+from convllava.training.distributed import check_sharding
 from convllava.training.lora import check_adaptable
 from convllava.training.objectives.attention_supervision import check_attention
 from convllava.training.objectives.auxiliary_heads import detach_heads
 from convllava.training.objectives.build import build_trained_module
 from convllava.training.optim import train_only
-from convllava.training.recipe import Recipe, Stage
-from convllava.training.sharding import check_sharding
-
-
-def check_stages(recipe: Recipe, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
-    """Refuse, before anything is written, what would stop a later stage.
-
-    Raises:
-        InputError: a file that is missing, pixels that cannot be, a part that the model does not have, or a world that
-            cannot be drawn.
-    """
-    for path in missing_files(recipe):
-        raise InputError(f"{path} is not there, and a stage needs it; --dry-run lists all that is missing")
-    check_pixels(recipe, processor.image_processor)
-    check_recipe(recipe, process_count())
-    for stage in recipe.stages:
-        check_trains(stage, model, processor)
-        check_attention(model, stage)
+from convllava.training.recipe import Recipe
+from convllava.training.stage import StageRun
 
 
 def check_recipe(recipe: Recipe, processes: int) -> None:
-    """Refuse what is seen to stop a run without the model.
+    """Check everything that can be checked without the model.
+
+    Args:
+        recipe: The recipe.
+        processes: Number of processes that train together.
 
     Raises:
-        InputError: names the setting.
+        InputError: if a stage could not run; the message names the setting.
     """
     check_sharding(recipe, processes)
-    check_reporters(recipe)
-    check_four_bits(recipe)
-    for stage in recipe.stages:
-        if not stage.data.sources:
-            make_world(stage.data, seed=0)
-
-
-def check_reporters(recipe: Recipe) -> None:
-    """Refuse loggers that transformers does not know, or that are not installed.
-
-    Raises:
-        InputError: names it.
-    """
     for name in recipe.report_to:
         try:
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
         except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(f"report_to: {name}: {one_line(error)}") from None
-
-
-def check_four_bits(recipe: Recipe) -> None:
-    """Refuse to quantise what is no whole checkpoint of ours.
-
-    Raises:
-        InputError: names the stage.
-    """
+            raise ConfigError(f"report_to: {name}: {one_line(error)}") from None
     for index, stage in enumerate(recipe.stages):
+        if not stage.data.sources:
+            make_world(stage.data, seed=0)
         if stage.adapter is None or not stage.adapter.four_bit:
             continue
         if index > 0 and recipe.stages[index - 1].adapter is not None:
-            raise InputError(
-                f"stage {stage.name}: four_bit cannot follow an adapter; merge that one in a run of its own"
+            raise ConfigError(
+                f"stage {stage.name}: four_bit cannot follow an adapter; merge that one and use a recipe of its own"
             )
         found = checkpoints.find(recipe.model.checkpoint) if index == 0 and recipe.model.checkpoint else None
         if found is not None and (is_adapter(found) or is_official(found)):
-            raise InputError(
+            raise ConfigError(
                 f"stage {stage.name}: four_bit needs a whole checkpoint in our layout; merge or convert it"
             )
 
 
-def check_trains(stage: Stage, model: ConvLlavaForConditionalGeneration, processor: ConvLlavaProcessor) -> None:
-    """Refuse parts that the model does not have, or that take no adapter.
+def check_model(run: StageRun, model: ConvLlavaForConditionalGeneration) -> None:
+    """Check that the model has the parts that a stage trains, and can do what it needs.
 
     Raises:
-        InputError: names the part.
+        InputError: if it does not; the message names the part or setting.
     """
-    if stage.adapter is None:
+    if run.stage.adapter is None:
         try:
-            build_trained_module(stage, model, processor)
+            build_trained_module(run.stage, model, run.processor)
         finally:
             detach_heads(model)
-        return
-    check_adaptable(stage)
-    train_only(model, stage.learning_rates)
+    else:
+        check_adaptable(run.stage)
+        train_only(model, run.stage.learning_rates)
+    check_attention(model, run.stage)
