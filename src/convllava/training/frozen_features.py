@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +177,8 @@ def _digest(stage: Stage, tower: ConvLlavaVisionModel, count: int) -> str:
     config = tower.config
     settings = ("in place", count, stage.precision, tower.dtype, config.hidden_act, config.layer_norm_eps)
     content = hashlib.sha256(repr(settings).encode())
-    for name, weight in _frozen_parameters(tower, count):
+    frozen = (tower.embeddings.named_parameters(), tower.encoder.stages[:count].named_parameters())
+    for name, weight in itertools.chain(*frozen):
         content.update(f"{name} {tuple(weight.shape)}".encode())
         content.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return content.hexdigest()[:32]
-
-
-def _frozen_parameters(tower: ConvLlavaVisionModel, count: int) -> Iterator[tuple[str, Tensor]]:
-    yield from tower.embeddings.named_parameters()
-    yield from tower.encoder.stages[:count].named_parameters()

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from convllava.data.dense_labels import DENSE_NAMES, GLYPH_CELL
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.objectives.auxiliary_heads import CharacterHeads
-from convllava.training.objectives.dense import box_loss, flatten_cells, offset_cells
+from convllava.training.objectives.losses import box_loss, flatten_cells, offset_cells
 
 
 def class_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

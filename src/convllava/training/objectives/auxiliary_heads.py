@@ -30,7 +30,7 @@ from convllava.data.dense_labels import DENSE_CLASSES, GLYPH_CELL
 from convllava.data.position_labels import BOXES, LABEL_CELL, POSITION_CLASSES
 from convllava.errors import CheckpointError
 from convllava.training.objectives.attention_supervision import supervised_layers
-from convllava.training.objectives.dense import box_loss, flatten_cells, label_map_loss, offset_cells
+from convllava.training.objectives.losses import box_loss, flatten_cells, label_map_loss, offset_cells
 
 HEAD = "head"
 """The name of the heads among the model's parts."""
@@ -62,7 +62,7 @@ class CharacterHeads(nn.Module):
 
         Args:
             tokens: (visual tokens, width) of a batch.
-            characters: The class over each of their cells, in the order of `dense.flatten_cells`.
+            characters: The class over each of their cells, in the order of `losses.flatten_cells`.
             spelling: (characters, 4), see `dense_labels.spelling_labels`; cells are counted over the batch.
             outputs: Receives the accuracies.
         """
@@ -72,11 +72,6 @@ class CharacterHeads(nn.Module):
         glyph_loss = label_map_loss("glyph", self.glyph(tokens), characters, outputs, _GLYPHS)
         outputs["spelling"] = (logits.detach().argmax(-1) == target).float().mean()
         return glyph_loss, F.cross_entropy(logits, target, reduction="sum") / max(len(target), 1)
-
-    def zero_outputs(self) -> None:
-        """Set the weights of the output layers to zero."""
-        for head in (self.glyph, self.next):
-            nn.init.zeros_(head.weight)
 
 
 class AuxiliaryHeads(nn.Module):
@@ -99,7 +94,8 @@ class AuxiliaryHeads(nn.Module):
         self.box = _zero_linear(width, 4)
         self.characters = CharacterHeads(width, stride) if character_labels else None
         if self.characters is not None:
-            self.characters.zero_outputs()
+            nn.init.zeros_(self.characters.glyph.weight)
+            nn.init.zeros_(self.characters.next.weight)
 
     def forward(self, tokens: Tensor, labels: Sequence[Mapping[str, Tensor]], entering: Tensor) -> dict[str, Tensor]:
         """Return the losses and metrics of the heads.

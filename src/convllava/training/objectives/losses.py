@@ -1,4 +1,4 @@
-"""Losses of the objective chat other than the mean over supervised tokens: weighted answers, and prompts."""
+"""Losses: weighted answers and prompts (for chat), and label maps and boxes (for the heads of all objectives)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from convllava.data.collate import IGNORE
 
 ANSWER_LOSS = "answer_loss"
 """The name under which training reports the loss of answers if it is only a part of the loss."""
+_BACKGROUND_WEIGHT = 0.03
+"""Loss weight of empty cells: most cells are empty, and at full weight they dominate."""
 
 
 def answer_weights(labels: Tensor, length_weighting: float) -> Tensor:
@@ -69,3 +71,48 @@ def prompt_loss(logits: Tensor, labels: Tensor) -> Tensor:
     targets = labels[:, 1:].flatten()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
     return losses / (targets != IGNORE).sum().clamp(min=1)
+
+
+def flatten_cells(labels: Tensor, side: int) -> Tensor:
+    """Flatten a (height, width) label map so that the side x side cells under each feature are next to each other."""
+    height, width = labels.shape
+    return labels.view(height // side, side, width // side, side).permute(0, 2, 1, 3).flatten()
+
+
+def label_map_loss(name: str, logits: Tensor, labels: Tensor, outputs: dict[str, Tensor], classes: int) -> Tensor:
+    """Return the cross entropy of a label map, and write its accuracy over occupied cells to `outputs[name]`."""
+    logits = logits.view(-1, classes)
+    occupied = labels > 0
+    outputs[name] = (logits.detach().argmax(-1)[occupied] == labels[occupied]).float().mean()
+    weight = logits.new_ones(classes)
+    weight[0] = _BACKGROUND_WEIGHT
+    return F.cross_entropy(logits, labels, weight=weight)
+
+
+def box_loss(predicted: Tensor, boxes: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """Return the smooth L1 loss of box sides, in cells (Fast R-CNN, arXiv 1504.08083).
+
+    Args:
+        predicted: (cells, 4).
+        boxes: (occupied cells, 5), see `dense_labels.box_labels`.
+        outputs: Receives the mean distance as `box_error`.
+    """
+    predicted = predicted[boxes[:, 0].long()]
+    outputs["box_error"] = (predicted.detach() - boxes[:, 1:]).abs().mean()
+    return F.smooth_l1_loss(predicted, boxes[:, 1:], beta=0.1, reduction="sum") / max(boxes[:, 1:].numel(), 1)
+
+
+def offset_cells(rows: list[Tensor], counts: list[int]) -> Tensor:
+    """Join per-image labels (n, k), whose first column is a cell of the image, so that it indexes cells of the batch.
+
+    Args:
+        rows: The labels of each image.
+        counts: Number of cells of each image.
+    """
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+    return torch.cat(
+        [
+            F.pad(item[:, :1] + start, (0, item.shape[1] - 1)) + F.pad(item[:, 1:], (1, 0))
+            for item, start in zip(rows, starts, strict=True)
+        ]
+    )
