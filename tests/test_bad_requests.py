@@ -60,7 +60,7 @@ def test_bad_request_gets_its_status_code_and_parameter(server, name):
         ("many stops", "stop: List should have at most 4 items"),
         ("a stop of another kind", "stop: Input should be a string or a list"),
         ("no content", "messages.0.content: Input should be a string or a list"),
-        ("image mark", "leave it out of the text, beside which images are parts of their own"),
+        ("image mark", "leave it out of the text; images are separate parts of a message"),
     ],
 )
 def test_error_says_what_is_wrong_and_how_to_fix_it(server, name, message):

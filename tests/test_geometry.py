@@ -239,12 +239,12 @@ def test_unchanged_is_the_image_itself() -> None:
         (lambda: native(Size(5, -1)), "-1x5 .* empty"),
         (lambda: native(Size(1, 201)), "201x1 .* 200:1"),
         (lambda: square(Size(30000, 1), side=64), "1x30000 .* 200:1"),
-        (lambda: native(Size(9, 9), stride=0), "stride is 0"),
-        (lambda: native(Size(9, 9), min_pixels=-4), "min_pixels is -4"),
-        (lambda: native(Size(9, 9), min_pixels=9000, max_pixels=8000), "9000 is more than max_pixels 8000"),
+        (lambda: native(Size(9, 9), stride=0), "`stride` is 0"),
+        (lambda: native(Size(9, 9), min_pixels=-4), "`min_pixels` is -4"),
+        (lambda: native(Size(9, 9), min_pixels=9000, max_pixels=8000), "9000 is more than `max_pixels` 8000"),
         (lambda: native(Size(9, 9), min_pixels=1, max_pixels=4095), "less than one visual token"),
-        (lambda: short_side(Size(9, 9), side=0), "side is 0"),
-        (lambda: square(Size(9, 9), side=-64), "side is -64"),
+        (lambda: short_side(Size(9, 9), side=0), "`side` is 0"),
+        (lambda: square(Size(9, 9), side=-64), "`side` is -64"),
         (lambda: crop(Size(50, 9000), side=1536), "9000x50 .* too long to crop"),
         (lambda: place(Size(9, 9), "square", side=100), "multiples of the stride 64"),
         (lambda: place(Size(9, 9), "crop", side=100), "multiples of the stride 64"),
@@ -265,5 +265,5 @@ def test_bad_input_is_refused_in_one_line(call: object, message: str) -> None:
 def test_settings_that_are_no_whole_numbers_are_refused(value: object) -> None:
     for mode, name in (("square", "side"), ("short_side", "side"), ("native", "max_pixels"), ("native", "stride")):
         settings = {"stride": 64, "min_pixels": 4096, "max_pixels": 2**20, "side": 768} | {name: value}
-        with pytest.raises(InputError, match=f"{name} must be a whole number; got"):
+        with pytest.raises(InputError, match=f"`{name}` must be a whole number; got"):
             place(Size(100, 200), mode=mode, **settings)

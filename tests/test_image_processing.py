@@ -203,7 +203,7 @@ def test_within_a_budget_no_canvas_has_more_pixels(mode: str, size: Size, pixels
     canvas = processor.placement(size, **processor.within(pixels)).canvas
     assert canvas.height * canvas.width <= pixels
     assert processor.placement(size, **processor.within(processor.budget)) == processor.placement(size)
-    with pytest.raises(InputError, match="max_pixels 4095 is less than one visual token; give at least 4096"):
+    with pytest.raises(InputError, match="`max_pixels` 4095 is less than one visual token; give at least 4096"):
         processor.within(64**2 - 1)
 
 
@@ -248,7 +248,7 @@ def test_saved_and_loaded_by_the_auto_class(tmp_path: Path) -> None:
     [
         ({"mode": "squared"}, "unknown image mode 'squared'; choose one of native, square, short_side, crop"),
         ({"mode": "square", "side": 100}, "multiples of the stride 64"),
-        ({"min_pixels": 9000, "max_pixels": 8000}, "more than max_pixels"),
+        ({"min_pixels": 9000, "max_pixels": 8000}, "more than `max_pixels`"),
         ({"size": {"shortest_edge": 336}}, "has no size; set mode"),
         ({"crop_size": {"height": 336, "width": 336}}, "has no crop_size"),
         ({"do_center_crop": True}, "has no do_center_crop"),
@@ -270,7 +270,7 @@ def test_a_smaller_budget_takes_the_smallest_canvas_down_with_it() -> None:
     assert processor.placement(Size(256, 256)).canvas == Size(256, 256)
     processor.change(max_pixels=512**2)
     assert processor.min_pixels == 256**2
-    with pytest.raises(InputError, match="more than max_pixels"):
+    with pytest.raises(InputError, match="more than `max_pixels`"):
         processor.change(min_pixels=640**2, max_pixels=256**2)
 
 

@@ -147,7 +147,7 @@ def test_bad_prompts_are_rejected(assistant):
     image = picture(64, 64)
     with pytest.raises(InputError, match="literal mark <image>"):
         assistant.ask(image, "an <image>?")
-    with pytest.raises(InputError, match="user message is not UTF-8 at its character 6; write it anew"):
+    with pytest.raises(InputError, match="user message is not UTF-8 at its character 6; write it again"):
         assistant.ask(image, "what \udcff?")
     with pytest.raises(InputError, match="1 <image> mark but 2 images"):
         assistant.chat([{"role": "user", "content": [{"type": "image"}]}], [image, image])

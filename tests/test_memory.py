@@ -11,7 +11,7 @@ from training_runs import CHAT, recipe
 from convllava.errors import InputError
 from convllava.model.config import ConvLlavaConfig
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
-from convllava.model.packed import SMALL
+from convllava.model.packed import SMALL_WEIGHT
 from convllava.training import train as engine
 from convllava.training.memory import language_activations, memory_of, tower_activations
 from convllava.training.recipe import Adapter
@@ -61,7 +61,7 @@ def test_counted_activations_equal_what_autograd_keeps(first, checkpointing):
     counted = tower_activations(config.vision_config, stage, pixels)
     counted_text = language_activations(config.text_config, stage, 180)
     # Autograd also keeps copies of small weights, whose memory order differs from that of patches.
-    counted += sum(4 * weight.numel() for weight in downsampling_weights(tower) if weight.numel() <= SMALL)
+    counted += sum(4 * weight.numel() for weight in downsampling_weights(tower) if weight.numel() <= SMALL_WEIGHT)
     if checkpointing:  # one layer's values during recomputation, which happens after the count below
         counted -= 4 * 12 * WIDTH["hidden_sizes"][0] * pixels // 16
         counted_text -= 4 * 180 * (8 * 64 + 2 * 32 + 4 * 160)

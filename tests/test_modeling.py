@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import fresh, picture
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, TextIteratorStreamer, pipeline
 
 from convllava import ConvLlavaConfig, ConvLlavaForConditionalGeneration, InputError
 from convllava.geometry import Size
+from convllava.model import modeling
 from convllava.model.modeling import coordinate_features
 
 SHAPES = {"none": [], "one": [(64, 192)], "two": [(128, 64), (70, 90)]}
@@ -88,6 +91,40 @@ def test_cached_generation_equals_uncached(parts):
         ]
         until = ends[0] + 1 if ends else len(expected)
         assert found[:until] == expected[:until]
+
+
+class RecordingLanguageModel(torch.nn.Module):
+    """Stands for a language model of a transformers release that gives keys and values this name."""
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.name, self.width, self.received = name, width, dict[str, Any]()
+
+    def forward(self, **kwargs: Any) -> SimpleNamespace:
+        self.received = kwargs
+        hidden = torch.zeros(1, 1, self.width)
+        return SimpleNamespace(
+            last_hidden_state=hidden, hidden_states=None, attentions=None, **{self.name: kwargs[self.name]}
+        )
+
+
+@pytest.mark.parametrize("known", ["cache", "past_key_values"])
+@pytest.mark.parametrize("given", ["cache", "past_key_values"])
+def test_keys_and_values_reach_the_language_model_under_both_names(monkeypatch, known, given):
+    """transformers 5.23 renamed past_key_values to cache; callers may use either name with any release."""
+    model, _ = fresh()
+    monkeypatch.setattr(modeling, "_CACHE", known)
+    monkeypatch.setattr(modeling, "ConvLlavaModelOutputWithPast", SimpleNamespace)
+    monkeypatch.setattr(modeling, "ConvLlavaCausalLMOutputWithPast", SimpleNamespace)
+    language_model = RecordingLanguageModel(known, model.config.text_config.hidden_size)
+    language_model.embed_tokens = model.get_input_embeddings()
+    language_model.get_input_embeddings = lambda: language_model.embed_tokens
+    model.model.language_model = language_model
+    cache = DynamicCache()
+    outputs = model(input_ids=torch.tensor([[1]]), **{given: cache})
+    assert language_model.received[known] is cache
+    assert getattr(outputs, known) is cache
+    assert not ({"cache", "past_key_values"} - {known}) & set(language_model.received)
 
 
 def test_beams_of_several_images_equal_those_of_one_prompt(parts):
@@ -206,8 +243,8 @@ def test_other_language_models_fit():
     ("text", "count", "message"),
     [
         ("<image> what?", 2, "1 <image> mark but 2 images"),
-        ("<image><image> what?", 1, "2 <image> marks but 1 image "),
-        ("what?", 1, "0 <image> marks but 1 image "),
+        ("<image><image> what?", 1, "2 <image> marks but 1 image;"),
+        ("what?", 1, "0 <image> marks but 1 image;"),
         ("<image> what?", 0, "1 <image> mark but 0 images"),
     ],
 )
@@ -246,7 +283,7 @@ def test_embeddings_beside_an_image_whose_mark_has_none_are_refused(parts):
     model = copy.deepcopy(parts[0])
     model.config.image_token_id = len(model.get_input_embeddings().weight)
     embeddings = torch.zeros(1, 4, model.config.text_config.hidden_size)
-    with pytest.raises(InputError, match="give input_ids beside the image"):
+    with pytest.raises(InputError, match="give `input_ids` instead"):
         model(inputs_embeds=embeddings, pixel_values=torch.zeros(1, 3, 64, 64))
 
 

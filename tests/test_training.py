@@ -162,7 +162,7 @@ def test_a_batch_that_does_not_divide_among_processes_is_rejected(tmp_path, monk
         ({"vision_from": "a", "language_from": "b", "pixels": {"max_pixel": 8}}, r"did you mean max_pixels\?"),
         (
             {"vision_from": "a", "language_from": "b", "pixels": {"max_pixels": "8"}},
-            "model.pixels: max_pixels must be a whole number",
+            "model.pixels: `max_pixels` must be a whole number",
         ),
         ({"language": {"model_type": "lama"}}, "transformers knows no model_type 'lama'"),
         ({"vision": {"depths": [1]}}, r"make no model: Class validation .*four or more stages"),

@@ -1,7 +1,7 @@
-"""The only arithmetic of size: image -> canvas -> grid -> visual tokens, and boxes there and back.
+"""All arithmetic of sizes: image -> canvas -> grid -> visual tokens, and boxes from image to canvas and back.
 
-A *canvas* is what the vision tower sees of one image; the tower turns every stride x stride square of it into
-one visual token. Nothing here knows of torch, transformers or Pillow.
+The *canvas* is the input of the vision tower for one image. The tower turns every stride x stride square of it into one
+visual token. This module does not use torch, transformers or Pillow.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, ImageError
 
 MAX_ASPECT_RATIO = 200
+"""Most times that one side of an image may be as long as the other."""
 MAX_CROP_PIXELS = 100_000_000
 DEFAULT_STRIDE = 64
 DEFAULT_MIN_PIXELS = 4 * DEFAULT_STRIDE**2
@@ -26,12 +27,11 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1; x to the right and y down, from the top left corner."""
 
-
 _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d*\.?\d+)"] * 4) + r"\s*\]")
 
 
 class Size(NamedTuple):
-    """Height and width, in pixels or in cells of a grid."""
+    """Height and width, in pixels or in cells of a grid (rows and columns)."""
 
     height: int
     width: int
@@ -46,19 +46,18 @@ class Offset(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image's pixels lie in the model's input.
+    """How an image becomes a canvas.
 
-    Every mode is the same three steps, any of which may do nothing: paste the image at `margin` into a
-    background of size `padded`, resize that to `resized`, and look at it through a canvas whose top left
-    corner lies at `crop`.
+    Every image mode has the same three steps, and each may change nothing: paste the image at `margin` into a
+    background of size `padded`, resize that to `resized`, and cut out the canvas, whose top left corner is at `crop`.
 
     Attributes:
-        original: The image, in pixels.
-        padded: The background the image is pasted into, in pixels of the image.
-        margin: Where the image lies in `padded`.
-        resized: `padded` after resizing.
-        crop: Where the canvas lies in `resized`.
-        canvas: What the vision tower sees.
+        original: Size of the image in pixels.
+        padded: Size of the background in pixels of the image.
+        margin: Position of the image in the background.
+        resized: Size of the background after resizing.
+        crop: Position of the canvas in the resized background.
+        canvas: Size of the tower's input in pixels.
     """
 
     original: Size
@@ -80,12 +79,12 @@ class Placement:
 
     @property
     def offset_x(self) -> float:
-        """Where the image's left edge lies in the canvas; negative if cropped."""
+        """Position of the image's left edge in the canvas; negative if cropped."""
         return self.margin.left * self.scale_x - self.crop.left
 
     @property
     def offset_y(self) -> float:
-        """Where the image's top edge lies in the canvas; negative if cropped."""
+        """Position of the image's top edge in the canvas; negative if cropped."""
         return self.margin.top * self.scale_y - self.crop.top
 
     @property
@@ -94,7 +93,7 @@ class Placement:
         return self.box_to_canvas((0, 0, self.original.width, self.original.height))
 
     def box_to_canvas(self, box: Box) -> Box:
-        """A box in image pixels -> in canvas pixels, clipped to both; what is cropped away ends up empty."""
+        """Convert a box from image pixels to canvas pixels, clipped to both; a cropped box becomes empty."""
         x0, y0, x1, y1 = _clip(box, self.original)
         scaled = (
             x0 * self.scale_x + self.offset_x,
@@ -105,7 +104,7 @@ class Placement:
         return _clip(scaled, self.canvas)
 
     def box_to_original(self, box: Box) -> Box:
-        """A box in canvas pixels -> in image pixels, clipped to the image."""
+        """Convert a box from canvas pixels to image pixels, clipped to the image."""
         x0, y0, x1, y1 = box
         scaled = (
             (x0 - self.offset_x) / self.scale_x,
@@ -116,35 +115,39 @@ class Placement:
         return _clip(scaled, self.original)
 
     def box_to_normalised(self, box: Box) -> Box:
-        """A box in image pixels -> as fractions of the canvas, 0 to 1."""
+        """Convert a box from image pixels to fractions of the canvas, 0 to 1."""
         height, width = self.canvas
         x0, y0, x1, y1 = self.box_to_canvas(box)
         return (x0 / width, y0 / height, x1 / width, y1 / height)
 
     def box_from_normalised(self, box: Box) -> Box:
-        """A box as fractions of the canvas -> in image pixels, clipped to the image."""
+        """Convert a box from fractions of the canvas to image pixels, clipped to the image."""
         height, width = self.canvas
         x0, y0, x1, y1 = box
         return self.box_to_original((x0 * width, y0 * height, x1 * width, y1 * height))
 
 
 def parse_boxes(text: str) -> Iterator[Box]:
-    """Every "[0.12, 0.34, 0.50, 0.60]" in a text, as fractions of the image, corners in order."""
+    """Yield every "[0.12, 0.34, 0.50, 0.60]" in a text as a box in fractions, with ordered corners."""
     for found in _BOX.finditer(text):
         x0, y0, x1, y1 = (float(number) for number in found.groups())
         yield (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
 
 
 def parse_box(text: str) -> Box | None:
-    """The first of `parse_boxes`; None where there is none."""
+    """Return the first box of `parse_boxes`, or None."""
     return next(parse_boxes(text), None)
 
 
 def cells_under(box: Box, cells: Size) -> set[tuple[int, int]]:
-    """The (row, column) of every cell of a grid that a box in fractions of the canvas stands in.
+    """Return the (row, column) of every cell of a grid that a box covers.
 
-    These are the cells whose centres it covers and always that of its own centre, because thin things miss centres;
-    none where the box is empty, as when it was cropped away.
+    These are the cells whose centres are in the box, and the cell of the box's own centre, because a thin box may
+    contain no cell's centre. An empty box, such as one that was cropped away, covers no cell.
+
+    Args:
+        box: In fractions of the canvas.
+        cells: Rows and columns of the grid.
     """
     x0, y0, x1, y1 = box[0] * cells.width, box[1] * cells.height, box[2] * cells.width, box[3] * cells.height
     if x0 >= x1 or y0 >= y1:
@@ -155,22 +158,22 @@ def cells_under(box: Box, cells: Size) -> set[tuple[int, int]]:
 
 
 def centre_cell(box: Box, cells: Size) -> tuple[int, int]:
-    """The (row, column) of the cell in which the centre of a box in fractions of the canvas lies."""
+    """Return the (row, column) of the cell that contains the centre of a box in fractions of the canvas."""
     row, column = int((box[1] + box[3]) / 2 * cells.height), int((box[0] + box[2]) / 2 * cells.width)
     return min(row, cells.height - 1), min(column, cells.width - 1)
 
 
 def check_size(size: Size) -> Size:
-    """The size as a `Size`.
+    """Return the size as a `Size`.
 
     Raises:
-        InputError: a side is not positive, or one is more than `MAX_ASPECT_RATIO` times the other.
+        ImageError: if a side is not positive, or one is more than `MAX_ASPECT_RATIO` times the other.
     """
     height, width = size
     if height <= 0 or width <= 0:
-        raise InputError(f"the image is {width}x{height} (width x height) and so empty; give one with pixels")
+        raise ImageError(f"the image is {width}x{height} (width x height), which is empty; give one with pixels")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise InputError(
+        raise ImageError(
             f"the image is {width}x{height} (width x height), an aspect ratio beyond {MAX_ASPECT_RATIO}:1; "
             f"cut it into parts"
         )
@@ -186,16 +189,16 @@ def native(
 ) -> Placement:
     """Keep the aspect ratio; round both sides to multiples of the stride, within a budget of pixels.
 
-    The image keeps its size if the rounded canvas is within the budget; else it is scaled just as far as the
-    budget asks. So the canvas is always what some scaling of the image rounds to (a side below one stride
-    becomes one stride), and never shrinks when the image or the budget grows.
+    If the rounded canvas is within the budget, the image keeps its size. Otherwise it is scaled just as far as
+    necessary. So the canvas always is the rounding of some scaling of the image (a side below one stride becomes one
+    stride), and it never shrinks when the image or the budget grows.
 
-    Both bounds hold whenever `max_pixels` >= 4 * `min_pixels`, counted in whole stride x stride cells. Where
-    they lie so close that the aspect ratio jumps over both (2x2 cells, then 3x3), `max_pixels` holds and
-    `min_pixels` not.
+    Both bounds hold if `max_pixels` >= 4 * `min_pixels`, counted in whole stride x stride cells. If they are so close
+    that no canvas is between them (2x2 cells, then 3x3), `max_pixels` holds and `min_pixels` does not.
 
     Raises:
-        InputError: a bad size (see `check_size`) or stride, or bounds that no canvas can meet.
+        ImageError: if the size is bad (see `check_size`).
+        ConfigError: if the stride is bad, or no canvas can be within the bounds.
     """
     size = check_size(size)
     least, most = _budget(stride, min_pixels, max_pixels)
@@ -204,15 +207,16 @@ def native(
 
 
 def short_side(size: Size, *, side: int, stride: int = DEFAULT_STRIDE, max_pixels: int | None = None) -> Placement:
-    """Bring the short side to `side` and keep the aspect ratio: the paper's any-aspect test.
+    """Resize the short side to `side` and keep the aspect ratio: the paper's test of any aspect ratio.
 
     Source: arXiv 2405.15738, section 4.
 
-    `side` and the long side are rounded to multiples of the stride. A canvas beyond `max_pixels` is scaled
-    down until it fits, so that the short side is then shorter than `side`.
+    `side` and the long side are rounded to multiples of the stride. A canvas with more than `max_pixels` is scaled down
+    until it fits; its short side is then shorter than `side`.
 
     Raises:
-        InputError: a bad size (see `check_size`), side or stride, or `max_pixels` below one visual token.
+        ImageError: if the size is bad (see `check_size`).
+        ConfigError: if side or stride is bad, or `max_pixels` is less than one visual token.
     """
     size = check_size(size)
     _check_positive(side=side, stride=stride)
@@ -227,12 +231,13 @@ def short_side(size: Size, *, side: int, stride: int = DEFAULT_STRIDE, max_pixel
 
 
 def square(size: Size, *, side: int) -> Placement:
-    """Pad to a square, the image in the middle (rounded up and left), then resize: the official `pad` way.
+    """Pad to a square with the image in the middle (rounded up and left), then resize: the official `pad`.
 
     Source: `expand2square` of LLaVA and ConvLLaVA, offset floor((long - short) / 2).
 
     Raises:
-        InputError: a bad size (see `check_size`) or side.
+        ImageError: if the size is bad (see `check_size`).
+        ConfigError: if the side is bad.
     """
     size = check_size(size)
     _check_positive(side=side)
@@ -242,31 +247,33 @@ def square(size: Size, *, side: int) -> Placement:
 
 
 def crop(size: Size, *, side: int) -> Placement:
-    """Bring the short side to `side` and cut the middle square: the official way without `pad`.
+    """Resize the short side to `side` and cut out the middle square: the official way without `pad`.
 
-    Source: transformers 4.39 `CLIPImageProcessor`: the long side is rounded down, and so is the cut's offset.
+    Source: transformers 4.39 `CLIPImageProcessor`: the long side and the offset of the cut are rounded down.
 
     Raises:
-        InputError: a bad size (see `check_size`) or side, or an image so long that its resized form, most of
-            which is then cut away, would have more than `MAX_CROP_PIXELS`.
+        ImageError: if the size is bad (see `check_size`), or the image is so long that it would have more than
+            `MAX_CROP_PIXELS` after resizing.
+        ConfigError: if the side is bad.
     """
     size = check_size(size)
     _check_positive(side=side)
     resized = Size(side * size.height // min(size), side * size.width // min(size))
     if resized.height * resized.width > MAX_CROP_PIXELS:
-        raise InputError(
+        raise ImageError(
             f"the image is {size.width}x{size.height} (width x height), too long to crop to {side}x{side}; "
-            f"cut it into parts, or choose the mode native or square"
+            f"cut it into parts, or choose the image mode native or square"
         )
     corner = Offset((resized.height - side) // 2, (resized.width - side) // 2)
     return Placement(size, size, Offset(0, 0), resized, corner, Size(side, side))
 
 
 def unchanged(size: Size, *, stride: int = DEFAULT_STRIDE) -> Placement:
-    """The image is its own canvas.
+    """Use the image as its own canvas.
 
     Raises:
-        InputError: a bad size (see `check_size`), or a side that is no multiple of the stride.
+        ImageError: if the size is bad (see `check_size`).
+        ConfigError: if a side is no multiple of the stride.
     """
     size = check_size(size)
     grid(size, stride)
@@ -282,14 +289,14 @@ def place(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     side: int = DEFAULT_SIDE,
 ) -> Placement:
-    """The placement by the mode's name; each mode reads the settings it has.
+    """Place an image by the name of the mode.
 
-    `native` reads `min_pixels` and `max_pixels`; `short_side` reads `side` and `max_pixels`; `square` and
-    `crop` read `side`.
+    `native` uses `min_pixels` and `max_pixels`; `short_side` uses `side` and `max_pixels`; `square` and `crop` use
+    `side`.
 
     Raises:
-        InputError: an unknown mode, a `side` for square or crop that is no multiple of the stride, or what
-            the mode itself refuses.
+        ConfigError: if the mode is not known, or the `side` of square or crop is no multiple of the stride.
+        InputError: see the function of the mode.
     """
     match mode:
         case "native":
@@ -301,30 +308,32 @@ def place(
             grid(Size(side, side), stride)
             return square(size, side=side) if mode == "square" else crop(size, side=side)
         case _:
-            raise InputError(f"unknown image mode {mode!r}; choose one of {', '.join(MODES)}")
+            raise ConfigError(f"unknown image mode {mode!r}; choose one of {', '.join(MODES)}")
 
 
 def grid(canvas: Size, stride: int = DEFAULT_STRIDE) -> Size:
-    """Rows and columns of visual tokens.
+    """Return the rows and columns of visual tokens.
 
     Raises:
-        InputError: a side is not a positive multiple of the stride.
+        ConfigError: if a side is not a positive multiple of the stride.
     """
     _check_positive(stride=stride)
     height, width = canvas
     if height <= 0 or width <= 0 or height % stride or width % stride:
-        raise InputError(
-            f"a canvas of {width}x{height} (width x height) does not divide into cells of {stride}x{stride}; "
+        raise ConfigError(
+            f"a canvas of {width}x{height} (width x height) cannot be divided into cells of {stride}x{stride}; "
             f"make both sides multiples of the stride {stride}"
         )
     return Size(height // stride, width // stride)
 
 
 def visual_tokens(canvas: Size, stride: int = DEFAULT_STRIDE, row_separator: bool = False) -> int:
-    """Tokens the language model gets for one image: rows x columns, and one more after each row if separated.
+    """Return the number of visual tokens of a canvas: rows x columns, and one more per row if rows are separated.
+
+    `ConvLlavaProcessor.visual_tokens` gives the number for an image of any size.
 
     Raises:
-        InputError: a side is not a positive multiple of the stride.
+        ConfigError: if a side is not a positive multiple of the stride.
     """
     rows, columns = grid(canvas, stride)
     return rows * (columns + int(row_separator))
@@ -336,15 +345,15 @@ def _stretched(size: Size, cells: Size, stride: int) -> Placement:
 
 
 def _round_cells(length: int, cell: int) -> int:
-    """The nearest number of cells (halves up), at least one; in integers, so that no float error decides."""
+    """Return the nearest number of cells (halves up), at least one. Integers avoid rounding errors of floats."""
     return max(1, (2 * length + cell) // (2 * cell))
 
 
 def _grow(cells: Size, size: Size, least: int) -> Size:
     """Scale the image up until it rounds to `least` cells or more.
 
-    As the scale t rises, a side of length L passes from n to n + 1 cells when t * L is n + 1/2 cells. So the
-    next side to step is the one with the smaller (2n + 1) / L; when both come at once, both step.
+    When the scale t grows, a side of length L goes from n to n + 1 cells at t * L = n + 1/2 cells. So the next side to
+    grow is the one with the smaller (2n + 1) / L; if both are equal, both grow.
     """
     rows, columns = cells
     while rows * columns < least:
@@ -354,7 +363,7 @@ def _grow(cells: Size, size: Size, least: int) -> Size:
 
 
 def _shrink(cells: Size, size: Size, most: int) -> Size:
-    """Scale the image down until it rounds to `most` cells or fewer: the steps of `_grow` backwards."""
+    """Scale the image down until it rounds to `most` cells or fewer: the steps of `_grow` in reverse."""
     rows, columns = cells
     while rows * columns > most:
         row_due = (2 * rows - 1) * size.width if rows > 1 else 0
@@ -364,26 +373,26 @@ def _shrink(cells: Size, size: Size, most: int) -> Size:
 
 
 def _budget(stride: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The fewest and the most cells."""
+    """Return the fewest and the most cells."""
     _check_positive(stride=stride, min_pixels=min_pixels, max_pixels=max_pixels)
     if min_pixels > max_pixels:
-        raise InputError(f"min_pixels {min_pixels} is more than max_pixels {max_pixels}; swap or change them")
-    check_most(max_pixels, stride)
+        raise ConfigError(f"`min_pixels` {min_pixels} is more than `max_pixels` {max_pixels}; swap or change them")
+    check_max_pixels(max_pixels, stride)
     return -(-min_pixels // stride**2), max_pixels // stride**2
 
 
-def check_most(max_pixels: int, stride: int = DEFAULT_STRIDE) -> None:
-    """Raises InputError where not one visual token has room in so many pixels."""
+def check_max_pixels(max_pixels: int, stride: int = DEFAULT_STRIDE) -> None:
+    """Raise ConfigError if `max_pixels` is less than one visual token."""
     if max_pixels < stride**2:
-        raise InputError(f"max_pixels {max_pixels} is less than one visual token; give at least {stride**2}")
+        raise ConfigError(f"`max_pixels` {max_pixels} is less than one visual token; give at least {stride**2}")
 
 
 def _check_positive(**settings: int) -> None:
     for name, value in settings.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
-            raise InputError(f"{name} must be a whole number; got {value!r}")
+            raise ConfigError(f"`{name}` must be a whole number; got {value!r}")
         if value <= 0:
-            raise InputError(f"{name} is {value}; it must be positive")
+            raise ConfigError(f"`{name}` is {value}; it must be positive")
 
 
 def _clip(box: Box, size: Size) -> Box:

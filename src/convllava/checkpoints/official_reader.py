@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
             folder, config=config.text_config, extra_special_tokens=["<image>"], padding_side="left"
         )
     except (OSError, ValueError, ImportError) as error:
-        hint = "; pip install 'convllava[convert]'" if "sentencepiece" in str(error).lower() else ""
+        needs_package = not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None
+        hint = "; pip install 'convllava[convert]'" if needs_package else ""
         raise CheckpointError(f"the tokenizer in {folder} does not load{hint}: {one_line(error)}") from None
     if (tokens := tokenizer.convert_tokens_to_ids("<image>")) != config.image_token_id:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The two configurations: the vision tower's, and the whole model's."""
+"""The configurations of the vision tower and of the whole model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 @strict
 class ConvLlavaVisionConfig(PreTrainedConfig):
-    """A ConvNeXt of any number of stages >= 4; five, as ConvLLaVA uses, unless said otherwise.
+    """A ConvNeXt with four or more stages; by default the five stages of ConvLLaVA.
 
     Args:
         depths: Blocks in each stage. The default is ConvNeXt-L with the published fifth stage.
@@ -24,7 +24,7 @@ class ConvLlavaVisionConfig(PreTrainedConfig):
         initializer_range: Standard deviation of new weights (ConvNeXt, arXiv 2201.03545, appendix A.1).
 
     Raises:
-        ValueError: fewer than four stages, or `depths` and `hidden_sizes` of unequal length.
+        ValueError: if there are fewer than four stages, or `depths` and `hidden_sizes` differ in length.
     """
 
     model_type = "convllava_vision"
@@ -40,7 +40,7 @@ class ConvLlavaVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def validate_architecture(self) -> None:
-        """Called by the `@strict` machinery after every construction."""
+        """Check the stages; `@strict` calls this after every construction."""
         if len(self.depths) != len(self.hidden_sizes) or len(self.depths) < 4:
             raise ValueError(
                 f"the tower needs four or more stages with a depth and a width each; "
@@ -53,7 +53,7 @@ class ConvLlavaVisionConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last feature map, which is what the projector reads."""
+        """Channels of the last feature map, which the projector reads."""
         return self.hidden_sizes[-1]
 
     @property
@@ -69,13 +69,13 @@ class ConvLlavaConfig(PreTrainedConfig):
     Args:
         vision_config: The tower; a dict becomes a `ConvLlavaVisionConfig`.
         text_config: Any causal language model's configuration; a dict is resolved by its `model_type` (default llama).
-        image_token_id: Id of the placeholder that stands for one visual token.
+        image_token_id: Id of the placeholder of one visual token.
         projector_hidden_act: Activation between the projector's two linear layers.
-        row_separator: Whether a learned embedding ends every row of visual tokens. A model that sees native aspect
-            ratios needs it to know where rows end; official checkpoints, trained on squares, have none.
-        coordinate_embedding: Whether every visual token is told where in the image it stands, by a learned projection
-            of its normalised coordinates. A convolution knows its place only by the image's edges; questions of where
-            and boxes as fractions of the image are learnt much sooner with it. Official checkpoints have none.
+        row_separator: If True, a learned embedding ends every row of visual tokens. A model that sees native aspect
+            ratios needs it to know where rows end. Official checkpoints, trained on squares, have none.
+        coordinate_embedding: If True, a learned projection of its normalised coordinates is added to every visual
+            token. A convolution can derive positions only from the edges of the image; with the embedding a model
+            learns positions and boxes much sooner. Official checkpoints have none.
     """
 
     model_type = "convllava"
@@ -95,6 +95,6 @@ class ConvLlavaConfig(PreTrainedConfig):
         if self.text_config is None or isinstance(self.text_config, dict):
             settings = dict(self.text_config or {})
             self.text_config = CONFIG_MAPPING[settings.pop("model_type", "llama")](**settings)
-        # Tying is a property of the language model; generation and saving look for it on the outer configuration.
+        # Tying is a property of the language model, but generation and saving read it from the outer configuration.
         self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)

@@ -1,7 +1,7 @@
-"""What a forward pass costs, in floating-point operations: a multiplication and an addition count as two.
+"""Floating-point operations of a forward pass. A multiplication and an addition count as two.
 
-Norms, activations and the like are left out, as `torch.utils.flop_counter` does. These agree with it exactly where it
-counts attention at all, as on the meta device; it does not count fused attention on a CPU.
+Norms and activations are not counted, as in `torch.utils.flop_counter`. The numbers equal those of the counter on the
+meta device; on a CPU the counter does not count fused attention.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from convllava.model.config import ConvLlavaVisionConfig
 
 
 def tower_flops(config: ConvLlavaVisionConfig, canvas: Size) -> int:
-    """Of the vision tower on one image of this size in pixels.
+    """Return the operations of the vision tower on one image of this size in pixels.
 
-    A block of C channels has 16 C^2 operations a pixel in its MLP and 98 C in its depthwise convolution (ConvNeXt,
+    Per pixel, a block with C channels has 16 C^2 operations in its MLP and 98 C in its depthwise convolution (ConvNeXt,
     arXiv 2201.03545).
     """
     pixels = canvas.height * canvas.width // config.patch_size**2
@@ -29,11 +29,13 @@ def tower_flops(config: ConvLlavaVisionConfig, canvas: Size) -> int:
 
 
 def prefill_flops(text: Any, tokens: int) -> int:
-    """Of a Llama-like language model, without its head, on a prompt of so many tokens. Attention counts in full, as
-    kernels without a causal shortcut compute it."""
+    """Return the operations of a Llama-like language model, without its head, on a prompt of `tokens` tokens.
+
+    Attention counts as if every token attended to all tokens, as kernels without a causal shortcut compute it.
+    """
     width = text.hidden_size
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     keys = 2 * head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     queries = head * text.num_attention_heads
     layer = 2 * tokens * width * (2 * queries + keys + 3 * text.intermediate_size) + 4 * tokens**2 * queries
-    return text.num_hidden_layers * layer + head * tokens  # the angles of rotary embeddings, once for all layers
+    return text.num_hidden_layers * layer + head * tokens  # angles of rotary embeddings, once for all layers

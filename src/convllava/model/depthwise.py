@@ -1,8 +1,8 @@
-"""The depthwise convolution, with a gradient of its weight that a CPU makes quickly.
+"""The depthwise convolution with a fast weight gradient on CPUs.
 
-The gradient of a weight is a sum over all pixels of neighbour times gradient, one for each of 49 neighbours. torch
-takes more than ten times as long for it as for the convolution itself. Here rows of pixels are multiplied and added to
-49 sums, all channels and columns side by side as they lie in memory, and the columns are added up once, at the end.
+Each of the 49 weights has as its gradient a sum over all pixels of neighbour times gradient. torch needs more than ten
+times as long for it as for the convolution itself. Here rows of pixels are multiplied and added to 49 running sums,
+with all channels and columns in memory order, and the columns are summed once at the end.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _SUMS_BYTES = 2**19
-"""Of the sums that are added to at a time, so that they stay in a cache."""
+"""Size of the running sums, so that they stay in the cache."""
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution of stride 1 that keeps the size, channels-last."""
+    """A depthwise convolution of stride 1 that keeps the size; fastest in channels-last memory."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(images, channels, height, width) to the same."""
+        """Convolve (images, channels, height, width); the shape stays the same."""
         if _is_ours_faster(maps, self.weight):
             return _Depthwise.apply(maps, self.weight, self.bias)
         return super().forward(maps)
 
 
 def _is_ours_faster(maps: Tensor, weight: Tensor) -> bool:
-    """Where a weight in full precision trains on a CPU, and nothing traces: a compiler would unroll the rows. Under
-    autocast always, so that a layer that trains is judged by the numbers that it trains with."""
+    """Return whether to use our gradient: for float32 weights that train on a CPU.
+
+    Under autocast always, so that evaluation uses the same numbers as training. Never while tracing, because a compiler
+    would unroll the loop over rows.
+    """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     autocast = torch.is_autocast_enabled("cpu")
     trains = autocast or (torch.is_grad_enabled() and weight.requires_grad)
@@ -42,7 +45,7 @@ def _is_ours_faster(maps: Tensor, weight: Tensor) -> bool:
 
 
 class _Depthwise(torch.autograd.Function):
-    """In full precision under autocast too: torch's gradient in bfloat16 takes as long as its gradient in float32."""
+    """Runs in float32 under autocast too: in bfloat16 torch's gradient takes as long as in float32."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -58,17 +61,23 @@ class _Depthwise(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         maps, weight = ctx.saved_tensors
         size = weight.shape[-1]
-        of_maps = of_bias = None
+        maps_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            of_maps = F.conv2d(gradient, weight.flip(2, 3), padding=size // 2, groups=len(weight))
+            maps_gradient = F.conv2d(gradient, weight.flip(2, 3), padding=size // 2, groups=len(weight))
         if ctx.needs_input_grad[2]:
-            of_bias = gradient.sum((0, 2, 3))
-        return of_maps, weight_gradient(maps.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), size), of_bias
+            bias_gradient = gradient.sum((0, 2, 3))
+        ours = weight_gradient(maps.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), size)
+        return maps_gradient, ours, bias_gradient
 
 
 def weight_gradient(maps: Tensor, gradient: Tensor, size: int) -> Tensor:
-    """Of a convolution's input and its output's gradient, (images, height, width, channels) both -> (channels, 1, size,
-    size)."""
+    """Return the gradient (channels, 1, size, size) of a convolution's weight.
+
+    Args:
+        maps: The input, (images, height, width, channels).
+        gradient: The gradient of the output, of the same shape.
+        size: Side of the kernel.
+    """
     width, channels = gradient.shape[2:]
     columns = max(1, _SUMS_BYTES // (size * size * channels * gradient.element_size()))
     total = gradient.new_zeros(size, size, channels)

@@ -1,7 +1,7 @@
-"""Pixels for the vision tower: images of any kind and shape -> one padded array and each image's own size.
+"""The image processor: images of any kind and shape -> one padded array of pixels and the size of each image.
 
-Sizes come from `convllava.geometry`, decoding from `convllava.model.images`; here pixels are resized and
-normalised, by Pillow and numpy alone.
+`convllava.geometry` decides the sizes, `convllava.model.images` decodes; here pixels are resized and normalised, with
+Pillow and numpy only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torch_tensor
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, ImageError
 from convllava.geometry import (
     DEFAULT_MAX_PIXELS,
     DEFAULT_MIN_PIXELS,
@@ -27,7 +27,7 @@ from convllava.geometry import (
     DEFAULT_STRIDE,
     Placement,
     Size,
-    check_most,
+    check_max_pixels,
     grid,
     place,
     unchanged,
@@ -36,15 +36,15 @@ from convllava.model.images import is_loaded, load_image
 
 _PLACING = ("mode", "stride", "min_pixels", "max_pixels", "side")
 SQUARE = ("square", "crop")
-"""Modes whose canvas has `side` for both sides."""
+"""Modes with a square canvas."""
 _CHANNELS = (1, 3, 4)
 _STRIP_ROWS = 256
-LONGEST = 8
-"""How many times its short side an image may be long before its number of pixels decides."""
+_SHORT_SIDE_ASPECT_RATIO = 8
+"""Aspect ratio up to which `short_side` reaches `side` unless `max_pixels` is given."""
 
 
 class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
-    """What `ConvLlavaImageProcessorPil` takes besides the usual settings of an image processor."""
+    """Settings of `ConvLlavaImageProcessorPil` in addition to those of every image processor."""
 
     mode: str
     stride: int
@@ -57,27 +57,28 @@ class ConvLlavaImageProcessorPil(PilBackend):
     """Images -> `pixel_values` and `image_sizes`.
 
     Args (of the constructor; each can also be given to a call):
-        mode: How an image is brought to its canvas; see the function of that name in `convllava.geometry`.
-            `native` (default) and `short_side` keep the aspect ratio; `square` pads with the mean colour,
-            int(255 * image_mean), and `crop` cuts: the two official ways, bit for bit.
-        stride: Pixels of a visual token's side.
-        min_pixels, max_pixels: Bounds of the canvas, in pixels. `native` obeys both, `short_side` the upper
-            one: raise it to let a long image's short side reach `side`.
-        side: Of the canvas in `square` and `crop`, the shorter one in `short_side`; in pixels.
-        do_resize: If False, images must come as canvases: both sides multiples of the stride.
+        mode: How an image becomes a canvas; see the function of that name in `convllava.geometry`. `native` (default)
+            and `short_side` keep the aspect ratio. `square` pads with the mean colour, int(255 * image_mean), and
+            `crop` cuts: the two official ways, bit for bit.
+        stride: Side of a visual token in pixels.
+        min_pixels, max_pixels: Bounds of the canvas in pixels. `native` uses both, `short_side` the upper one: raise it
+            to let the short side of a long image reach `side`.
+        side: Side of the canvas in `square` and `crop`, its shorter side in `short_side`; in pixels.
+        do_resize: If False, both sides of each image must be multiples of the stride.
         resample: Pillow's filter.
-        do_rescale, rescale_factor, do_normalize, image_mean, image_std: (v * factor - mean) / std, of 8-bit
-            values v.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std: An 8-bit value v becomes
+            (v * factor - mean) / std.
 
-    A call takes one image or any nesting of lists of them: all that `images.load_image` takes (paths too;
-    nothing is fetched from the network), tensors, and arrays with channels first. It returns
+    A call takes one image or nested lists of images: everything that `images.load_image` takes (also paths; nothing is
+    downloaded), tensors, and arrays with channels first. It returns
 
-    - `pixel_values`: float32 (images, 3, height, width) of the largest height and width; zeros below and
-      to the right.
-    - `image_sizes`: int64 (images, 2), height and width of each image's canvas.
+    - `pixel_values`: float32 (images, 3, height, width) with the largest height and width; zeros below and to the right
+      of smaller images.
+    - `image_sizes`: int64 (images, 2), height and width of each canvas.
 
     Raises:
-        InputError: a bad image; settings that contradict each other or that this class does not have.
+        ImageError: if an image is bad.
+        ConfigError: if settings contradict each other or do not exist.
     """
 
     valid_kwargs = ConvLlavaImageProcessorKwargs
@@ -97,17 +98,19 @@ class ConvLlavaImageProcessorPil(PilBackend):
     image_std = OPENAI_CLIP_STD
 
     def change(self, **settings: Any) -> None:
-        """Set some of the constructor's settings anew; `short_side` without `max_pixels` leaves room for an image eight
-        times as long as wide, and `max_pixels` alone takes `min_pixels` down with it.
+        """Change some of the constructor's settings.
+
+        `short_side` without `max_pixels` allows images up to eight times as long as wide. If `max_pixels` is below
+        `min_pixels` and `min_pixels` is not given, both become `max_pixels`.
 
         Raises:
-            InputError: there is no such setting, or it cannot work with the others.
+            ConfigError: if there is no such setting, or it contradicts the others.
         """
         for name in settings:
             if name not in self.valid_kwargs.__annotations__:
-                raise InputError(f"the image processor has no setting {name!r}; it has {', '.join(_PLACING)}")
+                raise ConfigError(f"the image processor has no setting {name!r}; it has {', '.join(_PLACING)}")
         if settings.get("mode") == "short_side" and "max_pixels" not in settings:
-            settings["max_pixels"] = LONGEST * settings.get("side", self.side) ** 2
+            settings["max_pixels"] = _SHORT_SIDE_ASPECT_RATIO * settings.get("side", self.side) ** 2
         if isinstance(settings.get("max_pixels"), int) and "min_pixels" not in settings:
             settings["min_pixels"] = min(self.min_pixels, settings["max_pixels"])
         _check_settings({name: getattr(self, name, None) for name in ("do_resize", *_PLACING)} | settings)
@@ -115,14 +118,14 @@ class ConvLlavaImageProcessorPil(PilBackend):
             setattr(self, name, value)
 
     def placement(self, size: Size, /, **kwargs: Any) -> Placement:
-        """Where an image of this original size would lie in its canvas.
+        """Return how an image of this size becomes a canvas.
 
         Args:
             size: Height and width in pixels.
-            kwargs: Settings to override, as of a call; those that do not bear on sizes are ignored.
+            kwargs: Settings of a call. Those that do not change sizes are ignored.
 
         Raises:
-            InputError: the size or a setting is bad.
+            InputError: if the size or a setting is bad.
         """
         settings = {name: getattr(self, name) for name in ("do_resize", *_PLACING)}
         settings |= {name: kwargs[name] for name in settings if kwargs.get(name) is not None}
@@ -136,55 +139,55 @@ class ConvLlavaImageProcessorPil(PilBackend):
         return self.side**2 if self.mode in SQUARE else self.max_pixels
 
     def within(self, pixels: int | None) -> dict[str, int]:
-        """Settings, of `placement` or of a call, with which a canvas has at most so many pixels; None is the budget.
+        """Return settings for a call or `placement` that limit a canvas to `pixels`; none if `pixels` is None.
 
         Raises:
-            InputError: no visual token has room in so few.
+            ConfigError: if `pixels` is less than one visual token.
         """
         if pixels is None:
             return {}
-        check_most(pixels, self.stride)
+        check_max_pixels(pixels, self.stride)
         if self.mode in SQUARE:
             return {"side": isqrt(pixels) // self.stride * self.stride}
         return {"min_pixels": min(self.min_pixels, pixels), "max_pixels": pixels}
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Cells of the grid for an image of this original size, without row separators (vLLM's hook)."""
+        """Return the number of visual tokens of an image of this size, without row separators (vLLM calls this)."""
         settings = images_kwargs or {}
         placement = self.placement(Size(height, width), **settings)
         rows, columns = grid(placement.canvas, settings.get("stride") or self.stride)
         return rows * columns
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Decode all but arrays with channels, whose layout only a call knows, and keep the nesting.
+        """Decode images and keep the nesting. Arrays with channels are decoded later: only the call knows their layout.
 
-        Processors call it first. It stands in place of transformers' version, which fetches URLs.
+        Processors call this first. It replaces the version of transformers, which downloads URLs.
         """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(item) for item in image_url_or_urls]
         has_channels = getattr(image_url_or_urls, "ndim", 0) > 2
         return image_url_or_urls if has_channels else load_image(image_url_or_urls)
 
-    # The base class calls these by keyword alone, so that the narrower signatures (the ignores below) are safe.
+    # The base class calls these with keywords only, so the narrower signatures (see the ignores) are safe.
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Sees the constructor's settings and every call's, so what would be ignored is refused here."""
+        """Check the settings of the constructor and of every call: both pass through here."""
         _check_settings(kwargs)
         return super()._standardize_kwargs(**kwargs)
 
     def _validate_preprocess_kwargs(  # type: ignore[override]
         self, do_resize: bool | None = None, **kwargs: Any
     ) -> None:
-        """As in the base class, but for the `size` it asks for where images are resized."""
+        """Skip the base class's check of `do_resize`, which demands a `size`."""
         super()._validate_preprocess_kwargs(**kwargs)
 
     def _prepare_image_like_inputs(
         self, images: Any, *args: Any, input_data_format: str | ChannelDimension | None = None, **kwargs: Any
     ) -> list[Image.Image]:
-        """Flat list of RGB images. They stay Pillow images, because that is what gets resized."""
+        """Return a flat list of RGB Pillow images; Pillow resizes them later."""
         laid_out = (_channels_last(image, input_data_format) for image in _flatten(images))
         prepared = [image if is_loaded(image) else load_image(image) for image in laid_out]
         if not prepared:
-            raise InputError("the list of images is empty; give at least one image")
+            raise ImageError("the list of images is empty; give at least one image")
         return prepared
 
     def _preprocess(  # type: ignore[override]
@@ -202,7 +205,10 @@ class ConvLlavaImageProcessorPil(PilBackend):
         canvases = np.array([placement.canvas for placement in placements], dtype=np.int64)
         pixels = np.zeros((len(images), 3, *canvases.max(axis=0)), dtype=np.float32)
         for canvas, image, placement in zip(pixels, images, placements, strict=True):
-            _write(render(image, placement, resample, background), values, canvas)
+            rendered = np.asarray(render(image, placement, resample, background))
+            for channel, table in enumerate(values):
+                # take() needs half the time of table[...]
+                canvas[channel, : rendered.shape[0], : rendered.shape[1]] = table.take(rendered[..., channel])
         return BatchFeature({"pixel_values": pixels, "image_sizes": canvases}, tensor_type=return_tensors)
 
     def _value_table(
@@ -214,10 +220,10 @@ class ConvLlavaImageProcessorPil(PilBackend):
         image_std: float | tuple[float, ...],
         **kwargs: Any,
     ) -> NDArray[np.float32]:
-        """(3, 256): what each 8-bit value of each channel becomes.
+        """Return (3, 256): the normalised value of each 8-bit value of each channel.
 
-        The base class's own arithmetic, on 768 numbers instead of on every pixel: the same bits, several
-        times faster.
+        This is the arithmetic of the base class on 768 numbers instead of on every pixel: the same bits, several times
+        faster.
         """
         table = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., np.newaxis]
         if do_rescale:
@@ -228,45 +234,28 @@ class ConvLlavaImageProcessorPil(PilBackend):
 
 
 def mean_colour(image_mean: float | tuple[float, ...]) -> tuple[int, ...]:
-    """The background of `square`: int(255 * mean), as in LLaVA; (122, 116, 104) for CLIP's means."""
+    """Return the background of `square`: int(255 * mean), as in LLaVA; (122, 116, 104) for CLIP's means."""
     return tuple(int(mean * 255) for mean in np.broadcast_to(image_mean, 3).tolist())
 
 
 def render(
     image: Image.Image, placement: Placement, resample: Image.Resampling | int, background: tuple[int, ...]
 ) -> Image.Image:
-    """The 8-bit RGB canvas the tower sees of an RGB image of size `placement.original`."""
-    resized = (placement.resized.width, placement.resized.height)
-    if placement.padded != placement.original:
-        image = _pad_rows_and_resize_them(image, placement, resample, background)
-    image = image.resize(resized, resample)
+    """Return the 8-bit RGB canvas of an RGB image of size `placement.original`."""
+    padded, margin = placement.padded, placement.margin
+    if padded != placement.original:
+        # Pillow resizes all rows first, to 8 bits, and then all columns. So padding and resizing the rows in strips
+        # gives the same bits, and the padded square, up to 200 times as large as the image, never exists.
+        rows = Image.new("RGB", (placement.resized.width, padded.height), background)
+        for top in range(0, image.height, _STRIP_ROWS):
+            bottom = min(top + _STRIP_ROWS, image.height)
+            strip = Image.new("RGB", (padded.width, bottom - top), background)
+            strip.paste(image.crop((0, top, image.width, bottom)), (margin.left, 0))
+            rows.paste(strip.resize((placement.resized.width, bottom - top), resample), (0, margin.top + top))
+        image = rows
+    image = image.resize((placement.resized.width, placement.resized.height), resample)
     top, left = placement.crop
     return image.crop((left, top, left + placement.canvas.width, top + placement.canvas.height))
-
-
-def _pad_rows_and_resize_them(
-    image: Image.Image, placement: Placement, resample: Image.Resampling | int, background: tuple[int, ...]
-) -> Image.Image:
-    """The padded image with its width resized already, (resized.width x padded.height).
-
-    Pillow itself resizes all rows first, to 8 bits, and then all columns. So a strip of rows at a time gives
-    the same bits, and the padded square, 200 times the image at worst, never exists.
-    """
-    padded, margin, width = placement.padded, placement.margin, placement.resized.width
-    result = Image.new("RGB", (width, padded.height), background)
-    for top in range(0, image.height, _STRIP_ROWS):
-        bottom = min(top + _STRIP_ROWS, image.height)
-        strip = Image.new("RGB", (padded.width, bottom - top), background)
-        strip.paste(image.crop((0, top, image.width, bottom)), (margin.left, 0))
-        result.paste(strip.resize((width, bottom - top), resample), (0, margin.top + top))
-    return result
-
-
-def _write(image: Image.Image, values: NDArray[np.float32], canvas: NDArray[np.float32]) -> None:
-    """Look the image's (height, width, 3) bytes up into the top left corner of a (3, height, width) array."""
-    pixels = np.asarray(image)
-    for channel, table in enumerate(values):
-        canvas[channel, : image.height, : image.width] = table.take(pixels[..., channel])  # half the time of table[...]
 
 
 def _flatten(images: Any) -> Iterator[Any]:
@@ -278,9 +267,10 @@ def _flatten(images: Any) -> Iterator[Any]:
 
 
 def _channels_last(image: Any, input_data_format: str | ChannelDimension | None) -> Any:
-    """Arrays and tensors -> numpy (H, W, channels).
+    """Convert arrays and tensors with channels to numpy (H, W, channels).
 
-    Unless told, the channels of a tensor are first and those of an array last, wherever the sizes allow both.
+    If the shape allows both layouts and `input_data_format` is not given, a tensor has its channels first and an array
+    last.
     """
     is_tensor = is_torch_tensor(image)
     array = image.detach().cpu().numpy() if is_tensor else image
@@ -294,13 +284,13 @@ def _channels_last(image: Any, input_data_format: str | ChannelDimension | None)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings of other image processors that would do nothing, and modes that cannot work."""
+    """Reject settings of other image processors, which would do nothing, and impossible modes."""
     for name in ("size", "crop_size", "pad_size", "do_center_crop", "do_pad"):
         if settings.get(name):
-            raise InputError(f"the image processor has no {name}; set mode, side and max_pixels instead")
+            raise ConfigError(f"the image processor has no {name}; set mode, side and max_pixels instead")
     if settings.get("do_convert_rgb") is False:
-        raise InputError("do_convert_rgb is False, but the vision tower takes RGB only; leave it out")
+        raise ConfigError("do_convert_rgb is False, but the vision tower takes RGB only; leave it out")
     if settings.get("data_format") not in (None, ChannelDimension.FIRST):
-        raise InputError("pixel_values have their channels first; leave data_format out")
+        raise ConfigError("pixel_values have their channels first; leave data_format out")
     if settings.get("do_resize"):
         place(Size(1, 1), **{name: settings[name] for name in _PLACING})

@@ -1,6 +1,6 @@
-"""Decoding: whatever a user may call an image -> an upright RGB Pillow image, or one line that says why not.
+"""Decode an image of any kind to an upright RGB Pillow image, or explain in one line why that is not possible.
 
-Nothing is fetched from the network, and pixels are counted before any is decoded.
+Nothing is downloaded, and the number of pixels is checked before they are decoded.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from convllava.errors import InputError
+from convllava.errors import ImageError
 from convllava.geometry import Size, check_size
 
 MAX_IMAGE_PIXELS = 100_000_000
 ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
 
 _LIMIT_LOCK = threading.Lock()
-_TURNS = {
+_EXIF_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -31,82 +31,70 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-_WRAPPERS = ("BLP", "ICNS", "IPTC")
-"""Kinds that hold a picture of another kind, about whose size their own header may lie."""
-_ICO = b"\0\0\1\0"
-"""How another such kind begins."""
+_CONTAINERS = ("BLP", "ICNS", "IPTC")
+"""Formats that contain an image of another format. Their own header may state a wrong size of it."""
+_ICO_START = b"\0\0\1\0"
+"""First bytes of ICO, another container."""
 
 
 def load_image(source: ImageSource, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode one image to 8-bit RGB, upright by its EXIF orientation, transparency laid on white.
+    """Decode one image to 8-bit RGB, turned upright by its EXIF orientation, on a white background.
 
     Args:
         source: A path, encoded bytes, a binary stream, a Pillow image, or an array of shape (H, W) or
-            (H, W, 1 or 3 or 4) of uint8, uint16, bool, or floats from 0 to 1. Of an animation, the first
-            frame is taken (of a Pillow image, its current frame).
+            (H, W, 1 or 3 or 4) of uint8, uint16, bool, or floats from 0 to 1. The first frame of an animation is used;
+            of a Pillow image, the current frame.
         max_image_pixels: Most pixels to decode.
 
     Returns:
-        A new image of mode RGB, without metadata: loading it again changes nothing.
+        A new image of mode RGB without metadata. Loading it again changes nothing.
 
     Raises:
-        InputError: the source is missing, of a wrong kind, no image or a damaged one, or has no pixels, too
-            many, or an aspect ratio beyond `geometry.MAX_ASPECT_RATIO`. The message begins with the name of
-            the source.
+        ImageError: if the source is missing, no image or damaged, has no pixels or too many, or an aspect ratio beyond
+            `geometry.MAX_ASPECT_RATIO`. The message begins with the name of the source.
     """
     try:
-        return _load(source, max_image_pixels)
-    except InputError as error:
-        raise InputError(f"{_name(source)}: {error}") from error.__cause__
-
-
-def _load(source: ImageSource, max_image_pixels: int) -> Image.Image:
-    if isinstance(source, np.ndarray):
-        _check_array(source)
-        _check_pixels(Size(*source.shape[:2]), max_image_pixels)
-        return _to_rgb(_from_array(source))
-    if isinstance(source, Image.Image):
-        return _decode(source, max_image_pixels)
-    if isinstance(source, str | Path):
-        with _open_file(source) as file, _open_image(file) as image:
-            return _decode(image, max_image_pixels)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(_open_image(BytesIO(source)), max_image_pixels)
-    if hasattr(source, "read"):
-        return _decode(_open_image(source), max_image_pixels)
-    raise InputError("not an image; give a path, bytes, a binary stream, a Pillow image or a numpy array")
+        if isinstance(source, np.ndarray):
+            return _from_array(source, max_image_pixels)
+        if isinstance(source, Image.Image):
+            return _decode(source, max_image_pixels)
+        if isinstance(source, str | Path):
+            with _open_file(source) as file, _read_header(file) as image:
+                return _decode(image, max_image_pixels)
+        if isinstance(source, bytes | bytearray | memoryview):
+            return _decode(_read_header(BytesIO(source)), max_image_pixels)
+        if hasattr(source, "read"):
+            return _decode(_read_header(source), max_image_pixels)
+        raise ImageError("not an image; give a path, bytes, a binary stream, a Pillow image or a numpy array")
+    except ImageError as error:
+        if isinstance(source, np.ndarray):
+            name = "numpy array"
+        elif isinstance(source, Image.Image):
+            name = _one_line(getattr(source, "filename", "") or "Pillow image")
+        elif isinstance(source, str | Path):
+            name = _one_line(source)
+        else:
+            name = _one_line(getattr(source, "name", type(source).__name__))
+        raise ImageError(f"{name}: {error}") from error.__cause__
 
 
 def check_header(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> str:
-    """Look at the header of encoded bytes alone, in no time whatever they may hold.
+    """Check the header of encoded bytes without decoding any pixels.
 
     Returns:
-        The format, as Pillow calls it.
+        Pillow's name of the format.
 
     Raises:
-        InputError: as `load_image` would raise for what a header tells.
+        ImageError: if `load_image` would reject the image because of its header.
     """
-    with _open_image(BytesIO(data)) as image:
+    with _read_header(BytesIO(data)) as image:
         _check_pixels(Size(image.height, image.width), max_image_pixels)
         return image.format or ""
 
 
 def is_loaded(source: object) -> bool:
-    """Whether `load_image` would only copy this: a plain RGB image with nothing to turn or to lay on white."""
+    """Return whether `load_image` would only copy this: a plain RGB image without metadata."""
     return type(source) is Image.Image and source.mode == "RGB" and not source.info
-
-
-def _name(source: object) -> str:
-    """What to call the source in a message."""
-    if isinstance(source, Image.Image):
-        return _one_line(getattr(source, "filename", "") or "Pillow image")
-    if isinstance(source, np.ndarray):
-        return "numpy array"
-    if isinstance(source, str | Path):
-        return _one_line(source)
-    return _one_line(getattr(source, "name", type(source).__name__))
 
 
 def _one_line(value: object) -> str:
@@ -117,112 +105,91 @@ def _one_line(value: object) -> str:
 
 def _open_file(path: str | Path) -> BinaryIO:
     if str(path).lower().startswith(("http://", "https://")):
-        raise InputError("nothing is fetched from the network; download it first and give the file's path")
+        raise ImageError("nothing is downloaded; download it first and give the file's path")
     try:
         return Path(path).open("rb")
     except FileNotFoundError:
-        raise InputError("no such file; check the path") from None
+        raise ImageError("no such file; check the path") from None
     except IsADirectoryError:
-        raise InputError("a directory; give the path of an image file") from None
+        raise ImageError("a directory; give the path of an image file") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot be read ({reason}); check the path") from error
+        raise ImageError(f"cannot be read ({reason}); check the path") from error
 
 
-def _open_image(file: BinaryIO) -> Image.Image:
-    """Read the header alone."""
+def _read_header(file: BinaryIO) -> Image.Image:
     try:
-        file = _at_its_start(file)
-        if file.read(len(_ICO)) == _ICO:  # Pillow decodes these to learn their size
-            raise _wrapper("ICO")
+        try:
+            file.seek(0)
+        except (AttributeError, UnsupportedOperation):  # a stream that cannot go back is read as a whole
+            file = BytesIO(file.read())
+        if file.read(len(_ICO_START)) == _ICO_START:  # Pillow decodes an ICO to read its size
+            raise _container("ICO")
         try:
             with warnings.catch_warnings():
-                # Pillow warns from 89 megapixels on; our own limit speaks for itself.
+                # Pillow warns from 89 megapixels on; our own limit is checked next.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 return Image.open(file)
         except Image.DecompressionBombError:
-            return _open_beyond_pillows_limit(file)
-    except InputError:
+            # Our limit may be higher than Pillow's, which is a variable of the whole process.
+            with _LIMIT_LOCK:
+                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                try:
+                    return Image.open(file)
+                finally:
+                    Image.MAX_IMAGE_PIXELS = limit
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError("empty, or not an image file of a known kind; convert it to PNG or JPEG") from error
-    # Plugins meet hostile bytes and raise nearly anything: OSError, SyntaxError, struct.error, EOFError, ...
+        raise ImageError("empty, or not an image file of a known kind; convert it to PNG or JPEG") from error
+    # Plugins raise nearly anything for hostile bytes: OSError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
         raise _damaged(error) from error
 
 
-def _at_its_start(file: BinaryIO) -> BinaryIO:
-    """The same stream, or all of one that cannot go back."""
-    try:
-        file.seek(0)
-    except (AttributeError, UnsupportedOperation):
-        return BytesIO(file.read())
-    return file
-
-
-def _open_beyond_pillows_limit(file: BinaryIO) -> Image.Image:
-    """Our own limit is checked next, and may be higher than Pillow's, a variable of the whole process."""
-    with _LIMIT_LOCK:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(file)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def _damaged(error: Exception) -> InputError:
+def _damaged(error: Exception) -> ImageError:
     reason = _one_line(" ".join(str(error).split()) or type(error).__name__)
-    return InputError(f"damaged, cut short or of an unsupported kind ({reason}); save it anew as PNG or JPEG")
+    return ImageError(f"damaged, cut short or of an unsupported kind ({reason}); save it again as PNG or JPEG")
 
 
-def _wrapper(kind: str) -> InputError:
-    return InputError(f"{kind}, whose header may lie about the picture inside; convert it to PNG")
+def _container(kind: str) -> ImageError:
+    return ImageError(f"{kind}, whose header may state a wrong size of the image inside; convert it to PNG")
 
 
 def _decode(image: Image.Image, max_image_pixels: int) -> Image.Image:
-    size = Size(image.height, image.width)
-    _check_pixels(size, max_image_pixels)
+    _check_pixels(Size(image.height, image.width), max_image_pixels)
     if image.format == "EPS":
-        raise InputError("PostScript, which is a program and not an image; convert it to PNG")
-    if image.format in _WRAPPERS:
-        raise _wrapper(image.format)
+        raise ImageError("PostScript, which is a program and not an image; convert it to PNG")
+    if image.format in _CONTAINERS:
+        raise _container(image.format)
     try:
         image.load()
-        # Of what was decoded, whatever the header said.
+        # The decoded image may be larger than its header said.
         _check_pixels(Size(image.height, image.width), max_image_pixels)
-        upright = _turned(_to_rgb(image), _orientation(image))
-        # The metadata would have the next reader turn it again.
+        upright = _to_rgb(image)
+        try:
+            orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except Exception:  # an image with a broken EXIF block is still an image; it is not turned
+            orientation = 1
+        if orientation in _EXIF_TRANSPOSE:
+            upright = upright.transpose(_EXIF_TRANSPOSE[orientation])
+        # With the metadata the next reader would turn it again.
         upright.info = {}
         return upright
-    except InputError:
+    except ImageError:
         raise
-    # As in `_open_image`.
-    except Exception as error:
+    except Exception as error:  # see `_read_header`
         raise _damaged(error) from error
 
 
 def _check_pixels(size: Size, max_image_pixels: int) -> None:
     pixels = size.height * size.width
     if pixels > max_image_pixels:
-        raise InputError(
+        raise ImageError(
             f"the image has {pixels / 1e6:.1f} megapixels; the limit is {max_image_pixels / 1e6:g}; "
-            f"resize it or pass max_image_pixels"
+            f"resize it or raise `max_image_pixels`"
         )
     check_size(size)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    # A picture with a garbled EXIF block is still a picture; it is taken as it lies.
-    except Exception:
-        return 1
-
-
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation in _TURNS:
-        return image.transpose(_TURNS[orientation])
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -238,14 +205,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _grey_to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Scale grey values of more than 8 bits to 0..255.
 
-    Pillow's 32-bit modes I and F do not say what is white, so the smallest usual range that holds all values
-    is taken: 0..1 (floats only), 0..255, 0..65535; failing these, the image's own lowest to highest value.
+    Pillow's 32-bit modes I and F do not say which value is white. So the smallest usual range that contains all values
+    is used: 0..1 (floats only), 0..255, 0..65535; otherwise the image's own lowest to highest value.
     """
     if values.dtype.itemsize == 2:
         return _scaled(values, 0, 65535)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite((low, high)).all():
-        raise InputError("some pixels are not finite numbers; replace them")
+        raise ImageError("some pixels are not finite numbers; replace them")
     whites = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
     white = next((white for white in whites if low >= 0 and high <= white), None)
     return _scaled(values, low, high) if white is None else _scaled(values, 0, white)
@@ -256,18 +223,16 @@ def _scaled(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     return np.rint((numbers - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
 
-def _check_array(array: NDArray[Any]) -> None:
+def _from_array(array: NDArray[Any], max_image_pixels: int) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(f"the shape is {array.shape}; give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+        raise ImageError(f"the shape is {array.shape}; give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
     if array.dtype.kind not in "fb" and not (array.dtype.kind == "u" and array.dtype.itemsize <= 2):
-        raise InputError(f"the dtype is {array.dtype}; give uint8, uint16, bool, or floats from 0 to 1")
-
-
-def _from_array(array: NDArray[Any]) -> Image.Image:
+        raise ImageError(f"the dtype is {array.dtype}; give uint8, uint16, bool, or floats from 0 to 1")
+    _check_pixels(Size(*array.shape[:2]), max_image_pixels)
     if array.dtype.kind == "f" and not (array.min() >= 0 and array.max() <= 1):
-        raise InputError(
+        raise ImageError(
             f"the floats run from {array.min():g} to {array.max():g}; scale them to 0..1, or give uint8 from 0 to 255"
         )
     white = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
     pixels = array if array.dtype == np.uint8 else _scaled(array, 0, white)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+    return _to_rgb(Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))

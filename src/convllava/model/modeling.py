@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from convllava.errors import InputError
+from convllava.errors import ConfigError, InputError
 from convllava.geometry import Size
 from convllava.model.config import ConvLlavaConfig
 from convllava.model.vision_tower import ConvLlavaVisionModel, ConvLlavaVisionOutput
@@ -23,40 +23,41 @@ from convllava.model.vision_tower import ConvLlavaVisionModel, ConvLlavaVisionOu
 
 @dataclass
 class ConvLlavaImageFeatures(ConvLlavaVisionOutput):
-    """The tower's output with the projected tokens.
+    """Output of the tower and of the projector.
 
     Attributes:
         pooler_output: One (visual tokens, LLM width) tensor per image; with row separators, one more token per row.
-            The name is the one by which `generate` and vLLM look for image features.
+            `generate` and vLLM look for image features under this name.
     """
 
-    pooler_output: list[Tensor] = None  # type: ignore[assignment]  # ModelOutput wants defaults
+    pooler_output: list[Tensor] = None  # type: ignore[assignment]  # ModelOutput demands defaults
 
 
 @dataclass
 class ConvLlavaModelOutputWithPast(BaseModelOutputWithPast):
-    """A language model's output, with the image features that went in (a list, one tensor per image)."""
+    """Output of the model without its head, with the visual tokens (one tensor per image)."""
 
     image_hidden_states: list[Tensor] | None = None
 
 
 @dataclass
 class ConvLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """A causal language model's output, with the image features that went in (a list, one tensor per image)."""
+    """Output of the whole model, with the visual tokens (one tensor per image)."""
 
     image_hidden_states: list[Tensor] | None = None
 
 
 _CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
-"""The name of the keys and values in transformers: `cache` since 5.23, `past_key_values` before."""
+"""Name of the keys and values in transformers: `cache` since 5.23, `past_key_values` before."""
 _OCTAVES = 4
+"""Frequencies per coordinate in `coordinate_features`."""
 
 
 def coordinate_features(grid: Size, device: torch.device) -> Tensor:
-    """Where the centre of each cell lies: (rows * columns, 16), row by row.
+    """Encode the position of each cell's centre: (rows * columns, 16), row by row.
 
-    Sines and cosines of pi * 2^k * u for k = 0..3 of the normalised vertical and horizontal coordinate u, in the manner
-    of positional encodings (arXiv 1706.03762) on coordinates that do not depend on the image's shape.
+    The features are sines and cosines of pi * 2^k * u for k = 0..3, where u is the normalised vertical and horizontal
+    coordinate: positional encodings (arXiv 1706.03762) of coordinates that do not depend on the image's shape.
     """
     axes = [(torch.arange(count, device=device) + 0.5) / count for count in grid]
     angles = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)[..., None]
@@ -65,8 +66,10 @@ def coordinate_features(grid: Size, device: torch.device) -> Tensor:
 
 
 class ConvLlavaMultiModalProjector(nn.Module):
-    """Two linear layers with an activation between (`mlp2x_gelu`); where configured, each token's coordinates and the
-    learned end of a row."""
+    """Two linear layers with an activation between them (`mlp2x_gelu`).
+
+    Optionally it adds the coordinates of each token and a learned separator after each row.
+    """
 
     def __init__(self, config: ConvLlavaConfig) -> None:
         super().__init__()
@@ -78,25 +81,22 @@ class ConvLlavaMultiModalProjector(nn.Module):
         self.coordinates = nn.Linear(4 * _OCTAVES, width, bias=False) if config.coordinate_embedding else None
 
     def forward(self, features: ConvLlavaVisionOutput) -> list[Tensor]:
-        """Feature maps -> one (visual tokens, LLM width) tensor per image, row by row."""
+        """Project feature maps to one (visual tokens, LLM width) tensor per image, row by row."""
         tokens = self.content(features)
         if self.coordinates is not None:
             places = torch.cat([coordinate_features(grid, tokens.device) for grid in features.grids])
             tokens = tokens + self.coordinates(places.to(tokens.dtype))
         maps = ConvLlavaVisionOutput(tokens, features.grids).maps()
-        return [self._end_rows(rows).flatten(0, 1) for rows in maps]
+        if self.row_separator is not None:
+            separator = self.row_separator.to(tokens.dtype)
+            maps = [torch.cat([rows, separator.expand(rows.shape[0], 1, -1)], dim=1) for rows in maps]
+        return [rows.flatten(0, 1) for rows in maps]
 
     def content(self, features: ConvLlavaVisionOutput) -> Tensor:
-        """(all cells, LLM width): what each cell shows, without where it stands."""
+        """Project the content of all cells, without coordinates and separators: (all cells, LLM width)."""
         tokens = self.linear_2(self.act(self.linear_1(features.last_hidden_state)))
-        # Nothing else bounds what the projector writes: it grows in training until the place is lost beside it.
+        # Without this norm the content grows in training until the coordinates are too small to matter.
         return tokens if self.coordinates is None else F.rms_norm(tokens, tokens.shape[-1:])
-
-    def _end_rows(self, rows: Tensor) -> Tensor:
-        if self.row_separator is None:
-            return rows
-        separators = self.row_separator.to(rows.dtype).expand(rows.shape[0], 1, -1)
-        return torch.cat([rows, separators], dim=1)
 
 
 class ConvLlavaPreTrainedModel(PreTrainedModel):
@@ -120,15 +120,15 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
 
 
 def check_embeddings(language_model: nn.Module) -> None:
-    """Refuse a family whose word embeddings are not where the head is tied to them.
+    """Check that the word embeddings are in `embed_tokens`, where `lm_head` can be tied to them.
 
     Raises:
-        InputError: names the family.
+        ConfigError: if this family of language models has them elsewhere.
     """
     if not hasattr(language_model, "embed_tokens"):
         config: Any = language_model.config
-        raise InputError(
-            f"language: {config.model_type} keeps its embeddings elsewhere than in embed_tokens; take a family such as "
+        raise ConfigError(
+            f"language: {config.model_type} keeps its embeddings elsewhere than in embed_tokens; use a family such as "
             "llama, qwen2, mistral or gemma"
         )
 
@@ -154,7 +154,11 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor | list[Tensor], image_sizes: Tensor | None = None, **kwargs: Any
     ) -> ConvLlavaImageFeatures:
-        """Images as `ConvLlavaVisionModel.forward` takes them -> projected visual tokens in `.pooler_output`."""
+        """Encode images into visual tokens: `.pooler_output` has one (visual tokens, LLM width) tensor per image.
+
+        Args:
+            pixel_values, image_sizes: See `ConvLlavaVisionModel.forward`; the image processor returns both.
+        """
         features = self.vision_tower(pixel_values, image_sizes)
         return ConvLlavaImageFeatures(
             last_hidden_state=features.last_hidden_state,
@@ -163,17 +167,19 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         )
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        """(batch, sequence, 1) mask of the image placeholders.
+        """Return the (batch, sequence, 1) mask of the image placeholders.
 
         Raises:
-            InputError: there are more or fewer placeholders than visual tokens.
+            InputError: if placeholders and visual tokens differ in number.
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
         else:
             embeddings: Any = self.get_input_embeddings()
             if self.config.image_token_id >= len(embeddings.weight):
-                raise InputError("the image mark has no embedding to be found by; give input_ids beside the image")
+                raise InputError(
+                    "the image placeholder has no embedding to find in `inputs_embeds`; give `input_ids` instead"
+                )
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         if int(mask.sum()) != image_features.shape[0]:
@@ -184,11 +190,11 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         return mask.unsqueeze(-1)
 
     def _with_image_side(self, inputs_embeds: Tensor) -> Tensor:
-        """The same values, which depend on all of the image side that trains.
+        """Return the same values, but make them depend on the tower's and projector's weights that train.
 
-        Where only that side trains, a batch of text alone would have no gradient at all; and of several processes, the
-        one with such a batch would not take part when the others add up their gradients. Where the processes share the
-        weights, it must also hand over its own for the others' images: it encodes the smallest image there is.
+        Without this a batch of text alone would have no gradient if only these weights train, and its process would not
+        take part when several processes add up their gradients. If the processes shard the weights, this process must
+        also provide its shards for the images of the others: it encodes the smallest possible image.
         """
         if self._is_sharded():
             channels, stride = self.config.vision_config.num_channels, self.config.vision_config.stride
@@ -199,7 +205,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         return inputs_embeds + 0.0 * torch.stack(training).sum() if training else inputs_embeds
 
     def _is_sharded(self) -> bool:
-        """Whether FSDP2 or ZeRO-3 keeps shares of the tower's weights in several processes."""
+        """Return whether FSDP2 or ZeRO-3 shards the tower's weights over several processes."""
         stages: Any = self.vision_tower.encoder.stages
         layer = stages[-1].layers[-1]
         return isinstance(layer, FSDPModule) or hasattr(next(layer.parameters()), "ds_id")
@@ -218,14 +224,15 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         mm_encoder_outputs: dict[str, ConvLlavaImageFeatures] | None = None,
         **kwargs: Any,
     ) -> ConvLlavaModelOutputWithPast:
-        """Put the visual tokens where the placeholders are and run the language model.
+        """Replace the placeholders by the visual tokens and run the language model.
 
-        `mm_encoder_outputs["image"]` takes features encoded before (by `get_image_features`) in place of pixels.
+        `mm_encoder_outputs["image"]` takes the result of `get_image_features` instead of pixels. For other arguments
+        see `ConvLlavaForConditionalGeneration.forward`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
-            # The placeholder may lie beyond the vocabulary, as in published checkpoints: it is never looked up.
+            # In published checkpoints the placeholder is not in the vocabulary, so it is never looked up.
             text_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
             inputs_embeds = self.get_input_embeddings()(text_ids)
         assert inputs_embeds is not None
@@ -260,7 +267,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
 
 
 class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixin):
-    """Answers in text about images in the prompt."""
+    """The whole model: it answers prompts of text and images with text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
@@ -304,18 +311,19 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         mm_encoder_outputs: dict[str, ConvLlavaImageFeatures] | None = None,
         **kwargs: Any,
     ) -> ConvLlavaCausalLMOutputWithPast:
-        """One step of the language model over text and images.
+        """Run the model over text and images.
 
         Args:
             input_ids: (batch, sequence), with one image placeholder per visual token.
-            pixel_values: (images, channels, height, width), padded to the largest, or a list of images.
-            image_sizes: (images, 2), true height and width of each.
-            past_key_values: Keys and values of the tokens before; `cache` is the same under its newer name.
-            labels: (batch, sequence), -100 where nothing is asked; the loss is the mean over supervised tokens.
-            logits_to_keep: Compute logits for the last so many positions only (0: all).
+            pixel_values: (images, channels, height, width), padded to the largest image, or a list of images.
+            image_sizes: (images, 2), height and width of each image without padding.
+            past_key_values: Keys and values of earlier tokens; `cache` is their name since transformers 5.23.
+            labels: (batch, sequence), -100 for tokens that are not supervised; the loss is the mean over the others.
+            logits_to_keep: Compute logits for the last positions only, this many (0: all).
 
         Raises:
-            InputError: placeholders and visual tokens differ in number, or an image is no multiple of the stride.
+            InputError: if placeholders and visual tokens differ in number, or a side of an image is no multiple of the
+                stride.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""The pixels of all images of a batch as one matrix, and back to rectangles."""
+"""Pack the pixels of all images of a batch into one matrix, and split it into images again."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from convllava.geometry import Size
 
 Grids = tuple[Size, ...]
 """Rows and columns of each image's map."""
-
-
-SMALL = 2**17
-"""Numbers in a weight; a copy of half a megabyte costs nothing beside the maps that it is multiplied with."""
+SMALL_WEIGHT = 2**17
+"""Numbers in a weight (half a megabyte) whose copy costs nothing compared to the maps that it is multiplied with."""
 
 
 def rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:
-    """(pixels, channels) -> one (images, height, width, channels) view per run of equal shapes."""
-    runs: list[list[int]] = []  # by hand: a compiler cannot look through itertools.groupby
+    """Split (pixels, channels) into (images, height, width, channels) views: one per run of equal shapes."""
+    runs: list[list[int]] = []  # no itertools.groupby: torch.compile cannot trace it
     for height, width in grids:
         if runs and runs[-1][1:] == [height, width]:
             runs[-1][0] += 1
@@ -32,20 +30,24 @@ def rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:
 
 
 def join(parts: list[Tensor]) -> Tensor:
-    """One matrix of several, without a copy where there is one only."""
+    """Concatenate matrices; a single one is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def by_patches(convolution: Any, parts: Iterable[Tensor]) -> Tensor:
-    """A convolution whose stride is its kernel, as a linear layer over the patches of (images, height, width, channels)
-    each -> (patches, channels out).
+    """Run a convolution whose stride equals its kernel as a linear layer over patches.
 
-    Any module with such a weight and bias will do: engines put classes of their own in the place of Conv2d.
+    Args:
+        convolution: Any module with the weight and bias of a Conv2d: serving engines replace the class.
+        parts: (images, height, width, channels) each.
+
+    Returns:
+        (patches, output channels).
     """
     weight = convolution.weight
-    # By row, column, channel a patch lies in runs and is gathered several times as fast as by channel, row, column, as
-    # weights lie. The copy of the weight that this takes is worth it where weights are small beside the maps.
-    by_rows = weight.numel() <= SMALL
+    # In the order row, column, channel a patch has contiguous runs, and gathering it is several times as fast as in the
+    # weight's order channel, row, column. That needs a copy of the weight, which pays off if the weight is small.
+    by_rows = weight.numel() <= SMALL_WEIGHT
     matrix = join([_patches(maps, weight.shape[-1], by_rows) for maps in parts])
     return F.linear(matrix, (weight.permute(0, 2, 3, 1) if by_rows else weight).flatten(1), convolution.bias)
 
@@ -58,5 +60,5 @@ def _patches(maps: Tensor, side: int, by_rows: bool) -> Tensor:
 
 
 def halve(grids: Grids) -> Grids:
-    """Of the maps after a downsampling layer."""
+    """Return the grids after a downsampling layer."""
     return tuple(Size(height // 2, width // 2) for height, width in grids)

@@ -1,11 +1,34 @@
-"""The prompt formats of published checkpoints, as chat templates."""
+"""Prompt formats as chat templates: that of fresh models, and those of published checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from convllava.errors import InputError
+from convllava.errors import CheckpointError
+
+CHAT_TEMPLATE = """\
+{%- macro text_of(message) -%}
+    {%- if message['content'] is string -%}{{- ' ' ~ message['content'] | trim -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {{- '<image>' if part['type'] == 'image' else ' ' ~ part['text'] | trim -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- '<|assistant|>' -}}{%- generation -%}{{- text_of(message) ~ '<|end|>' -}}{%- endgeneration -%}
+    {%- elif message['role'] in ['system', 'user'] -%}
+        {{- '<|' ~ message['role'] ~ '|>' ~ text_of(message) -}}
+    {%- else -%}
+        {{- raise_exception('unknown role ' ~ message['role'] ~ '; known: system, user, assistant') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+"""`<|user|><image> QUESTION<|assistant|> ANSWER<|end|>`. Training supervises the answer and its end. Every text begins
+with a space, so that a word is the same token everywhere (see `tokenizer.py`)."""
 
 _OPENING = """\
 {%- macro text_of(message) -%}
@@ -25,11 +48,11 @@ _OPENING = """\
     {%- set system = text_of(messages[0]) -%}
 {%- endif -%}
 """
-"""The original tokenises what follows an image alone, so that it begins with a space of its own: the space after
-`<image>`. The one after the token that begins a text is that of the beginning of a text.
+"""The original code tokenises the text after an image separately, so that it begins with a space of its own: the space
+after `<image>`. In the same way the space after the first token of a text marks the start of the text.
 
-vLLM takes a template for one that knows nothing of images unless it finds a loop over the messages, or over what one
-variable is set to of them, and in it a loop over the parts."""
+vLLM recognises that a template handles images only if it finds a loop over the messages (or over one variable that is
+set from them) with a loop over the parts inside."""
 
 _BODIES = {
     "vicuna": """\
@@ -38,7 +61,7 @@ _BODIES = {
     {%- if message['role'] == 'assistant' -%}
         {{- ' ASSISTANT:' -}}{%- generation -%}{{- ' ' ~ text_of(message) ~ EOS -}}{%- endgeneration -%}
     {%- elif message['role'] == 'user' -%}{{- 'USER: ' ~ text_of(message) -}}
-    {%- else -%}{{- raise_exception('a system message stands first or nowhere') -}}
+    {%- else -%}{{- raise_exception('a system message must be the first message') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
@@ -51,7 +74,7 @@ _BODIES = {
         {{- BOS ~ (' ' if loop.first else '') ~ '[INST] ' -}}
         {{- '<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' if loop.first and system else '' -}}
         {{- text_of(message) ~ ' [/INST]' -}}
-    {%- else -%}{{- raise_exception('a system message stands first or nowhere') -}}
+    {%- else -%}{{- raise_exception('a system message must be the first message') -}}
     {%- endif -%}
 {%- endfor -%}
 """,
@@ -78,17 +101,17 @@ FORMATS = {
     "llava_llama_2": ("llama_2", _LLAVA),
     "plain": ("plain", ""),
 }
-"""LLaVA's names of the formats -> which template, and what it says where no system message does."""
+"""LLaVA's name of a format -> its template, and its default system message."""
 _KEYS = ("conv_version", "conv_mode", "version")
-"""Under which a configuration may name its format; the original code writes none of them and trains with v1."""
+"""Keys of config.json that may name the format. The original code writes none of them and trains with v1."""
 
 
 def template(name: str = "v1", bos: str = "'<s>'", eos: str = "'</s>'") -> str:
-    """A format as a chat template.
+    """Return a prompt format as a chat template.
 
     Args:
         name: One of `FORMATS`.
-        bos, eos: Jinja expressions of the tokens that begin a text and end an answer.
+        bos, eos: Jinja expressions for the first token of a text and the last token of an answer.
     """
     body, system = FORMATS[name]
     opening = _OPENING.replace("'SYSTEM'", f'"{system}"')
@@ -96,12 +119,12 @@ def template(name: str = "v1", bos: str = "'<s>'", eos: str = "'</s>'") -> str:
 
 
 def template_of(config: Mapping[str, Any]) -> str:
-    """The chat template of a checkpoint by its configuration, v1 where it names no format.
+    """Return the chat template of a checkpoint; v1 if its config.json names no format.
 
     Raises:
-        InputError: a format that is not known.
+        CheckpointError: if the format is not known.
     """
     name = next((config[key] for key in _KEYS if isinstance(config.get(key), str)), "v1")
     if name not in FORMATS:
-        raise InputError(f"config.json names the prompt format {name!r}; known are {', '.join(FORMATS)}")
+        raise CheckpointError(f"config.json names the prompt format {name!r}; known are {', '.join(FORMATS)}")
     return template(name)

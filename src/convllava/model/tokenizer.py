@@ -1,8 +1,8 @@
-"""A tokenizer for models that learn to read: known words are one token, everything else is spelled.
+"""The tokenizer of fresh models: known words are one token, everything else is spelled letter by letter.
 
-A language model learns spelling from the page only if printed words reach it letter by letter; the words of questions
-and closed answers ("what", "red", "top") cost one token each. Built on Hugging Face `tokenizers`: BPE without merges,
-so a word is either in the vocabulary or falls apart into characters, and those into bytes: any text survives.
+A language model learns to spell from pages only if printed words reach it letter by letter. The words of questions and
+closed answers ("what", "red", "top") cost one token each. It is BPE of Hugging Face `tokenizers` without merges: a word
+is either in the vocabulary or split into characters, and unknown characters into bytes, so any text survives.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ PAD, END, IMAGE = "<|pad|>", "<|end|>", "<image>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 _SPACE = "▁"
 _COORDINATE = r"(?<![\d.])[01]\.\d\d(?=[,\]])"
-"""A normalised coordinate inside a box such as [0.12, 0.34, 0.50, 0.60]: one token each, 0.00 to 1.00."""
+"""A normalised coordinate in a box such as [0.12, 0.34, 0.50, 0.60]: one token each, 0.00 to 1.00."""
 COORDINATES = tuple(f"{value / 100:.2f}" for value in range(101))
 
 
 def build_tokenizer(words: Iterable[str], context: int = 2048) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows `words` (and each with a capital) as single tokens when they follow a space.
+    """Build a tokenizer in which each of `words`, also capitalised, is a single token after a space.
 
     Args:
         words: Lower-case words.
-        context: The longest sequence of the model in tokens.
+        context: Longest sequence of the model in tokens.
     """
     spelled = [*string.printable.strip(), _SPACE, "\n"]
     known = [_SPACE + form for word in words for form in (word, word.capitalize())]
