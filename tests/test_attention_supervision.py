@@ -92,7 +92,7 @@ def test_model_families_without_the_attention_interface_are_rejected(monkeypatch
     model, _ = parts()
     monkeypatch.setattr(type(model.model.language_model), "_supports_attention_backend", False)
     with pytest.raises(InputError, match="the attention of a llama cannot have attention_supervision"):
-        check_attention(model, Stage("guided", 1, {"projector": 1.0}, attention_supervision=0.5))
+        check_attention(model, Stage("supervised", 1, {"projector": 1.0}, attention_supervision=0.5))
 
 
 def test_supervision_moves_attention_to_its_targets():

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_synthetic_questions import parsed
 from torch import Tensor
-from training_runs import GUIDED, MARKED, TWO, logged, recipe, train, weights
+from training_runs import HEADS, SUPERVISED, TWO, logged, recipe, train, weights
 
 from convllava.data.collate import collate
 from convllava.data.position_labels import LABEL_CELL, POSITION_CLASSES, position_labels, value_class
@@ -188,7 +188,7 @@ def run_heads(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
 
 
 def with_heads(layers: int, separator: bool, character_labels: bool = False) -> tuple[Any, Any]:
-    plan = recipe(MARKED)
+    plan = recipe(HEADS)
     language = {**plan.model.language, "num_hidden_layers": layers}
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, language=language, row_separator=separator))
     model, processor = engine.initial_model(plan)
@@ -270,20 +270,20 @@ def test_training_logs_the_accuracies_of_the_heads_and_saves_the_model_without_t
     outputs: list[dict[str, Tensor]] = []
     forward = AuxiliaryHeads.forward
     monkeypatch.setattr(AuxiliaryHeads, "forward", lambda *args: outputs.append(forward(*args)) or outputs[-1])
-    last = engine.train(recipe(dataclasses.replace(MARKED, data=Data(size=256, kinds={"sign": 1}))), tmp_path)
-    assert len(outputs) == MARKED.steps
+    last = engine.train(recipe(dataclasses.replace(HEADS, data=Data(size=256, kinds={"sign": 1}))), tmp_path)
+    assert len(outputs) == HEADS.steps
     for name in ("row", "letter", "box_error", "glyph", "spelling"):
         assert logged(tmp_path, name) == [pytest.approx(found[name].item(), abs=1e-4) for found in outputs]
     assert not any("head." in name and "lm_head" not in name for name in load_file(last / "model.safetensors"))
 
 
 def test_heads_start_from_those_of_the_previous_stage(tmp_path):
-    still = dict.fromkeys(MARKED.learning_rates, 0.0)
-    without = dataclasses.replace(MARKED, name="without", character_label_weight=0.0, learning_rates=still, steps=1)
+    still = dict.fromkeys(HEADS.learning_rates, 0.0)
+    without = dataclasses.replace(HEADS, name="without", character_label_weight=0.0, learning_rates=still, steps=1)
     last = engine.train(
-        recipe(MARKED, without, dataclasses.replace(without, name="again", character_label_weight=0.5)), tmp_path
+        recipe(HEADS, without, dataclasses.replace(without, name="again", character_label_weight=0.5)), tmp_path
     )
-    first, *later = [load_file(tmp_path / name / HEADS_FILE) for name in ("0-marked", "1-without", "2-again")]
+    first, *later = [load_file(tmp_path / name / HEADS_FILE) for name in ("0-heads", "1-without", "2-again")]
     assert first["maps.row.weight"].any()
     assert first["characters.glyph.weight"].any()
     for heads in later:
@@ -292,8 +292,8 @@ def test_heads_start_from_those_of_the_previous_stage(tmp_path):
 
 
 def test_heads_with_other_shapes_or_damaged_are_rejected(tmp_path):
-    engine.train(recipe(MARKED), tmp_path)
-    file = tmp_path / "0-marked" / HEADS_FILE
+    engine.train(recipe(HEADS), tmp_path)
+    file = tmp_path / "0-heads" / HEADS_FILE
     model, _ = with_heads(1, True)
     detach_heads(model)
     save_file({**load_file(file), "box.weight": torch.zeros(4, 3)}, file)
@@ -305,10 +305,10 @@ def test_heads_with_other_shapes_or_damaged_are_rejected(tmp_path):
 
 
 def test_two_processes_train_heads_like_two_micro_batches_of_one(tmp_path):
-    stage = dataclasses.replace(MARKED, steps=2)
+    stage = dataclasses.replace(HEADS, steps=2)
     train(recipe(stage), tmp_path / "two", TWO)
     train(recipe(dataclasses.replace(stage, gradient_accumulation_steps=2)), tmp_path / "one")
-    two, one = weights(tmp_path / "two/0-marked"), weights(tmp_path / "one/0-marked")
+    two, one = weights(tmp_path / "two/0-heads"), weights(tmp_path / "one/0-heads")
     for name in two:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
 
@@ -322,16 +322,16 @@ def test_two_processes_train_heads_like_two_micro_batches_of_one(tmp_path):
             {
                 "character_label_weight": 0.5,
                 "position_label_weight": 0.0,
-                "learning_rates": dict(GUIDED.learning_rates),
+                "learning_rates": dict(SUPERVISED.learning_rates),
             },
             "character_label_weight needs position_label_weight",
         ),
         ({"learning_rates": {"language_model": 1e-3, "head": 1e-3}}, "needs a learning rate of the projector"),
         ({"position_label_weight": 0.5, "attention_supervision": 0.0}, "needs attention_supervision"),
-        ({"position_label_weight": 0.5, "learning_rates": dict(GUIDED.learning_rates)}, "such as head: 1.0e-3"),
+        ({"position_label_weight": 0.5, "learning_rates": dict(SUPERVISED.learning_rates)}, "such as head: 1.0e-3"),
         ({"position_label_weight": 0.0}, "only position_label_weight has a head"),
     ],
 )
 def test_invalid_label_settings_are_rejected(settings, message):
     with pytest.raises(InputError, match=message):
-        dataclasses.replace(MARKED, **settings)
+        dataclasses.replace(HEADS, **settings)

@@ -18,10 +18,10 @@ from training_runs import (
     ALONE,
     CHAT,
     DENSE,
-    GUIDED,
+    HEADS,
     LOW,
-    MARKED,
     ONE,
+    SUPERVISED,
     TWO,
     changed,
     command,
@@ -38,7 +38,7 @@ from convllava.training.objectives.auxiliary_heads import HEADS_FILE
 from convllava.training.recipe import Adapter, Evaluation, Recipe, Stage
 
 
-@pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, MARKED, LOW], ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [DENSE, ALIGN, CHAT, HEADS, LOW], ids=lambda stage: stage.name)
 def test_resumed_equals_uninterrupted(tmp_path, stage):
     plan = recipe(stage, save_every=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -117,7 +117,7 @@ def kill_when(ready, started):
 
 def test_two_processes_have_the_losses_of_one_in_every_stage(tmp_path):
     held_out = Evaluation(every=3, samples=5, pictures=0)  # the second process has none of them in its last batch
-    plan = recipe(dataclasses.replace(CHAT, steps=3, batch_size=4, evaluation=held_out), GUIDED)
+    plan = recipe(dataclasses.replace(CHAT, steps=3, batch_size=4, evaluation=held_out), SUPERVISED)
     train(plan, tmp_path / "one", ONE)
     train(plan, tmp_path / "two", TWO)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
@@ -165,7 +165,7 @@ def test_settings_without_effect_on_weights_may_change_on_resume(tmp_path):
 
 
 def test_a_run_begun_with_old_keys_is_resumed(tmp_path):
-    plan = recipe(dataclasses.replace(GUIDED, answer_length_weighting=0.5), save_every=2)
+    plan = recipe(dataclasses.replace(SUPERVISED, answer_length_weighting=0.5), save_every=2)
     with killed_after(2):
         engine.train(plan, tmp_path)
     text = plan.dump()

@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 import torch
-from training_runs import CHAT, DATA, DENSE, GUIDED, changed, log, logged, recipe, weights
+from training_runs import CHAT, DATA, DENSE, SUPERVISED, changed, log, logged, recipe, weights
 
 import convllava
 from convllava.errors import InputError
@@ -92,7 +92,9 @@ def first_lines(folder, stages):
 
 def test_attention_losses_count_by_their_weight(tmp_path):
     weights = (0.5, 1.0)
-    one, two = first_lines(tmp_path, [dataclasses.replace(GUIDED, attention_supervision=weight) for weight in weights])
+    one, two = first_lines(
+        tmp_path, [dataclasses.replace(SUPERVISED, attention_supervision=weight) for weight in weights]
+    )
     looks = [one[name] for name in one if name.endswith("_attention")]
     assert sum(looks) > 0
     assert two["loss"] - one["loss"] == pytest.approx(0.5 * sum(looks), rel=1e-3)

@@ -23,16 +23,16 @@ ALIGN = Stage(
     "align", 4, {"stage5": 1e-3, "projector": 1e-3, "head": 1e-3}, SCENES, "align", batch_size=2, calibrate=True
 )
 CHAT = Stage("chat", 4, {"stage5": 1e-3, "projector": 2e-3, "language_model": 1e-3}, DATA, batch_size=2)
-GUIDED = dataclasses.replace(CHAT, name="guided", attention_supervision=0.5, prompt_loss_weight=0.3)
-MARKED = dataclasses.replace(
-    GUIDED,
-    name="marked",
+SUPERVISED = dataclasses.replace(CHAT, name="supervised", attention_supervision=0.5, prompt_loss_weight=0.3)
+HEADS = dataclasses.replace(
+    SUPERVISED,
+    name="heads",
     position_label_weight=0.5,
     character_label_weight=0.5,
-    learning_rates={**GUIDED.learning_rates, "head": 1e-3},
+    learning_rates={**SUPERVISED.learning_rates, "head": 1e-3},
 )
 """The test model has one layer, so the position heads read its embeddings."""
-LOW = dataclasses.replace(GUIDED, name="low", precision="bfloat16", optimizer="muon")
+LOW = dataclasses.replace(SUPERVISED, name="low", precision="bfloat16", optimizer="muon")
 
 ONE = ("-m", "convllava")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

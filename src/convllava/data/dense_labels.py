@@ -25,7 +25,7 @@ DENSE_NAMES = {
 """The text of each class of the label maps: words have a leading space, characters have none."""
 DENSE_CLASSES = {name: len(names) + 1 for name, names in DENSE_NAMES.items()}
 """Number of classes of each label map; class 0 is nothing."""
-ACCURACIES = (*DENSE_CLASSES, "spelling", "box_error")
+DENSE_METRICS = (*DENSE_CLASSES, "spelling", "box_error")
 """Metrics that dense pretraining and alignment report: accuracies, and the mean error of boxes."""
 _LABELS = {
     name: {text.strip(): label for label, text in enumerate(names, start=1)} for name, names in DENSE_NAMES.items()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from convllava.data.collate import TARGET_KINDS
-from convllava.data.dense_labels import ACCURACIES
+from convllava.data.dense_labels import DENSE_METRICS
 from convllava.data.position_labels import POSITION_CLASSES
 from convllava.errors import DataError
 from convllava.io import replacing
@@ -26,7 +26,7 @@ from convllava.training.distributed import process_number
 from convllava.training.objectives.losses import ANSWER_LOSS
 from convllava.training.recipe import Stage
 
-NOTES = (ANSWER_LOSS, *ACCURACIES, *POSITION_CLASSES, *(f"{kind}_attention" for kind in TARGET_KINDS))
+STEP_METRICS = (ANSWER_LOSS, *DENSE_METRICS, *POSITION_CLASSES, *(f"{kind}_attention" for kind in TARGET_KINDS))
 """Metrics that a step may report next to its loss."""
 _QUIET_SECONDS = 30
 """Without a terminal, one line is printed this often instead of the bar."""
@@ -90,9 +90,9 @@ class StepLog(TrainerCallback):
             rates: dict[str, float] = {}
             for group in groups:  # the highest of a part's layers
                 rates[group["part"]] = max(group["lr"], rates.get(group["part"], 0.0))
-            notes = {name: round(logs[name], 4) for name in NOTES if name in logs}
+            metrics = {name: round(logs[name], 4) for name in STEP_METRICS if name in logs}
             counts = {name: round(self.before[name] + count, 3) for name, count in self.counts.items()}
-            self._write(state.global_step, {"loss": logs["loss"], **notes, "learning_rates": rates, **counts})
+            self._write(state.global_step, {"loss": logs["loss"], **metrics, "learning_rates": rates, **counts})
         elif "eval_loss" in (logs or {}):
             self._write(state.global_step, {"eval_loss": logs["eval_loss"]})
 

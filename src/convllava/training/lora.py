@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,18 +31,25 @@ def add_adapter(model: ConvLlavaForConditionalGeneration, stage: Stage) -> Any:
     assert stage.adapter is not None
     adapter, peft = stage.adapter, import_peft()
     check_adaptable(stage)
+    # A pattern for the names of all linear layers of the adapted parts.
+    patterns = []
+    for part in adapter.parts:
+        module = module_of(part)
+        layers = model.get_submodule(module).named_modules()
+        leaves = sorted({name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear)})
+        patterns.append(rf"({re.escape(module)}\.(.*\.)?({'|'.join(leaves)}))")
     config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha or 2 * adapter.rank,
         lora_dropout=adapter.dropout,
         use_dora=adapter.dora,
-        target_modules=pattern_of(model, adapter.parts),
+        target_modules="|".join(patterns),
         modules_to_save=[module_of(part) for part in stage.learning_rates if part not in adapter.parts] or None,
     )
     return peft.get_peft_model(model, config)
 
 
-def four_bits(stage: Stage) -> BitsAndBytesConfig:
+def four_bit_config(stage: Stage) -> BitsAndBytesConfig:
     """Return the quantization of QLoRA (arXiv 2305.14314, section 3).
 
     The linear layers of the language model have 4-bit normal floats with quantized constants. The tower, the projector
@@ -73,7 +79,7 @@ def check_adaptable(stage: Stage) -> None:
     """
     assert stage.adapter is not None
     if stage.adapter.four_bit:
-        four_bits(stage)
+        four_bit_config(stage)
     for part in stage.adapter.parts:
         if not _ADAPTABLE.fullmatch(part):
             raise ConfigError(
@@ -83,14 +89,3 @@ def check_adaptable(stage: Stage) -> None:
             raise ConfigError(f"stage {stage.name}: adapter: give {part} a learning rate in learning_rates")
     if "language_model" in stage.learning_rates and "language_model" not in stage.adapter.parts:
         raise ConfigError(f"stage {stage.name}: adapter: parts must have language_model, or learning_rates must not")
-
-
-def pattern_of(model: nn.Module, parts: Iterable[str]) -> str:
-    """Return a pattern that matches the names of all linear layers of the parts."""
-    patterns = []
-    for part in parts:
-        prefix = module_of(part)
-        layers = model.get_submodule(prefix).named_modules()
-        leaves = sorted({name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear)})
-        patterns.append(rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})")
-    return "|".join(f"({pattern})" for pattern in patterns)

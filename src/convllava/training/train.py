@@ -44,7 +44,7 @@ from convllava.training.eval_callbacks import SampleAnswers, early_stopping_call
 from convllava.training.frozen_features import CachedFeatureCollator, make_frozen_stages
 from convllava.training.initialise import initial_model
 from convllava.training.logging import ProgressBar, Skips, StepLog, print_parts
-from convllava.training.lora import four_bits
+from convllava.training.lora import four_bit_config
 from convllava.training.objectives.attention_supervision import enable_attention_supervision
 from convllava.training.objectives.auxiliary_heads import detach_heads
 from convllava.training.objectives.build import build_trained_module
@@ -132,7 +132,7 @@ def train_stage(run: StageRun, model: ConvLlavaForConditionalGeneration) -> None
             checkpoints.write(model, processor, run.base)
         wait_for_all()
         if stage.adapter.four_bit:
-            model, _ = checkpoints.read(checkpoints.find(str(run.base)), quantization=four_bits(stage))
+            model, _ = checkpoints.read(checkpoints.find(str(run.base)), quantization=four_bit_config(stage))
     set_seed(run.recipe.seed + run.index)
     trained: Any = build_trained_module(stage, model, processor, run.previous)
     if is_first_process():

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from convllava.data.collate import POSITION_LABELS, SKIPPED, TARGET_KINDS, lengths_of
-from convllava.data.dense_labels import ACCURACIES
+from convllava.data.dense_labels import DENSE_METRICS
 from convllava.errors import InputError
 from convllava.io import one_line
 from convllava.model.config import ConvLlavaConfig
@@ -131,7 +131,7 @@ class StageTrainer(Trainer):
         self.frozen = frozen
         self.staging: str | None = None
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
-        self.notes: dict[str, float] = {}
+        self.step_metrics: dict[str, float] = {}
         self.held_out = HeldOutLoss()
         self.supervised_layers = supervised_layers(model) if self.stage.attention_supervision else {}
         super().__init__(model=model, args=training_arguments(run), **keywords)
@@ -183,8 +183,8 @@ class StageTrainer(Trainer):
             loss = self._chat_loss(outputs, labels, supervision, self._prompt_labels(inputs, labels, mask))
         else:
             loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
-            notes = {name: outputs[name].item() for name in ACCURACIES if name in outputs}
-            self.notes = {name: value for name, value in notes.items() if math.isfinite(value)}
+            found = {name: outputs[name].item() for name in DENSE_METRICS if name in outputs}
+            self.step_metrics = {name: value for name, value in found.items() if math.isfinite(value)}
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def _count(self, inputs: Mapping[str, Any]) -> None:
@@ -230,22 +230,24 @@ class StageTrainer(Trainer):
         loss = answer_loss(logits, labels, weights)
         if self.trained.training:
             # Comparable between stages with different weights of the other losses.
-            self.notes = {ANSWER_LOSS: loss.item()}
+            self.step_metrics = {ANSWER_LOSS: loss.item()}
         if prompts is not None:
             loss = loss + self.stage.prompt_loss_weight * prompt_loss(logits, prompts)
         if supervision is not None:
             attention = {kind: supervision.loss(kind, weights) for kind in supervision.layers}
-            self.notes |= {f"{kind}_attention": value.item() for kind, value in attention.items()}
+            self.step_metrics |= {f"{kind}_attention": value.item() for kind, value in attention.items()}
             loss = loss + self.stage.attention_supervision * torch.stack(list(attention.values())).sum()
         if "auxiliary" in outputs:
             found = outputs["auxiliary"]
             losses = {"loss": self.stage.position_label_weight, "character_loss": self.stage.character_label_weight}
-            self.notes |= {name: found[name].item() for name in found.keys() - losses.keys() if found[name].isfinite()}
+            self.step_metrics |= {
+                name: found[name].item() for name in found.keys() - losses.keys() if found[name].isfinite()
+            }
             loss = loss + sum(weight * found[name] for name, weight in losses.items() if name in found)
         return loss / (self.args.gradient_accumulation_steps if self.trained.training else 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log({**logs, **self.notes} if "loss" in logs else logs, start_time)
+        super().log({**logs, **self.step_metrics} if "loss" in logs else logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Loaders draw seeds; an evaluation must not change later random draws of the training.
