@@ -1,4 +1,4 @@
-"""Tiny random models and generated pages that every test file may use."""
+"""Small random models and generated pages for all tests."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ torch.set_num_threads(1)
 ENGINES = {"lmms_eval": "lmms_eval", "vllm": "vllm", "ui": "selenium"}
 collect_ignore = [f"engines/test_{name}.py" for name, package in ENGINES.items() if find_spec(package) is None]
 
-if find_spec("hypothesis") is not None:  # which the environments of the engines lack
+if find_spec("hypothesis") is not None:  # the environments of the engines do not have it
     from hypothesis import settings
 
-    settings.register_profile("shared machine", deadline=None)  # how long an example takes, other work decides
+    settings.register_profile("shared machine", deadline=None)  # other work on the machine slows examples down
     settings.load_profile("shared machine")
 
 WORDS = ("what", "is", "the", "total", "red", "top", "left", "describe", "image")
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Random pixels, RGB."""
+    """Return an RGB image of random pixels."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
 def fresh(spread: float = 0.3, **settings: object) -> Parts:
-    """A model of five stages and two transformer layers, with weights large enough for images to matter."""
+    """Return a model with five stages and two transformer layers. Its weights are so large that images matter."""
     model, processor = build_fresh(
         vision={
             "depths": [1, 1, 2, 1, 1],
@@ -63,36 +63,39 @@ def fresh(spread: float = 0.3, **settings: object) -> Parts:
 
 
 def talkative() -> Parts:
-    """A fresh model whose answers tell questions and images apart: with larger weights they do not repeat one token,
-    and without the bytes that are no text of their own, any of which looks like any other."""
+    """Return a fresh model that answers different questions and images differently.
+
+    Larger weights keep it from repeating one token. Tokens of incomplete characters get small embeddings, because they
+    all decode to the same replacement character.
+    """
     model, processor = fresh(spread=0.6)
     tokenizer = processor.tokenizer
-    halves = [token for token in range(len(tokenizer)) if "\N{REPLACEMENT CHARACTER}" in tokenizer.decode([token])]
+    incomplete = [token for token in range(len(tokenizer)) if "\N{REPLACEMENT CHARACTER}" in tokenizer.decode([token])]
     with torch.no_grad():
-        model.get_input_embeddings().weight[halves] *= 0.1
+        model.get_input_embeddings().weight[incomplete] *= 0.1
     return model, processor
 
 
 @pytest.fixture(scope="session")
 def parts() -> Parts:
-    """Model and processor; not to be changed."""
+    """Return model and processor. Tests must not change them."""
     return talkative()
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """A checkpoint in the official layout, which may be changed."""
+    """Return a copy of the checkpoint in the official layout. Tests may change it."""
     return shutil.copytree(CHECKPOINT, tmp_path / "official")
 
 
 @pytest.fixture(scope="session")
 def samples_by_split() -> dict[str, list[Sample]]:
-    """Some hundred small samples of each split, with every question that the sample can ask."""
+    """Return small samples of each split, with every question that a sample can ask."""
     worlds = {split: World(split=split, seed=3, size=256, turns=50) for split in SPLITS}
     return {split: [world.sample(index) for index in range(160)] for split, world in worlds.items()}
 
 
 @pytest.fixture(scope="session")
 def samples(samples_by_split) -> list[Sample]:
-    """Those of both splits."""
+    """Return the samples of both splits."""
     return [sample for of_split in samples_by_split.values() for sample in of_split]

@@ -19,7 +19,7 @@ def with_part(**content):
 
 
 def bomb(width=20_000, height=8_000):
-    """The header of a PNG of 160 megapixels and little else."""
+    """Return a short PNG file with a header of 160 megapixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -50,7 +50,7 @@ BAD = {
     "two lengths": (request(max_completion_tokens=5), 400, "invalid_request", None),
     "empty stop": (request(stop=""), 400, "invalid_request", None),
     "many stops": (request(stop=list("abcde")), 400, "invalid_request", "stop"),
-    "a stop of another kind": (request(stop=3), 400, "invalid_request", "stop"),
+    "stop of another type": (request(stop=3), 400, "invalid_request", "stop"),
     "no content": (request(messages=[{"role": "user", "content": None}]), 400, "invalid_request", "messages.0.content"),
     "another model": (request(model="gpt"), 404, "model_not_found", "model"),
     "long answer": (request(max_tokens=451), 400, "too_many", "max_completion_tokens"),

@@ -1,4 +1,4 @@
-"""A small checkpoint in the official layout, and what the original code computed for it."""
+"""A small checkpoint in the official layout, and the outputs of the original code for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from convllava.checkpoints import read
 DATA = Path(__file__).parent / "data" / "official"
 CHECKPOINT = DATA / "checkpoint"
 FOUR_STAGES = DATA / "inputs" / "original_convnext"
-"""The tower that stage 1 of the original training begins with."""
+"""The tower that stage 1 of the original training starts from."""
 GOLDEN = load_file(DATA / "golden.safetensors")
 
 
@@ -40,10 +40,10 @@ def add_to_shards(folder: Path, tower: Mapping[str, Tensor]) -> None:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """The parameters of the model that a folder of either layout gives."""
+    """Return the parameters of the model in a folder of either layout."""
     return {name: tensor.clone() for name, tensor in read(folder)[0].state_dict().items()}
 
 
 def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    """Whether these are the same tensors by the same names."""
+    """Return whether both mappings have the same names with equal tensors."""
     return found.keys() == expected.keys() and all(found[name].equal(tensor) for name, tensor in expected.items())

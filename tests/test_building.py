@@ -1,4 +1,4 @@
-"""Assembling a model: every kind of encoder file gives the same tower, and what is new is said."""
+"""Assembling a model: every kind of encoder file gives the same tower; new and unused tensors are listed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def language(tmp_path_factory):
 
 
 def as_timm(state: dict) -> dict:
-    """A Hugging Face ConvNeXt's tensors under timm's names."""
+    """Return the tensors of a Hugging Face ConvNeXt under timm's names."""
     renamed = {}
     for name, tensor in state.items():
         name = name.removeprefix("convnext.").replace("embeddings.patch_embeddings", "stem.0")
@@ -63,7 +63,7 @@ def as_timm(state: dict) -> dict:
 
 
 def as_dinov3(state: dict) -> dict:
-    """The same under the names of dinov3_convnext."""
+    """Return the tensors of a Hugging Face ConvNeXt under the names of dinov3_convnext."""
     renamed = {}
     for name, tensor in as_timm(state).items():
         name = name.replace("stem.", "stages.0.downsample_layers.").replace(".downsample.", ".downsample_layers.")
@@ -95,7 +95,7 @@ def test_every_kind_of_encoder_gives_the_same_tower(encoder, language, tmp_path)
         torch.testing.assert_close(four(pixels).last_hidden_state, expected, atol=1e-4, rtol=0)
 
 
-def test_what_is_loaded_new_and_left_over_is_told(encoder, language, tmp_path):
+def test_new_and_unused_tensors_are_listed(encoder, language, tmp_path):
     assembly = convllava.build(vision=encoder.state_dict(), language=language, stage5_depth=3, row_separator=True)
     config = assembly.model.config.vision_config
     assert list(config.depths) == [*DEPTHS, 3]
@@ -114,7 +114,7 @@ def test_what_is_loaded_new_and_left_over_is_told(encoder, language, tmp_path):
     assert (fifth.layers[0].layer_scale_parameter == config.layer_scale_init_value).all()
 
 
-def test_an_assembled_model_answers_and_survives_its_folder(encoder, language, tmp_path):
+def test_assembled_model_answers_equally_after_reloading(encoder, language, tmp_path):
     assembly = convllava.build(
         vision=encoder.state_dict(), language=language, stage5_depth=1, pixels={"min_pixels": 4096, "max_pixels": 65536}
     )
@@ -125,7 +125,7 @@ def test_an_assembled_model_answers_and_survives_its_folder(encoder, language, t
     assert first == second
 
 
-def test_a_fifth_stage_that_lacks_a_tensor_is_refused_where_it_is_taken_as_it_is(encoder, language):
+def test_existing_fifth_stage_with_a_missing_tensor_is_rejected(encoder, language):
     shape = ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8, 8, 16, 16, 32])
     state = dict(ConvLlavaVisionModel(shape).state_dict())
     convllava.build(vision=state, language=language, stage5_depth=0)
@@ -134,14 +134,14 @@ def test_a_fifth_stage_that_lacks_a_tensor_is_refused_where_it_is_taken_as_it_is
         convllava.build(vision=state, language=language, stage5_depth=0)
 
 
-def test_only_the_ends_of_answers_are_taken_from_the_language_model(encoder, language, tmp_path):
+def test_generation_config_keeps_only_the_end_token(encoder, language, tmp_path):
     shutil.copytree(language, tmp_path / "language")
     GenerationConfig(repetition_penalty=1.1, do_sample=True, eos_token_id=3).save_pretrained(tmp_path / "language")
     found = convllava.build(vision=encoder.state_dict(), language=tmp_path / "language").model.generation_config
     assert (found.eos_token_id, found.repetition_penalty, found.do_sample) == (3, None, None)
 
 
-def test_a_mismatch_names_the_tensor(encoder, language, tmp_path):
+def test_mismatched_encoder_tensor_is_named(encoder, language, tmp_path):
     state = dict(encoder.state_dict())
     state["convnext.encoder.stages.1.layers.0.pwconv1.weight"] = torch.zeros(3, 3)
     with pytest.raises(InputError, match=r"stages\.1\.layers\.0\.pwconv1\.weight has the shape \[3, 3\]"):
@@ -152,13 +152,13 @@ def test_a_mismatch_names_the_tensor(encoder, language, tmp_path):
         convllava.build(vision=encoder.state_dict(), language=tmp_path)
 
 
-def test_coordinates_begin_alike_where_they_are_near():
+def test_nearby_coordinates_start_with_similar_embeddings():
     weight = torch.randn(120, 256)
     before = weight.clone()
     initialise_coordinates(weight, range(10, 111))
     curve = torch.nn.functional.normalize(weight[10:111], dim=1)
-    likeness = (curve @ curve.T)[50]
-    near, far = likeness[[49, 51]].min(), likeness[[20, 80]].abs().max()
+    similarity = (curve @ curve.T)[50]
+    near, far = similarity[[49, 51]].min(), similarity[[20, 80]].abs().max()
     assert near > 0.95
     assert far < 0.3
     assert weight[10:111].std().item() == pytest.approx(float(before.std()), rel=0.1)
@@ -167,7 +167,7 @@ def test_coordinates_begin_alike_where_they_are_near():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_coordinates_of_a_fresh_model_are_read_and_written_alike(tied):
+def test_fresh_coordinates_are_similar_in_both_embedding_tables(tied):
     model, processor = build_fresh(
         vision={"depths": [1] * 5, "hidden_sizes": [8] * 5},
         language={"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "tie_word_embeddings": tied},

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent, and conversion between precisions."""
+"""Checkpoint folders are written completely or not at all; conversion between precisions; initial weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from conftest import fresh, picture
 from convllava import InputError
 from convllava.checkpoints import convert, read, whole_folder, write
 from convllava.inference import Assistant
-from convllava.model.builder import build_fresh
+from convllava.model.builder import build_fresh, initialise_attention
 
 
-def test_converted_weights_are_half_the_size_and_rounded_alike(tmp_path):
+def test_bfloat16_conversion_rounds_and_halves_the_file(tmp_path):
     write(*fresh(), tmp_path / "full")
     convert(tmp_path / "full", tmp_path / "half", "bfloat16")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
@@ -26,7 +26,7 @@ def test_converted_weights_are_half_the_size_and_rounded_alike(tmp_path):
     assert isinstance(Assistant(*read(tmp_path / "half")).ask(picture(64, 64), "what?", max_new_tokens=2), str)
 
 
-def test_conversion_refuses_what_it_cannot_do(tmp_path):
+def test_invalid_conversions_are_rejected(tmp_path):
     write(*fresh(), tmp_path / "full")
     with pytest.raises(InputError, match="`dtype` 'int3' is not known"):
         convert(tmp_path / "full", tmp_path / "a", "int3")
@@ -37,7 +37,7 @@ def test_conversion_refuses_what_it_cannot_do(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+def test_failed_write_leaves_no_folder(tmp_path):
     target = tmp_path / "model"
 
     def fail() -> None:
@@ -55,7 +55,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_files_of_tensors_are_as_readable_as_the_others(tmp_path):
+def test_tensor_files_have_the_permissions_of_other_files(tmp_path):
     model, processor = fresh()
     before = os.umask(0o027)
     try:
@@ -68,7 +68,7 @@ def test_files_of_tensors_are_as_readable_as_the_others(tmp_path):
     assert set(modes.values()) == {0o640}
 
 
-def test_what_a_kill_left_of_an_older_folder_stops_no_write(tmp_path):
+def test_folder_left_by_a_kill_does_not_block_writing(tmp_path):
     for name in ("model", ".model.older"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("old")
@@ -78,7 +78,7 @@ def test_what_a_kill_left_of_an_older_folder_stops_no_write(tmp_path):
     assert (tmp_path / "model" / "file").read_text() == "new"
 
 
-def test_a_fresh_model_is_the_same_for_the_same_seed():
+def test_fresh_models_of_one_seed_are_equal():
     for first, second in zip(fresh(seed=3)[0].parameters(), fresh(seed=3)[0].parameters(), strict=True):
         assert torch.equal(first, second)
 
@@ -90,12 +90,17 @@ def language_model(**settings: int) -> torch.nn.Module:
     return model.model.language_model
 
 
-def test_attention_begins_by_matching_and_copying():
+def test_fresh_attention_weights_are_tied_in_pairs():
     attention = language_model().layers[0].self_attn
     assert attention.k_proj.weight.equal(attention.q_proj.weight)
     assert attention.o_proj.weight.equal(attention.v_proj.weight.T)
 
 
-def test_keys_shared_by_several_queries_are_left_as_they_are():
-    attention = language_model(num_key_value_heads=1).layers[0].self_attn
-    assert attention.k_proj.weight.shape != attention.q_proj.weight.shape
+def test_attention_with_shared_keys_keeps_its_weights():
+    model = language_model(num_key_value_heads=1)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    initialise_attention(model)
+    for name, weight in model.named_parameters():
+        assert weight.equal(before[name]), name

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line in a separate process, as a user runs it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy():
         assert command in finished.stdout
 
 
-def test_importing_the_package_is_light_and_any_name_registers_the_auto_classes():
+def test_import_is_light_and_registers_the_auto_classes():
     light = "import sys, convllava; assert not {'torch', 'transformers'} & set(sys.modules)"
     registered = (
         "import convllava; convllava.ConvLlavaProcessor\n"
@@ -63,7 +63,7 @@ def test_importing_the_package_is_light_and_any_name_registers_the_auto_classes(
     assert "transformers" not in subprocess.run(trace, capture_output=True, text=True, check=True).stderr
 
 
-def test_ask_streams_the_answer_and_json_has_the_same(model, tmp_path):
+def test_ask_prints_the_same_answer_as_json(model, tmp_path):
     picture(64, 128).save(tmp_path / "a.png")
     plain = run("ask", tmp_path / "a.png", "what?", "--model", model, "--max-new-tokens", 5)
     assert plain.returncode == 0, plain.stderr
@@ -72,7 +72,7 @@ def test_ask_streams_the_answer_and_json_has_the_same(model, tmp_path):
     assert report["image_size"] == [128, 64]
 
 
-def test_ask_answers_a_file_of_questions_and_json_counts_them(model, tmp_path):
+def test_ask_answers_a_file_and_counts_errors(model, tmp_path):
     picture(64, 128).save(tmp_path / "a.png")
     lines = [json.dumps({"image": name, "question": "what?"}) for name in ("a.png", "b.png")]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
@@ -80,17 +80,17 @@ def test_ask_answers_a_file_of_questions_and_json_counts_them(model, tmp_path):
     summary = json.loads(run("ask", *files, "--model", model, "--max-new-tokens", 5, "--json").stdout)
     assert (summary["answered"], summary["errors"]) == (1, 1)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    refusal(run("ask", tmp_path / "a.png", *files), "IMAGE and QUESTION")
+    assert_rejected(run("ask", tmp_path / "a.png", *files), "IMAGE and QUESTION")
 
 
-def test_bad_images_are_one_line_and_exit_code_two(model, tmp_path):
+def test_bad_images_give_one_line_and_exit_code_two(model, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.new("1", (30000, 1)).save(tmp_path / "thin.png")
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
     picture(64, 64).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     for name in ("missing.png", "text.png", "thin.png", "huge.png", "cut.png"):
-        refusal(run("ask", tmp_path / name, "what?", "--model", model), name)
+        assert_rejected(run("ask", tmp_path / name, "what?", "--model", model), name)
 
 
 @pytest.mark.parametrize(
@@ -103,16 +103,16 @@ def test_bad_images_are_one_line_and_exit_code_two(model, tmp_path):
         (("demo", "--model", "tinny", "--output", "OUT"), "tinny"),
     ],
 )
-def test_bad_arguments_are_one_line_and_exit_code_two(arguments, word, tmp_path):
-    refusal(run(*(str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments)), word)
+def test_bad_arguments_give_one_line_and_exit_code_two(arguments, word, tmp_path):
+    assert_rejected(run(*(str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments)), word)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_option_is_exit_code_two():
+def test_unknown_option_gives_exit_code_two():
     assert run("ask", "--frobnicate").returncode == 2
 
 
-def refusal(finished: subprocess.CompletedProcess[str], word: str) -> None:
+def assert_rejected(finished: subprocess.CompletedProcess[str], word: str) -> None:
     assert finished.returncode == 2, finished.stderr
     assert finished.stdout == ""
     assert finished.stderr.startswith("convllava: ")
@@ -130,16 +130,16 @@ def test_eval_prints_a_table_or_the_same_report_as_json(model):
     assert f"{report['overall']['accuracy']:.1%}" in printed
 
 
-def test_any_aspect_is_asked_for_by_the_short_side(model, tmp_path):
+def test_short_side_mode_keeps_the_aspect_ratio(model, tmp_path):
     picture(64, 190).save(tmp_path / "a.png")
     options = ("--model", model, "--max-new-tokens", 2, "--json", "--image-mode", "short_side", "--short-side", 128)
     report = json.loads(run("ask", tmp_path / "a.png", "what?", *options).stdout)
     assert report["resized_to"] == [384, 128]
-    refusal(run("ask", tmp_path / "a.png", "what?", "--short-side", "128"), "--image-mode short_side")
+    assert_rejected(run("ask", tmp_path / "a.png", "what?", "--short-side", "128"), "--image-mode short_side")
 
 
 @pytest.mark.parametrize("side", [768, 1024, 1536])
-def test_a_dry_run_of_the_papers_recipes_counts_what_trains(side):
+def test_dry_run_counts_the_trained_parameters_of_the_paper(side):
     recipe = Path(__file__).parent.parent / "recipes" / "paper" / f"{side}.yaml"
     finished = run("train", recipe, "--dry-run", "--json")
     assert finished.returncode == 0, finished.stderr
@@ -147,7 +147,7 @@ def test_a_dry_run_of_the_papers_recipes_counts_what_trains(side):
     assert report["image"] == {"side": side, "visual_tokens": (side // 64) ** 2}
     stage5 = 6 * 3072 * (49 + 1 + 2 + 4 * 3072 * 2 + 4 + 1 + 1) + 2 * 1536 + (4 * 1536 + 1) * 3072
     projector = (3072 + 1) * 4096 + (4096 + 1) * 4096
-    language = 6_738_415_616  # of Llama 7B
+    language = 6_738_415_616  # Llama 7B
     stages = report["stages"]
     assert [stage["trained"] for stage in stages][::2] == [stage5 + projector, projector + language]
     assert set(stages[1]["learning_rates"]) == {"stage3", "stage4", "stage5", "projector", "language_model"}
@@ -156,18 +156,20 @@ def test_a_dry_run_of_the_papers_recipes_counts_what_trains(side):
     assert "missing: data/vflan/annotation_191-task_1k.json" in run("train", recipe, "--dry-run").stdout
 
 
-def test_train_without_an_output_says_so_and_has_no_options_of_a_dry_run():
-    refusal(run("train", QUICK), "--output is missing")
-    refusal(run("train", QUICK, "--output", "out", "--json"), "--json is for --dry-run")
-    refusal(run("train", QUICK, "--output", "out", "--processes", "4"), "--processes is for --dry-run; torchrun")
+def test_train_rejects_a_missing_output_and_dry_run_options():
+    assert_rejected(run("train", QUICK), "--output is missing")
+    assert_rejected(run("train", QUICK, "--output", "out", "--json"), "--json is for --dry-run")
+    assert_rejected(
+        run("train", QUICK, "--output", "out", "--processes", "4"), "--processes is for --dry-run; torchrun"
+    )
 
 
-def ask_until_refused(client: openai.OpenAI, asked: dict) -> None:
+def ask_until_rejected(client: openai.OpenAI, asked: dict) -> None:
     while True:
         client.chat.completions.create(**asked, max_tokens=1)
 
 
-def test_a_server_finishes_what_runs_when_it_is_told_to_end(tmp_path):
+def test_server_finishes_running_answers_after_sigterm(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "convllava", "serve", "--port", "0"], stderr=subprocess.PIPE, text=True
     ) as server:
@@ -179,7 +181,7 @@ def test_a_server_finishes_what_runs_when_it_is_told_to_end(tmp_path):
         next(pieces)
         server.send_signal(signal.SIGTERM)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
-            ask_until_refused(client, asked)
+            ask_until_rejected(client, asked)
         ends = [choice.finish_reason for piece in pieces for choice in piece.choices if choice.finish_reason]
         assert len(ends) == 8
         assert server.wait(20) == 0

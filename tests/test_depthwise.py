@@ -1,4 +1,4 @@
-"""The depthwise convolution's own gradient: torch's numbers, wherever it is taken."""
+"""The gradient of the depthwise convolution equals PyTorch's, and is used only for trained float32 weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plain(layer: DepthwiseConv2d) -> nn.Conv2d:
     last=st.booleans(),
     sums=st.sampled_from([1, 2000, 2**20]),
 )
-def test_gradients_are_those_of_torch_for_any_shape_and_layout(shape, size, last, sums):
+def test_gradients_equal_torch_for_any_shape_and_layout(shape, size, last, sums):
     torch.manual_seed(0)
     layer, maps = DepthwiseConv2d(shape[1], size), torch.randn(shape)
     maps = maps.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_torch_for_any_shape_and_layout(shape, size, last
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
-def test_gradients_of_the_tower_are_those_of_the_stock_tower():
+def test_tower_gradients_equal_the_stock_tower():
     torch.manual_seed(0)
     config = ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8, 12, 16, 20, 24], layer_scale_init_value=0.5)
     model, stock = ConvLlavaVisionModel(config).train(), encoders.stock_convnext(config).train()
@@ -63,13 +63,13 @@ def test_gradients_of_the_tower_are_those_of_the_stock_tower():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_are_left_to_torch(dtype, monkeypatch):
+def test_other_precisions_use_the_gradient_of_torch(dtype, monkeypatch):
     monkeypatch.setattr(depthwise, "weight_gradient", None)
     layer = DepthwiseConv2d(4, 7).to(dtype)
     assert gradients(layer, torch.randn(1, 4, 8, 8, dtype=dtype))[1].dtype == dtype
 
 
-def test_a_frozen_convolution_has_no_gradient_and_hands_one_on():
+def test_frozen_convolution_passes_gradients_to_its_input():
     layer = DepthwiseConv2d(4, 7).requires_grad_(False)
     maps = torch.randn(1, 4, 8, 8, requires_grad=True)
     layer(maps).sum().backward()
@@ -77,7 +77,7 @@ def test_a_frozen_convolution_has_no_gradient_and_hands_one_on():
     assert maps.grad is not None
 
 
-def test_our_own_gradient_is_taken_where_the_weight_trains(monkeypatch):
+def test_trained_weights_use_our_gradient(monkeypatch):
     calls = []
     original = depthwise.weight_gradient
     monkeypatch.setattr(depthwise, "weight_gradient", lambda *a: calls.append(1) or original(*a))
@@ -86,7 +86,7 @@ def test_our_own_gradient_is_taken_where_the_weight_trains(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast_it_runs_in_full_precision(dtype):
+def test_autocast_runs_in_full_precision(dtype):
     layer = DepthwiseConv2d(4, 7)
     maps = torch.randn(2, 4, 8, 12).to(dtype)
     expected = gradients(layer, maps.float())

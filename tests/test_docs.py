@@ -1,4 +1,4 @@
-"""Documents: links lead to files, and every command that a page shows exists with these options."""
+"""Documentation: links lead to existing files, and every command on a page exists with its options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from convllava.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dev/*.md"), *ROOT.glob("experiments/**/*.md")]
-CHANGELOG = ROOT / "CHANGELOG.md"  # it names commands of the past
+CHANGELOG = ROOT / "CHANGELOG.md"  # it names commands of older versions
 _COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(convllava|python -m benchmarks) ([^`|]*)")
 
 
@@ -42,7 +42,7 @@ def headings_of(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
-def test_links_lead_to_files_and_headings(page):
+def test_links_lead_to_existing_files_and_headings(page):
     for target in re.findall(r"\]\((?!https?:)([^)]+)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
@@ -70,7 +70,7 @@ def test_commands_exist_with_their_options(page):
         assert not {word.partition("=")[0] for word in words if re.match("--?[a-z]", word)} - known, words
 
 
-def test_walks_name_functions_that_exist():
+def test_walkthroughs_name_existing_functions():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     steps = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `(\w+)` \|", text, re.MULTILINE)
     assert len(steps) >= 10

@@ -8,7 +8,7 @@ from PIL import Image
 from convllava.display import AnsweredImage, draw_answers, draw_boxes
 
 
-def test_boxes_are_drawn_where_they_are_and_the_picture_stays():
+def test_boxes_are_drawn_at_their_position_on_a_copy():
     page = Image.new("RGB", (200, 100), "white")
     drawn = draw_boxes(page, [(20, 10, 60.4, 50), (100, 20, 199, 99)])
     coloured = np.argwhere((np.asarray(drawn) != 255).any(-1))
@@ -19,7 +19,7 @@ def test_boxes_are_drawn_where_they_are_and_the_picture_stays():
     assert page.tobytes() == Image.new("RGB", (200, 100), "white").tobytes()
 
 
-def test_lines_grow_with_the_picture():
+def test_line_width_grows_with_the_picture():
     reds = [
         (
             np.asarray(draw_boxes(Image.new("RGB", (side, side)), [(0, 0, side - 1, side - 1)]))[side // 2, :, 0] > 0

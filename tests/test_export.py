@@ -1,4 +1,4 @@
-"""Tower and projector in other runtimes give what they give here."""
+"""Exported vision tower and projector: other runtimes give the outputs of PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from convllava.export import ImageSide, export
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-def test_a_file_takes_images_of_any_shape(tmp_path, suffix):
+def test_exported_outputs_equal_torch_for_another_shape(tmp_path, suffix):
     model, _ = fresh()
     path = tmp_path / "out" / f"side{suffix}"
     assert export(model, path) < 1e-4
@@ -33,12 +33,12 @@ def run(path, pixels):
     return openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels)[0]
 
 
-def test_another_ending_is_refused(tmp_path):
+def test_unknown_file_extension_is_rejected(tmp_path):
     with pytest.raises(InputError, match=r"must end in \.onnx"):
         export(fresh()[0], tmp_path / "side.pt")
 
 
-def test_a_model_that_gives_no_numbers_is_not_written_and_none_is_changed(tmp_path):
+def test_model_with_nan_output_is_neither_written_nor_changed(tmp_path):
     model = fresh()[0].bfloat16().train()
     model.model.multi_modal_projector.linear_2.bias.data[0] = float("nan")
     with pytest.raises(InputError, match="differs by nan"):

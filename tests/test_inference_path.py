@@ -1,4 +1,4 @@
-"""The tower without gradients, in place and in bands: the same numbers as the path that trains."""
+"""The vision tower without gradients, in place and in bands, equals the training path."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def images(sizes=SIZES) -> list[Tensor]:
     return [torch.randn(3, *size, generator=torch.Generator().manual_seed(sum(size))) for size in sizes]
 
 
-def trained(model: ConvLlavaVisionModel, batch: list[Tensor]) -> Tensor:
+def training_output(model: ConvLlavaVisionModel, batch: list[Tensor]) -> Tensor:
     with torch.enable_grad():
         return model(batch).last_hidden_state.detach()
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Parts so small that every image is cut into many."""
+    """Make parts so small that every image is cut into many."""
     monkeypatch.setitem(inplace._STRIP_BYTES, "cpu", 20_000)
     monkeypatch.setitem(inplace._HIDDEN_BYTES, "cpu", 1000)
     monkeypatch.setattr(inplace, "_MIN_ROWS", 50)
@@ -49,26 +49,26 @@ def small_parts(monkeypatch):
 
 
 @torch.no_grad()
-def test_in_place_equals_the_path_that_trains():
+def test_in_place_equals_the_training_path():
     model = tower()
-    close(model(images()).last_hidden_state, trained(model, images()))
+    assert_close(model(images()).last_hidden_state, training_output(model, images()))
 
 
 @torch.no_grad()
-def test_in_small_parts_equals_the_path_that_trains(small_parts):
+def test_small_parts_equal_the_training_path(small_parts):
     model = tower()
-    close(model(images()).last_hidden_state, trained(model, images()))
-    close(model(images(), band_rows=64).last_hidden_state, trained(model, images()))
+    assert_close(model(images()).last_hidden_state, training_output(model, images()))
+    assert_close(model(images(), band_rows=64).last_hidden_state, training_output(model, images()))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("depths", [(2, 1, 3, 2), (2, 1, 3, 2, 1), (1, 1, 2, 1, 1, 1)])
 @pytest.mark.parametrize("strides", [1, 2, 9])
-def test_bands_of_any_height_and_towers_of_any_depth(depths, strides):
+def test_bands_of_any_height_equal_the_training_path(depths, strides):
     model = tower(depths)
     batch = images([(512, 128), (256, 384), (1024, 128)])
     found = model(batch, band_rows=strides * model.config.stride)
-    close(found.last_hidden_state, trained(model, batch))
+    assert_close(found.last_hidden_state, training_output(model, batch))
     assert found.grids == tuple(
         (image.shape[1] // model.config.stride, image.shape[2] // model.config.stride) for image in batch
     )
@@ -81,7 +81,7 @@ def test_bands_of_any_height_and_towers_of_any_depth(depths, strides):
     known=st.booleans(),
     few=st.booleans(),
 )
-def test_rows_may_come_in_any_portions(cuts, tall, known, few):
+def test_rows_in_any_portions_equal_the_training_path(cuts, tall, known, few):
     model = tower()
     (image,) = images([(64 * tall, 64)])
     places = sorted({4 * cut for cut in cuts if 4 * cut < image.shape[1]})
@@ -92,11 +92,11 @@ def test_rows_may_come_in_any_portions(cuts, tall, known, few):
         found = torch.cat(list(model.stream(bands, image.shape[1] if known else None)))
     finally:
         streaming._MIN_PIXELS = before
-    close(found.flatten(0, 1), trained(model, [image]))
+    assert_close(found.flatten(0, 1), training_output(model, [image]))
 
 
 @torch.no_grad()
-def test_a_large_image_is_streamed_unasked_and_in_its_place(monkeypatch):
+def test_large_image_of_a_batch_is_streamed_automatically(monkeypatch):
     model = tower()
     monkeypatch.setattr(streaming, "WHOLE_PIXELS", 100 * 1000)
     monkeypatch.setattr(streaming, "_BAND_PIXELS", 40 * 1000)
@@ -105,19 +105,19 @@ def test_a_large_image_is_streamed_unasked_and_in_its_place(monkeypatch):
     monkeypatch.setattr(
         streaming, "_stream", lambda *a, original=streaming._stream: streamed.append(a[3]) or original(*a)
     )
-    close(model(batch).last_hidden_state, trained(model, batch))
+    assert_close(model(batch).last_hidden_state, training_output(model, batch))
     assert streamed == [512]
 
 
 @torch.no_grad()
-def test_the_images_are_left_as_they_were():
+def test_input_images_are_not_changed():
     model, batch = tower(), images()
     model(batch)
     assert all(image.equal(other) for image, other in zip(batch, images(), strict=True))
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_near_as_bfloat16_can_be():
+def test_bfloat16_features_are_close_to_float32():
     model = tower()
     expected = model(images()).last_hidden_state
     found = model.bfloat16()(images()).last_hidden_state
@@ -126,7 +126,7 @@ def test_bfloat16_is_as_near_as_bfloat16_can_be():
 
 
 @torch.no_grad()
-def test_a_layer_that_is_no_longer_plain_is_called_as_it_is():
+def test_replaced_layer_is_called():
     class Doubled(torch.nn.Linear):
         def forward(self, hidden: Tensor) -> Tensor:
             return 2 * super().forward(hidden)
@@ -136,7 +136,7 @@ def test_a_layer_that_is_no_longer_plain_is_called_as_it_is():
     plain = layer.pwconv2
     layer.pwconv2 = Doubled(plain.in_features, plain.out_features)
     layer.pwconv2.load_state_dict(plain.state_dict())
-    close(model(images()).last_hidden_state, trained(model, images()))
+    assert_close(model(images()).last_hidden_state, training_output(model, images()))
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -144,11 +144,11 @@ def test_compiles_without_a_graph_break(gradients):
     model = tower((1, 1, 1, 1))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.set_grad_enabled(gradients):
-        close(compiled(images()).last_hidden_state.detach(), trained(model, images()))
+        assert_close(compiled(images()).last_hidden_state.detach(), training_output(model, images()))
 
 
 @pytest.mark.parametrize("rows", [0, 32, 100])
-def test_a_band_that_is_too_small_names_a_better_one(rows):
+def test_invalid_band_height_is_rejected_with_a_valid_one(rows):
     with (
         torch.no_grad(),
         pytest.raises(InputError, match=f"`band_rows` {rows} is too small or no multiple.*; give (64|128)"),
@@ -156,7 +156,7 @@ def test_a_band_that_is_too_small_names_a_better_one(rows):
         tower()(images(), band_rows=rows)
 
 
-def test_bands_are_for_inference():
+def test_bands_with_gradients_are_rejected():
     with pytest.raises(InputError, match="`band_rows` is for inference"):
         tower()(images(), band_rows=64)
 
@@ -165,25 +165,25 @@ def test_bands_are_for_inference():
     ("heights", "message"),
     [([64, 30], "a band of 30x64 pixels does not fit"), ([64, 32], "96 rows in all"), ([], "0 rows in all")],
 )
-def test_bands_that_do_not_fit_are_refused(heights, message):
+def test_bands_that_do_not_fit_are_rejected(heights, message):
     with pytest.raises(InputError, match=message):
         list(tower().stream([torch.zeros(3, height, 64) for height in heights]))
 
 
 @pytest.mark.parametrize(("height", "message"), [(64, "more rows than `height` 64"), (192, "128 rows in all; 192 are")])
-def test_bands_of_another_height_than_was_said_are_refused(height, message):
+def test_bands_that_contradict_the_height_are_rejected(height, message):
     with pytest.raises(InputError, match=message):
         list(tower().stream([torch.zeros(3, 64, 64)] * 2, height))
 
 
 @pytest.mark.parametrize("height", [0, 40, 96])
-def test_a_height_that_the_tower_cannot_halve_is_refused_before_a_band_is_read(height):
+def test_height_off_the_stride_is_rejected_before_reading(height):
     with pytest.raises(InputError, match=f"`height` {height} is no multiple of the tower's stride 64"):
         tower().stream(iter(()), height)
 
 
 @torch.no_grad()
-def test_a_reader_may_use_one_buffer_for_all_bands():
+def test_reader_may_reuse_one_buffer_for_all_bands():
     model = tower()
     (image,) = images([(256, 64)])
     buffer = torch.empty(3, 64, 64)
@@ -192,10 +192,10 @@ def test_a_reader_may_use_one_buffer_for_all_bands():
         for band in image.split(64, dim=1):
             yield buffer.copy_(band)
 
-    close(torch.cat(list(model.stream(read()))).flatten(0, 1), trained(model, [image]))
+    assert_close(torch.cat(list(model.stream(read()))).flatten(0, 1), training_output(model, [image]))
 
 
-def test_hooks_run_and_are_not_streamed_past():
+def test_hooks_run_and_prevent_streaming():
     model = tower()
     calls = []
     model.encoder.stages[1].layers[0].pwconv2.register_forward_hook(lambda *_: calls.append(1))
@@ -208,7 +208,7 @@ def test_hooks_run_and_are_not_streamed_past():
         model.stream([torch.zeros(3, 64, 64)])
 
 
-def test_bands_of_another_form_are_refused():
+def test_bands_of_wrong_dimensions_are_rejected():
     with pytest.raises(InputError, match="got a tensor of 4 dimensions"):
         list(tower().stream([torch.zeros(1, 3, 64, 64)]))
     with torch.no_grad(), pytest.raises(InputError, match="got no image"):
@@ -216,9 +216,12 @@ def test_bands_of_another_form_are_refused():
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="cannot be streamed"):
         tower().stream([torch.zeros(3, 64, 64)])
     (image,) = images([(64, 64)])
-    close(torch.cat(list(tower().stream([image[:, :0], image, image[:, :0]]))).flatten(0, 1), trained(tower(), [image]))
+    assert_close(
+        torch.cat(list(tower().stream([image[:, :0], image, image[:, :0]]))).flatten(0, 1),
+        training_output(tower(), [image]),
+    )
 
 
-def test_an_activation_of_torch_goes_in_place():
+def test_tower_with_relu_runs_in_place():
     tower = ConvLlavaVisionModel(ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8] * 5, hidden_act="relu")).eval()
     assert inplace.is_plain(tower)

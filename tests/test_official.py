@@ -1,4 +1,4 @@
-"""Published checkpoints: what is converted reads, learns and answers as the original did."""
+"""Published checkpoints: a converted model reads prompts, trains and answers like the original."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prompt(processor, image: str | None, question: str):
 
 
 def as_original(ids: Tensor) -> list[int]:
-    """One -200 in place of each image's run of placeholders."""
+    """Replace the placeholders of each image by one -200, as in the original."""
     found: list[int] = []
     for token in ids.tolist():
         if token != IMAGE_TOKEN:
@@ -63,7 +63,7 @@ def text(content: str) -> dict[str, str]:
     return {"type": "text", "text": content}
 
 
-def test_prompt_pixels_features_logits_and_answer_are_the_originals(parts):
+def test_pixels_features_logits_and_answer_equal_the_original(parts):
     model, processor = parts
     inputs = prompt(processor, "square.png", SQUARE["question"])
     assert as_original(inputs["input_ids"][0]) == SQUARE["input_ids"]
@@ -78,7 +78,7 @@ def test_prompt_pixels_features_logits_and_answer_are_the_originals(parts):
     assert answer[0, inputs["input_ids"].shape[1] :].tolist() == SQUARE["generated_ids"]
 
 
-def test_training_labels_and_loss_are_the_originals(parts):
+def test_training_labels_and_loss_equal_the_original(parts):
     model, processor = parts
     image = Image.open(DATA / "images" / "wide.png")
     messages = [
@@ -99,7 +99,7 @@ def test_training_labels_and_loss_are_the_originals(parts):
     assert loss.item() == pytest.approx(expected["A"]["loss"], abs=1e-5)
 
 
-def test_both_kinds_of_tokenizer_file_give_the_same_ids(parts, published):
+def test_slow_and_fast_tokenizer_files_give_equal_ids(parts, published):
     for path in (DATA / "extras" / "tokenizer_fast").iterdir():
         shutil.copy(path, published / path.name)
     (published / "tokenizer.model").unlink()
@@ -111,13 +111,13 @@ def test_both_kinds_of_tokenizer_file_give_the_same_ids(parts, published):
             assert ids[0] == ids[1], question
 
 
-def test_a_prompt_without_an_image_has_no_image_tokens(parts):
+def test_prompt_without_an_image_has_no_image_tokens(parts):
     inputs = prompt(parts[1], None, "Hi there.")
     assert "pixel_values" not in inputs
     assert IMAGE_TOKEN not in inputs["input_ids"]
 
 
-def test_text_without_an_image_is_not_trimmed_and_both_forms_agree(parts):
+def test_messages_without_images_are_not_trimmed(parts):
     _, processor = parts
     messages = [{"role": "user", "content": " Hi. "}, {"role": "assistant", "content": " yes\n"}]
     as_parts = [{**message, "content": [text(message["content"])]} for message in messages]
@@ -128,9 +128,9 @@ def test_text_without_an_image_is_not_trimmed_and_both_forms_agree(parts):
 
 @pytest.mark.parametrize("human", ["<image>\nhi", "hi <image>", "hi <image> there\n", " <image>", "no mark \n", "\nno"])
 @pytest.mark.parametrize("answer", ["A cat.", " A cat.\n"])
-def test_files_become_the_originals_sequences(parts, human, answer):
-    """Of one turn, by the steps of the original's preprocessing: the mark goes to the front of the trimmed message, and
-    what stands before and after it is tokenised alone."""
+def test_sequences_of_files_equal_the_original(parts, human, answer):
+    """Repeat the original preprocessing of one turn: the image mark moves to the front of the trimmed message, and the
+    texts before and after it are tokenised separately."""
     _, processor = parts
     turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
     images = {"image": "wide.png"} if "<image>" in human else {}
@@ -160,10 +160,10 @@ def test_files_become_the_originals_sequences(parts, human, answer):
         ({"conv_version": "plain"}, "<s><image> A cat.\n", ""),
     ],
 )
-def test_the_prompt_format_is_the_one_that_the_configuration_names(published, config, opening, end):
+def test_configuration_selects_the_prompt_format(published, config, opening, end):
     change(published / "config.json", **config)
     (published.parent / "vicuna").mkdir()
-    moved = published.rename(published.parent / "vicuna" / "llava-llama-2-plain")  # a name that must not count
+    moved = published.rename(published.parent / "vicuna" / "llava-llama-2-plain")  # this name must have no effect
     _, processor = read(moved)
     found = processor.apply_chat_template(CHAT, tokenize=False)
     assert found.startswith(opening)
@@ -173,7 +173,7 @@ def test_the_prompt_format_is_the_one_that_the_configuration_names(published, co
         assert "A cat. </s><s>[INST] <image> \nWhat is it? [/INST]" in twice
 
 
-def test_an_unknown_prompt_format_is_named(published):
+def test_unknown_prompt_format_is_rejected(published):
     change(published / "config.json", version="v7")
     with pytest.raises(InputError, match="names the prompt format 'v7'; known are v1"):
         read(published)

@@ -1,4 +1,4 @@
-"""Published checkpoints: every layout converts, there and back again, and damage is named."""
+"""Published checkpoints: every layout converts in both directions, and damage is reported."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_layout_gives_the_same_model(published, tmp_path):
             assert same(tensors_of(found), expected), found.name
 
 
-def test_tied_embeddings_are_in_a_file_once(published, tmp_path):
+def test_tied_embeddings_are_stored_once(published, tmp_path):
     tied = tmp_path / "tied"
     shutil.copytree(published, tied)
     change(tied / "config.json", tie_word_embeddings=True)
@@ -64,7 +64,7 @@ def test_tied_embeddings_are_in_a_file_once(published, tmp_path):
         assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"]), folder.name
 
 
-def test_a_base_of_what_is_no_lora_is_refused(published, tmp_path):
+def test_base_of_a_whole_checkpoint_is_rejected(published, tmp_path):
     convert(published, tmp_path / "ours", "float32")
     for folder in (published, tmp_path / "ours"):
         with pytest.raises(InputError, match="is a whole checkpoint and no LoRA; leave `base` out"):
@@ -72,7 +72,7 @@ def test_a_base_of_what_is_no_lora_is_refused(published, tmp_path):
 
 
 def in_two_shards(folder: Path) -> None:
-    """Write a checkpoint's single file anew as two with an index."""
+    """Replace the single file of a checkpoint by two shards with an index."""
     whole = folder / "model.safetensors"
     tensors = load_file(whole)
     names = sorted(tensors)
@@ -85,7 +85,7 @@ def in_two_shards(folder: Path) -> None:
     write_json(folder / "model.safetensors.index.json", {"weight_map": index})
 
 
-def test_lora_is_merged_and_its_projector_kept(published, tmp_path):
+def test_lora_is_merged_and_keeps_its_projector(published, tmp_path):
     base, lora = tmp_path / "base", tmp_path / "lora"
     weights = load_file(published / "model.safetensors")
     shutil.copytree(published, lora)
@@ -118,7 +118,7 @@ def test_lora_is_merged_and_its_projector_kept(published, tmp_path):
         assert merged[name].equal(factor * plain[name]), name
 
 
-def test_there_and_back_again(published, tmp_path):
+def test_round_trip_keeps_tensors_settings_and_tokenizer(published, tmp_path):
     convert(published, tmp_path / "ours", "float32")
     convert(tmp_path / "ours", tmp_path / "theirs", "float32", to="official")
     original = load_file(published / "model.safetensors")
@@ -137,7 +137,7 @@ def test_there_and_back_again(published, tmp_path):
     assert same(tensors_of(tmp_path / "theirs"), tensors_of(published))
 
 
-def test_rope_scaling_is_kept_both_ways(published, tmp_path):
+def test_round_trip_keeps_rope_scaling(published, tmp_path):
     change(published / "config.json", rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=20000.0)
     convert(published, tmp_path / "ours", "float32")
     rope = read(tmp_path / "ours")[0].config.text_config.rope_parameters
@@ -149,15 +149,15 @@ def test_rope_scaling_is_kept_both_ways(published, tmp_path):
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 60))
-def test_pieces_hold_every_tensor_once_and_no_more_bytes_than_asked(sizes, limit):
+def test_shards_hold_every_tensor_once_within_the_limit(sizes, limit):
     tensors = {f"t{number}": torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}
-    pieces = list(in_shards(tensors.items(), limit))
-    assert [name for piece in pieces for name in piece] == list(tensors)
-    for piece in pieces:
-        assert len(piece) == 1 or sum(tensor.nbytes for tensor in piece.values()) <= limit
+    shards = list(in_shards(tensors.items(), limit))
+    assert [name for shard in shards for name in shard] == list(tensors)
+    for shard in shards:
+        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= limit
 
 
-def test_a_model_of_several_pieces_is_sharded_and_reads_back_the_same(published, tmp_path, monkeypatch):
+def test_sharded_checkpoint_reads_back_equal(published, tmp_path, monkeypatch):
     monkeypatch.setattr(in_shards, "__defaults__", (100_000,))
     convert(published, tmp_path / "ours", "float32")
     convert(tmp_path / "ours", tmp_path / "theirs", "float32", to="official")
@@ -197,7 +197,7 @@ def damage_shape(folder: Path) -> None:
     save_file(weights, path)
 
 
-def damage_emptied(folder: Path) -> None:
+def damage_empty(folder: Path) -> None:
     (folder / "vision_tower" / "pytorch_model.bin").write_bytes(b"")
 
 
@@ -224,13 +224,13 @@ def damage_completeness(folder: Path) -> None:
         (damage_pickle, r"pytorch_model\.bin is damaged, or holds code"),
         (damage_vocabulary, "has 1000 tokens, but config.json says vocab_size 999"),
         (damage_shape, r"^[^:]*model\.safetensors: model\.mm_projector\.0\.weight has the shape \[64, 128\]"),
-        (damage_emptied, r"pytorch_model\.bin is not a readable file of tensors"),
+        (damage_empty, r"pytorch_model\.bin is not a readable file of tensors"),
         (damage_pixels, r"preprocessor_config\.json lacks 'size'"),
         (damage_projector, "sets mm_projector_type to .linear.; only mlp2x_gelu is supported"),
         (damage_completeness, r"lacks the tensor model\.multi_modal_projector\.linear_2\.bias"),
     ],
 )
-def test_damage_is_one_line_and_nothing_is_written(published, tmp_path, capsys, damage, message):
+def test_damage_gives_one_line_and_writes_nothing(published, tmp_path, capsys, damage, message):
     damage(published)
     with pytest.raises(InputError, match=message) as caught:
         convert(published, tmp_path / "model", "float32")

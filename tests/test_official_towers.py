@@ -1,4 +1,4 @@
-"""Published checkpoints: of several vision towers the right one is taken, and all of it."""
+"""Published checkpoints with several vision towers: the right one is loaded, and completely."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from convllava.model.modeling import ConvLlavaForConditionalGeneration
 
 @pytest.fixture
 def four_stages(published: Path) -> Path:
-    """The checkpoint with the original four-stage tower and a projector of its width."""
+    """Return the checkpoint with the original four-stage tower and a projector of its width."""
     shutil.rmtree(published / "vision_tower")
     shutil.copytree(FOUR_STAGES, published / "vision_tower")
     change(published / "config.json", mm_vision_select_layer=-1)
@@ -43,7 +43,7 @@ def features(model: ConvLlavaForConditionalGeneration) -> Tensor:
         return model.model.vision_tower(GOLDEN["square/pixel_values"]).last_hidden_state
 
 
-def test_a_four_stage_tower_gives_the_originals_features(four_stages):
+def test_four_stage_tower_equals_the_original_features(four_stages):
     model, _ = read(four_stages)
     assert list(model.config.vision_config.depths) == settings_in(FOUR_STAGES / "config.json")["depths"]
     expected = GOLDEN["original4_select-1/square/vision_features"][0]
@@ -62,14 +62,14 @@ def test_select_layer_drops_the_last_block_of_four_stages(four_stages, tmp_path)
     assert features(shorter).equal(features(last))
 
 
-def test_a_tower_that_its_config_counts_too_long_is_taken_as_it_is(published):
+def test_tower_depth_follows_the_tensors_and_not_the_config(published):
     depths = settings_in(published / "vision_tower" / "config.json")["depths"]
     change(published / "vision_tower" / "config.json", depths=[*depths[:3], depths[3] + 1, depths[4]])
     change(published / "config.json", mm_vision_select_layer=-2)
     assert list(read(published)[0].config.vision_config.depths) == depths
 
 
-def test_of_two_towers_the_checkpoints_own_counts_and_that_is_said(published, tmp_path):
+def test_own_tower_wins_over_the_named_one_with_a_note(published, tmp_path):
     expected, older = tensors_of(published), tmp_path / "older"
     shutil.copytree(published / "vision_tower", older)
     torch.save({name: tensor + 1 for name, tensor in tower_in(published).items()}, older / "pytorch_model.bin")
@@ -80,24 +80,24 @@ def test_of_two_towers_the_checkpoints_own_counts_and_that_is_said(published, tm
     assert same(tensors_of(tmp_path / "model"), expected)
 
 
-def test_the_checkpoints_own_tower_counts_before_one_in_the_shards(published, tmp_path):
+def test_own_tower_wins_over_one_in_the_shards(published, tmp_path):
     expected = tensors_of(published)
     add_to_shards(published, {name: tensor + 1 for name, tensor in tower_in(published).items()})
     assert "there is another among" in convert(published, tmp_path / "model", "float32")
     assert same(tensors_of(tmp_path / "model"), expected)
 
 
-def test_a_checkpoint_that_lost_its_towers_file_does_not_take_another(published, tmp_path):
+def test_missing_tensors_of_the_own_tower_are_an_error(published, tmp_path):
     shutil.copytree(published / "vision_tower", tmp_path / "earlier")
     change(published / "config.json", mm_vision_tower=str(tmp_path / "earlier"))
-    assert convert(published, tmp_path / "whole", "float32") == ""  # the same tower twice is nothing to tell
+    assert convert(published, tmp_path / "whole", "float32") == ""  # no note if both towers are equal
     (published / "vision_tower" / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match=r"vision_tower has a config\.json but neither model\.safetensors nor"):
         read(published)
 
 
-def test_a_runs_checkpoint_beside_the_tower_that_it_began_with(published, tmp_path):
-    """Stage 5 is in the shards, and in no config.json: `mm_vision_tower` names the four stages given to stage 1."""
+def test_checkpoint_of_a_run_uses_the_tower_in_its_shards(published, tmp_path):
+    """Stage 5 is only in the shards: `mm_vision_tower` names the four-stage tower that training started from."""
     expected = tensors_of(published)
     add_to_shards(published, tower_in(published))
     shutil.rmtree(published / "vision_tower")

@@ -1,4 +1,4 @@
-"""Tables, which are Parquet files and what `datasets` has: their columns, their rows and rows that are no good."""
+"""Tables from Parquet files and `datasets`: columns, rows, and damaged rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from convllava.training.recipe import Source
 from convllava.training.stage import StageRun
 
 
-def test_a_name_goes_to_load_dataset(tmp_path, monkeypatch):
+def test_dataset_name_is_loaded_by_load_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "local").mkdir()
     write_parquet(tmp_path / "local" / "train.parquet", onevision())
@@ -47,7 +47,7 @@ def test_a_name_goes_to_load_dataset(tmp_path, monkeypatch):
         )
 
 
-def test_columns_that_make_no_conversation_are_named(tmp_path):
+def test_unsupported_columns_are_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"picture": [1], "caption": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a\.parquet has the columns picture, caption; give it conversations"):
         open_one(tmp_path / "a.parquet")
@@ -68,22 +68,22 @@ def test_columns_that_make_no_conversation_are_named(tmp_path):
     ],
     ids=str,
 )
-def test_a_row_of_the_wrong_types_is_a_bad_sample(tmp_path, row):
+def test_row_of_wrong_types_is_a_bad_sample(tmp_path, row):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"the last: a\.parquet: sample 0: "):
         items_of(recipe(tmp_path, Source("a.parquet"), steps=1), 1)
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])
-def test_a_text_that_is_not_utf_8_is_a_bad_sample(tmp_path, form):
+def test_invalid_utf_8_is_a_bad_sample(tmp_path, form):
     row = {"id": "1", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]}
     table = pyarrow.Table.from_pylist([row, row | {"id": "2"}])
-    spoilt = pyarrow.Array.from_buffers(
+    invalid = pyarrow.Array.from_buffers(
         pyarrow.string(),
         2,
         [None, pyarrow.array([0, 1, 3], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"1\xff\xfe")],
     )
-    table = table.set_column(0, "id", spoilt)
+    table = table.set_column(0, "id", invalid)
     if form == "parquet":
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     else:
@@ -94,7 +94,7 @@ def test_a_text_that_is_not_utf_8_is_a_bad_sample(tmp_path, form):
         records[1]
 
 
-def test_a_row_group_that_is_damaged_costs_its_samples_and_no_more(tmp_path):
+def test_damaged_row_group_loses_only_its_samples(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(finevision(), path, row_group_size=1, compression="snappy")
     content = bytearray(path.read_bytes())
@@ -103,9 +103,9 @@ def test_a_row_group_that_is_damaged_costs_its_samples_and_no_more(tmp_path):
     content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     path.write_bytes(content)
     items = items_of(recipe(tmp_path, Source("a.parquet"), steps=5))
-    told = {reason for item in items for _, reason in item.get(SKIPPED, ())}
-    assert len(told) == 1
-    assert "sample 1: " in next(iter(told))
+    reasons = {reason for item in items for _, reason in item.get(SKIPPED, ())}
+    assert len(reasons) == 1
+    assert "sample 1: " in next(iter(reasons))
 
 
 KEYS = st.sampled_from(
@@ -123,11 +123,11 @@ ROWS = st.fixed_dictionaries(
     {"conversations": TURNS.map(conversations) | JSON, "image": st.none() | st.just("a.png") | JSON},
     optional={"id": JSON, "images": st.none() | JSON, "texts": PAIRS | JSON},
 )
-"""Some are conversations, others nearly so, or anything."""
+"""Some rows are conversations, some are almost conversations, and some are arbitrary."""
 
 
 @given(ROWS, st.booleans())
-def test_any_row_is_a_conversation_or_a_sample_that_is_named(row, is_table):
+def test_any_row_is_a_conversation_or_a_bad_sample(row, is_table):
     with contextlib.suppress(SampleError):
         found = conversation_of(record_of(row, 3) if is_table else row, 3, "images")
         assert found.messages[-1]["role"] == "assistant"

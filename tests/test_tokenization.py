@@ -1,4 +1,4 @@
-"""The spelling tokenizer: any text survives, known words are whole, everything else is spelled."""
+"""The spelling tokenizer: any text round-trips, known words are one token, and other words are spelled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TOKENIZER = build_tokenizer(("what", "is", "the", "total", "red"))
 
 
 @given(st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
-def test_any_text_survives(text):
+def test_any_text_round_trips(text):
     ids = TOKENIZER(" " + text, add_special_tokens=False).input_ids
     if not any(token in text for token in TOKENIZER.all_special_tokens):
         assert TOKENIZER.decode(ids) == text
 
 
-def test_known_words_are_one_token_and_unknown_words_are_spelled():
+def test_known_words_are_one_token_and_others_are_spelled():
     tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(" What is the Totals 12?").input_ids)
     assert tokens == ["▁What", "▁is", "▁the", "▁", *"Totals", "▁", *"12", "?"]
 
@@ -34,7 +34,7 @@ def test_coordinates_in_boxes_are_one_token(text, coordinates):
     assert sum(len(token) == 4 for token in tokens) == coordinates
 
 
-def test_saved_and_loaded_alike(tmp_path):
+def test_saved_tokenizer_loads_equal(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "<|user|><image> What is the total?<|assistant|> 12.50<|end|>"
@@ -42,13 +42,13 @@ def test_saved_and_loaded_alike(tmp_path):
     assert (loaded.padding_side, loaded.pad_token, loaded.eos_token) == ("left", "<|pad|>", "<|end|>")
 
 
-def test_every_word_that_is_known_is_one_token():
+def test_every_word_of_the_vocabulary_is_one_token():
     tokenizer = build_tokenizer(closed_vocabulary())
     for word in closed_vocabulary():
         assert len(tokenizer(f" {word}").input_ids) == len(tokenizer(f" {word.capitalize()}").input_ids) == 1, word
 
 
-def test_questions_of_the_world_need_few_tokens_and_printed_words_are_spelled():
+def test_generated_questions_have_one_token_per_word():
     tokenizer = build_tokenizer(closed_vocabulary())
     world = World(size=256, kinds={"scene": 1})
     turns = [turn for index in range(20) for turn in world.sample(index).turns if turn.task != "ground"]

@@ -1,4 +1,4 @@
-"""The tower against the stock ConvNeXt, and a mixed batch against its images alone."""
+"""The vision tower equals the stock ConvNeXt, and a batch of mixed shapes equals its single images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def images(seed: int = 1) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("depths", [(1, 1, 2, 1), (1, 1, 2, 1, 1), (1, 1, 1, 1, 1, 1)])
-def test_equals_the_stock_convnext_and_takes_its_parameters(depths):
+def test_tower_equals_the_stock_convnext_with_its_weights(depths):
     widths = (8, 16, 16, 24, 32, 32)[: len(depths)]
     ours = tower(depths, widths)
     stock = ConvNextModel(
@@ -38,14 +38,14 @@ def test_equals_the_stock_convnext_and_takes_its_parameters(depths):
         torch.testing.assert_close(found, target, atol=1e-4, rtol=0)
 
 
-def test_mixed_shapes_equal_singles():
+def test_batched_mixed_shapes_equal_single():
     model = tower()
     batch = images()
     for found, image in zip(model(batch).maps(), batch, strict=True):
         torch.testing.assert_close(found, model(image[None]).maps()[0], atol=1e-4, rtol=0)
 
 
-def test_padding_is_never_looked_at():
+def test_padding_does_not_change_the_features():
     model = tower()
     padded = torch.full((len(SIZES), 3, 192, 192), 1e6)
     for canvas, image in zip(padded, images(), strict=True):
@@ -54,7 +54,7 @@ def test_padding_is_never_looked_at():
     torch.testing.assert_close(found, model(images()).last_hidden_state)
 
 
-def test_training_gradients_equal_the_stock_convnext():
+def test_gradients_equal_the_stock_convnext():
     ours = tower()
     config = ours.config
     stock = ConvNextModel(
@@ -70,7 +70,7 @@ def test_training_gradients_equal_the_stock_convnext():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_gradient_checkpointing_changes_nothing_but_runs_blocks_twice():
+def test_gradient_checkpointing_reruns_blocks_with_equal_gradients():
     gradients = []
     for checkpointing in (False, True):
         model = tower().train()
@@ -85,16 +85,16 @@ def test_gradient_checkpointing_changes_nothing_but_runs_blocks_twice():
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_a_side_that_is_no_multiple_of_the_stride_is_refused_with_the_nearest_size():
+def test_side_off_the_stride_is_rejected_with_the_nearest_size():
     with pytest.raises(InputError, match=r"100x130 pixels.*stride 64.*128x128"):
         tower()(torch.zeros(1, 3, 100, 130))
 
 
-def test_fewer_than_four_stages_are_refused():
+def test_fewer_than_four_stages_are_rejected():
     with pytest.raises(Exception, match="four or more stages"):
         ConvLlavaVisionConfig(depths=(1, 1, 1), hidden_sizes=(8, 8, 8))
 
 
-def test_stride_follows_the_stages():
+def test_stride_depends_on_the_number_of_stages():
     assert tower().config.stride == 64
     assert tower((1, 1, 1, 1, 1, 1), (8,) * 6).config.stride == 128
