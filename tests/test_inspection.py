@@ -82,7 +82,9 @@ def test_info_shows_a_tower_at_the_given_sides():
     assert "144" in CliRunner().invoke(app, ["info", "T"]).stdout
 
 
-@pytest.mark.parametrize(("sides", "message"), [("a,b", "give whole numbers"), ("100", "multiples of its stride 64")])
+@pytest.mark.parametrize(
+    ("sides", "message"), [("a,b", "give positive integers"), ("100", "multiples of its stride 64")]
+)
 @pytest.mark.parametrize("name", ["T", "convllava-1024-t-0.5b"])
 def test_invalid_sides_are_rejected(name, sides, message):
     result = CliRunner().invoke(app, ["info", name, "--sides", sides])
