@@ -199,9 +199,9 @@ def test_stages_with_the_same_settings_share_a_check(folder):
     assert [source["stages"] for source in summary["sources"]] == [["files", "again"], ["finer"]]
     assert summary["sources"][0]["tokens"] < summary["sources"][1]["tokens"]
     assert [stage["stage"] for stage in summary["stages"]] == ["files", "again", "finer"]
-    told = verdict(summary)
-    assert told is not None
-    assert "stage again: 11 of 15 samples are bad, more than data.max_skipped 0.1 allows" in told
+    reason = verdict(summary)
+    assert reason is not None
+    assert "stage again: 11 of 15 samples are bad, more than data.max_skipped 0.1 allows" in reason
 
 
 def test_files_of_an_evaluation_are_checked_too(folder):
@@ -242,6 +242,15 @@ def test_command_fails_only_if_too_many_samples_are_bad(folder, capsys, monkeypa
     code, _, err = run(capsys, monkeypatch, "data", "check", path, *options)
     assert code == 2
     assert err == "stage files: none of its 1 samples can be used; report.jsonl lists the reasons\n"
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_missing_data_are_named_with_the_folder_and_the_option(folder, command, capsys, monkeypatch):
+    monkeypatch.chdir(folder / "images")
+    code, _, err = run(capsys, monkeypatch, "data", command, Path(__file__).parent.parent / "recipes" / "lora.yaml")
+    assert code == 2
+    assert "missing data: train.jsonl" in err
+    assert f"relative to data_root, now {folder / 'images'}; change it in the recipe or with --set data_root=" in err
 
 
 def test_a_damaged_source_is_rejected_before_anything_is_written(folder):

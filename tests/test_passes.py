@@ -250,8 +250,11 @@ def test_impossible_budgets_are_rejected(folder, change, message):
 
 
 def test_a_sample_larger_than_the_budget_is_named_before_anything_is_written(folder):
-    for budget, told in ((Budget(tokens=15), "budget.tokens 15 is less than record"), (Budget(pixels=9000), "16,384")):
-        with pytest.raises(InputError, match=rf"stage files: .*{told}"):
+    for budget, message in (
+        (Budget(tokens=15), "budget.tokens 15 is less than record"),
+        (Budget(pixels=9000), "16,384"),
+    ):
+        with pytest.raises(InputError, match=rf"stage files: .*{message}"):
             engine.train(recipe(folder, budget=budget), folder / "run")
         assert not (folder / "run").exists()
 

@@ -138,31 +138,28 @@ def _stage_plan(
 
 def tables_of(report: Plan) -> list[Table]:
     """Return one table for each stage for the terminal."""
-    return [_table_of(report, number) for number in range(len(report["stages"]))]
-
-
-def _table_of(report: Plan, number: int) -> Table:
-    stage, image = report["stages"][number], report["image"]
-    length = f"{stage['steps']:,} steps" if stage["steps"] is not None else f"{stage['epochs']:g} epochs"
-    size = f", {image['side']} px and {image['visual_tokens']} visual tokens per image" if image else ""
-    title = f"stage {number}: {stage['name']}, {length} of {stage['batch_size']}{size}"
-    table = Table(
-        title=title, title_justify="left", caption_justify="left", caption="data: " + "\n".join(stage["data"])
-    )
-    for column in ("part", "parameters", "learning rate"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for part, count in stage["parameters"].items():
-        rate = stage["learning_rates"].get(part)
-        table.add_row(part, f"{count:,}", "frozen" if rate is None else f"{rate:g}")
-    table.add_section()
-    table.add_row("trains", f"{stage['trained']:,}", "")
-    table.add_section()
-    sizes = cast(dict[str, float], stage["memory_gb"])
-    for kind, gigabytes in sizes.items():
-        table.add_row(kind.replace("_", " "), f"{gigabytes:,} GB", "")
-    each = "" if report["processes"] == 1 else f" in each of {report['processes']}"
-    table.add_row("memory" + each, f"{sum(sizes.values()):,.1f} GB", "")
-    return table
+    image, tables = report["image"], []
+    for number, stage in enumerate(report["stages"]):
+        length = f"{stage['steps']:,} steps" if stage["steps"] is not None else f"{stage['epochs']:g} epochs"
+        size = f", {image['side']} px and {image['visual_tokens']} visual tokens per image" if image else ""
+        title = f"stage {number}: {stage['name']}, {length} of {stage['batch_size']}{size}"
+        data = "data: " + "\n".join(stage["data"])
+        table = Table(title=title, title_justify="left", caption_justify="left", caption=data)
+        for column in ("part", "parameters", "learning rate"):
+            table.add_column(column, justify="left" if column == "part" else "right")
+        for part, count in stage["parameters"].items():
+            rate = stage["learning_rates"].get(part)
+            table.add_row(part, f"{count:,}", "frozen" if rate is None else f"{rate:g}")
+        table.add_section()
+        table.add_row("trained", f"{stage['trained']:,}", "")
+        table.add_section()
+        sizes = cast(dict[str, float], stage["memory_gb"])
+        for kind, gigabytes in sizes.items():
+            table.add_row(kind.replace("_", " "), f"{gigabytes:,} GB", "")
+        each = "" if report["processes"] == 1 else f" in each of {report['processes']}"
+        table.add_row("memory" + each, f"{sum(sizes.values()):,.1f} GB", "")
+        tables.append(table)
+    return tables
 
 
 def explain_missing(report: Plan) -> str:
