@@ -62,7 +62,7 @@ def fresh(spread: float = 0.3, **settings: object) -> Parts:
     return model.eval(), processor
 
 
-def talkative() -> Parts:
+def varied_model() -> Parts:
     """Return a fresh model that answers different questions and images differently.
 
     Larger weights keep it from repeating one token. Tokens of incomplete characters get small embeddings, because they
@@ -79,7 +79,7 @@ def talkative() -> Parts:
 @pytest.fixture(scope="session")
 def parts() -> Parts:
     """Return model and processor. Tests must not change them."""
-    return talkative()
+    return varied_model()
 
 
 @pytest.fixture

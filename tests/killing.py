@@ -22,7 +22,7 @@ def die(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def killed_in(owner: object, name: str, dying: Callable[..., Any] = die) -> Iterator[None]:
-    """Replace a function of a module or class by one that dies, and expect the death."""
+    """Replace a function of a module or class by one that raises KilledError, and expect this error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, dying)
         with pytest.raises(KilledError):

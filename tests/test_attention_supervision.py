@@ -1,4 +1,4 @@
-"""Attention supervision: the shares that are recorded are those of the attention, and pointing teaches to look."""
+"""Attention supervision: recorded shares equal eager attention, and training moves attention to its targets."""
 
 from __future__ import annotations
 

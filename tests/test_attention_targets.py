@@ -1,4 +1,4 @@
-"""AttentionSupervision: the cells that an answer is found in, and the loss that points there."""
+"""Attention targets: the cells of the page that contain an answer, and the visual tokens of these cells."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from convllava.synthetic import Glyph, Sample, Thing, Turn, World, closed_vocabu
 
 
 def page(printed: str = "", things: tuple[Thing, ...] = (), kind: str = "sign") -> PageCells:
-    """A 64 x 64 page of 4 x 4 cells: one character in each cell in reading order, none for a space, and things."""
+    """Return a 64 x 64 page of 4 x 4 cells: one character per cell in reading order, none for a space; and things."""
     places = [(16 * (number % 4), 16 * (number // 4)) for number in range(len(printed))]
     glyphs = tuple(
         Glyph(char, (x + 1, y + 4, x + 15, y + 12), begins=before == " ")
@@ -125,8 +125,11 @@ def test_chart_values_point_to_their_label_or_bar():
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [
-        (["<|user|>", "<image>", "▁Is", "▁", "t", "?", "<|assistant|>"], (2, 6, -1)),  # ours
-        (["ĠUSER", ":", "Ġ", "Ċ", "Is", "Ġt", "?", "ĠASSISTANT"], (4, 7, 0)),  # of bytes, the first word after a line
+        (["<|user|>", "<image>", "▁Is", "▁", "t", "?", "<|assistant|>"], (2, 6, -1)),  # our tokenizer
+        (
+            ["ĠUSER", ":", "Ġ", "Ċ", "Is", "Ġt", "?", "ĠASSISTANT"],
+            (4, 7, 0),
+        ),  # a byte-level tokenizer; the first word follows a line break
         (["▁", "<0x0A>", "I", "s", "▁t", "?", "▁A"], (2, 6, 0)),
         (["▁Is", "▁t?!"], (0, 0, 0)),  # ends within a token
         (["▁Is", "▁x", "?"], (0, 0, 0)),
@@ -181,8 +184,8 @@ def test_answer_targets_point_to_the_visual_tokens_of_the_answer():
                 found = {target for position, target in item["answer_targets"].tolist() if position == start - 1}
                 named = answer_cells(cells, turn)[0]
                 assert found == {first + row * (cells.grid.width + 1) + column for row, column in named} != set()
-        looked = item["answer_targets"][:, 1]  # the first position of all, where there is none
-        assert (item["input_ids"][looked[looked > 0]] == processor.image_token_id).all()
+        seen = item["answer_targets"][:, 1]  # 0, the first position, if there is no target
+        assert (item["input_ids"][seen[seen > 0]] == processor.image_token_id).all()
 
 
 def test_targets_follow_spelled_words_and_counted_objects():

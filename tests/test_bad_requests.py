@@ -1,4 +1,4 @@
-"""Hostile requests: each gets OpenAI's error object, and good requests go on."""
+"""Hostile requests: each gets OpenAI's error object, and good requests still work."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ def test_bad_requests_do_not_change_a_running_answer(server, parts):
 
 
 def test_error_of_the_chat_template_is_a_client_error(server, monkeypatch):
-    refusing = "{{ raise_exception('a system message must be first') }}"
-    monkeypatch.setattr(server.service.assistant.processor, "chat_template", refusing)
+    raising = "{{ raise_exception('a system message must be first') }}"
+    monkeypatch.setattr(server.service.assistant.processor, "chat_template", raising)
     status, body, _ = server.post(request())
     assert (status, body["error"]["code"]) == (400, "invalid_prompt")
     assert "must be first" in body["error"]["message"]

@@ -67,7 +67,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(questions, model, tmp_path, m
     assert answer(questions, output, model)["continued"] == 7
 
 
-def test_a_bad_line_gets_an_error_and_the_others_get_answers(model, tmp_path):
+def test_bad_line_gets_an_error_and_others_get_answers(model, tmp_path):
     picture(64, 64).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no image")
     good = {"image": "good.png", "question": "what?"}

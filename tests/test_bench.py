@@ -112,7 +112,7 @@ def test_fast_vit_hd_has_its_published_size(side, gflop):
     attention = sum(4 * depth * (side // cell) ** 4 * width for depth, width, cell in ((4, 768, 32), (2, 1536, 64)))
     assert features.shape == (1, 3072, side // 64, side // 64)
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 123
-    # timm's reparameterised fastvit_mci3 has the same layers; its published count leaves attention out
+    # timm's reparameterised fastvit_mci3 has the same layers; its published count does not include attention
     assert round((counter.get_total_flops() - attention) / 1e9) == gflop
 
 
@@ -129,7 +129,7 @@ def test_gflop_of_encoders_include_fused_attention(monkeypatch):
     assert encoder.tokens == 1
 
 
-def test_works_take_turns_after_a_warm_up_call():
+def test_workloads_alternate_after_a_warm_up_call():
     calls = []
     found = side_by_side({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
@@ -279,7 +279,7 @@ def started_here(server):
         (("serving", "--vllm", "/nowhere/python"), "`vllm` /nowhere/python is not a program"),
     ],
 )
-def test_bad_options_are_one_line(arguments, message):
+def test_bad_options_are_rejected_in_one_line(arguments, message):
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)

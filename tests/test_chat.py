@@ -1,4 +1,4 @@
-"""Chat sessions equal asking with the whole history; answers can be ended; `convllava chat` works through a pipe."""
+"""Chat sessions equal asking with the whole history; answers can be interrupted; `convllava chat` reads a pipe."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_session_answers_equal_answers_to_the_whole_history(conversation, assist
     assert ["".join(conversation.say("what?"))] == offline(assistant, [("what?", [])])
 
 
-def test_a_session_keeps_the_pieces_of_an_ended_answer(conversation, assistant):
+def test_session_keeps_the_text_of_an_interrupted_answer(conversation, assistant):
     pieces = conversation.say("what is red?")
     said = next(pieces)
     pieces.close()
@@ -85,7 +85,7 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_chat(capsys):
+def test_ctrl_c_interrupts_the_answer_but_not_the_chat(capsys):
     answer_lines(Interrupted(), iter(["one", "two", "/quit", "three"]))  # type: ignore[arg-type]
     assert capsys.readouterr().out == "one an\ntwo an\n"
 
@@ -110,7 +110,7 @@ def test_a_conversation_that_fills_the_context_is_rejected(conversation):
         next(conversation.say("what " * 600))
 
 
-def test_paths_are_found_in_all_forms_that_terminals_write(tmp_path):
+def test_paths_are_found_in_all_notations_of_terminals(tmp_path):
     plain, spaced = tmp_path / "a.png", tmp_path / "b's c.png"
     for path in (plain, spaced):
         path.touch()

@@ -21,7 +21,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaCo
 
 from convllava import cli
 from convllava.checkpoints import SHIPPED
-from convllava.data import validation as looking
+from convllava.data import validation
 from convllava.data.collate import IGNORE, encode
 from convllava.data.contact_sheet import _SUPERVISED, draw_sheet, picture_of, sheet_sample
 from convllava.data.dataset import FileDataset
@@ -128,9 +128,9 @@ def test_check_and_training_skip_the_same_samples_and_count_the_same_tokens(fold
         if finding.problem in (None, "cut"):
             assert finding.tokens - finding.lost == len(training.item(training.sample(0, number))["input_ids"])
             continue
-        with pytest.raises(InputError) as refusal:
+        with pytest.raises(InputError) as rejection:
             training.item(training.sample(0, number))
-        assert str(refusal.value) == f"sample {finding.id}: {finding.detail}"
+        assert str(rejection.value) == f"sample {finding.id}: {finding.detail}"
         assert finding.lost == finding.tokens
     assert examination[1].images == [SIZES["a.png"], SIZES["b.png"]]
 
@@ -151,27 +151,27 @@ def test_a_processor_without_pixels_writes_the_same_text(folder, mode):
 
 
 def test_two_workers_report_the_same_as_one_process(folder, monkeypatch):
-    monkeypatch.setattr(looking, "_CHUNK", 2)
+    monkeypatch.setattr(validation, "_CHUNK", 2)
     alone, two = (check(recipe(folder), folder / f"out{workers}", workers) for workers in (0, 2))
     assert alone == two
     assert report(folder / "out0") == report(folder / "out2")
 
 
 def test_a_killed_check_continues(folder, monkeypatch):
-    monkeypatch.setattr(looking, "_CHUNK", 2)
+    monkeypatch.setattr(validation, "_CHUNK", 2)
     whole = check(recipe(folder), folder / "whole", 0)
     with killed_after_findings(5):
         check(recipe(folder), folder / "parts", 0)
     assert not (folder / "parts" / "report.jsonl").exists()
-    add, looked = check_data.FindingsLog.add, []
-    monkeypatch.setattr(check_data.FindingsLog, "add", lambda *all: looked.extend(all[2]) or add(*all))
+    add, checked = check_data.FindingsLog.add, []
+    monkeypatch.setattr(check_data.FindingsLog, "add", lambda *all: checked.extend(all[2]) or add(*all))
     assert check(recipe(folder), folder / "parts", 0) == whole
-    assert [finding.index for finding in looked] == list(range(5, len(RECORDS)))
+    assert [finding.index for finding in checked] == list(range(5, len(RECORDS)))
     assert report(folder / "parts") == report(folder / "whole")
 
 
 def test_data_repaired_after_a_kill_are_checked_again(folder, monkeypatch):
-    monkeypatch.setattr(looking, "_CHUNK", 2)
+    monkeypatch.setattr(validation, "_CHUNK", 2)
     with killed_after_findings(5):
         check(recipe(folder), folder / "out", 0)
     write(folder, [RECORDS[0][1]] * len(RECORDS))

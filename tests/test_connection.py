@@ -82,9 +82,9 @@ def test_connection_without_a_header_in_time_is_closed(server, connect, monkeypa
 def test_slow_bytes_do_not_extend_the_time(connect, monkeypatch):
     monkeypatch.setattr(connection, "HEADER_SECONDS", 0.4)
     assert trickle(connect(HEALTH[:20])) < 4
-    refused = connect(post(10_000, "another"))
-    assert refused.recv(1000).startswith(b"HTTP/1.1 401")
-    assert trickle(refused) < 4
+    rejected = connect(post(10_000, "another"))
+    assert rejected.recv(1000).startswith(b"HTTP/1.1 401")
+    assert trickle(rejected) < 4
 
 
 def test_time_for_the_header_does_not_cut_off_a_slow_body(connect, monkeypatch):

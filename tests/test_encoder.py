@@ -13,7 +13,7 @@ from convllava.inference.image_queue import FeatureCache, ImageEncoder, digest_o
 
 
 class Paused:
-    """An assistant whose tower waits for the test, so that the test decides which images wait together."""
+    """An assistant with a tower that waits for the test. The test thus decides which images are encoded together."""
 
     def __init__(self, assistant):
         self.assistant, self.passes = assistant, []

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import WORDS, picture, talkative
+from conftest import WORDS, picture, varied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModel
@@ -31,7 +31,7 @@ def assistant(parts):
 
 
 class Writer:
-    """An engine without a thread: the test runs the steps."""
+    """An engine without a thread. The test runs each step."""
 
     def __init__(self, assistant, **options):
         self.assistant, self.engine = (
@@ -40,7 +40,7 @@ class Writer:
         )
 
     def ask(self, question, image=None, **sampling):
-        """Submit a question about a picture, if any, by its number; the events arrive in the list that is returned."""
+        """Submit a question, optionally about a picture given by number. Events are added to the returned list."""
         images = [] if image is None else [self.assistant.encode(numbered(image))]
         messages = [{"role": "user", "content": question}]
         events: list[Event] = []
@@ -78,7 +78,7 @@ def generated(assistant, messages, count):
 
 
 def test_random_model_answers_differ_between_questions_and_images(assistant):
-    """Without this, no comparison of answers could fail."""
+    """Comparisons of answers could not fail if all answers were equal."""
     answers = {offline(assistant, question, image, 12) for question in QUESTIONS for image in (None, 0, 1, 2)}
     assert len(answers) > 8
     assert sum(len(set(answer)) for answer in answers) > 4 * len(answers)
@@ -111,7 +111,7 @@ def test_batched_answers_of_the_shipped_weights_equal_generate():
 
 
 def test_weights_by_columns_give_equal_answers():
-    assistant = Assistant(*talkative())
+    assistant = Assistant(*varied_model())
     expected = [offline(assistant, question, 1) for question in QUESTIONS]
     writer = Writer(assistant)
     writer.engine = Engine(assistant.model, assistant.processor)
@@ -267,7 +267,7 @@ def test_answers_ignore_penalties_and_sampling_of_the_generation_config(parts):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_types_that_depend_on_length_are_rejected_beyond_the_trained_length(kind):
+def test_length_dependent_rope_is_rejected_beyond_its_length(kind):
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if kind == "longrope" else {}
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, **factors}
     decoder = AutoModel.from_config(small(rope_parameters=rope)).eval()
@@ -277,7 +277,7 @@ def test_rope_types_that_depend_on_length_are_rejected_beyond_the_trained_length
         RaggedModel(decoder, head, 2, 17)
 
 
-def test_a_sliding_window_only_in_the_mask_is_rejected_for_longer_contexts(monkeypatch):
+def test_sliding_window_in_the_mask_is_rejected_beyond_its_size(monkeypatch):
     config = small("mistral", sliding_window=16)
     decoder, head = AutoModel.from_config(config).eval(), torch.nn.Linear(32, 50)
     RaggedModel(decoder, head, 2, 32)  # passes it to attention
@@ -370,7 +370,7 @@ def test_answer_many_equals_generate_and_reads_an_image_once(parts, monkeypatch)
     assert assistant._engine.stats.cached_tokens >= again / 2
 
 
-def test_all_ways_to_ask_equal_generate(parts):
+def test_answers_of_all_methods_equal_generate(parts):
     """Many prompts on one assistant, with and without images, with shared prefixes."""
     assistant, dice = Assistant(*parts), random.Random(0)
     image, first = numbered(1), "what is red?"
@@ -432,7 +432,7 @@ def test_keys_and_values_are_freed_after_a_call(parts):
     assert not cache._layers
 
 
-def test_a_gpu_engine_is_as_small_as_the_calls_allow(parts, monkeypatch):
+def test_gpu_engine_is_as_small_as_the_calls_allow(parts, monkeypatch):
     gpu = torch.device("cuda")
     assert engine_size(gpu, 1, 300, 4096) == (1, 512)
     assert engine_size(gpu, 40, 3000, 3500) == (16, 3500)
@@ -452,7 +452,7 @@ def test_a_gpu_engine_is_as_small_as_the_calls_allow(parts, monkeypatch):
     assert made == [(1, 16), (1, 32), (5, 32)]
 
 
-def test_a_model_that_the_engine_rejects_answers_one_by_one(assistant, monkeypatch):
+def test_model_without_engine_support_answers_one_by_one(assistant, monkeypatch):
     def reject(*args, **options):
         raise InputError("keeps more than keys and values")
 
@@ -467,7 +467,7 @@ def test_a_model_that_the_engine_rejects_answers_one_by_one(assistant, monkeypat
     assert other.ask(*ASKED[2], max_new_tokens=8) == expected[2]
 
 
-def test_a_language_model_with_capped_attention_scores_answers_as_generate_does():
+def test_answers_with_softcapped_attention_equal_generate():
     language = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     language |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.6}
     vision = {"depths": [1] * 5, "hidden_sizes": [8] * 5, "layer_scale_init_value": 0.5}

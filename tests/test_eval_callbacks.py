@@ -67,7 +67,7 @@ def test_logged_eval_loss_equals_that_of_the_saved_weights(tmp_path):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_held_out_loss_is_the_mean_over_tokens_of_all_batches(tmp_path, packing):
-    data = dataclasses.replace(DATA, turns=5)  # of unequal lengths
+    data = dataclasses.replace(DATA, turns=5)  # sequences of different lengths
     stage = dataclasses.replace(EVALUATED, steps=2, packing=packing, data=data)
     plan = recipe(dataclasses.replace(stage, evaluation=Evaluation(every=2, samples=3, pictures=0)))
     last = engine.train(plan, tmp_path)

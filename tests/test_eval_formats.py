@@ -211,7 +211,7 @@ def test_limit_keeps_rotations_and_pairs_together(tmp_path):
     assert len(load("mme", pairs, limit=2)) == 4
 
 
-def test_published_json_of_textvqa_docvqa_infovqa_and_chartqa_is_read(tmp_path):
+def test_textvqa_docvqa_infovqa_and_chartqa_json_is_read(tmp_path):
     for number, name in enumerate(("train_images/abc.jpg", "documents/d.png", "i.jpeg", "png/c.png")):
         write_image(tmp_path / name, number)
     text = {"question": "q", "image_id": "abc", "question_id": 3, "answers": ["a"] * 10}
@@ -234,7 +234,7 @@ def test_published_json_of_textvqa_docvqa_infovqa_and_chartqa_is_read(tmp_path):
     assert same(charts[1], 3)
 
 
-def test_pope_has_a_file_for_each_kind_and_its_images_elsewhere(tmp_path):
+def test_pope_reads_one_file_per_category_and_separate_images(tmp_path):
     (tmp_path / "pope").mkdir()
     write_image(tmp_path / "val2014" / "COCO_1.png", 5)
     record = {"question_id": 1, "image": "COCO_1.png", "text": "Is there a dog?", "label": "no"}
@@ -305,7 +305,7 @@ def test_split_and_limit_choose_questions_and_shards_are_joined(tmp_path):
         load("docvqa", tmp_path, split="train")
 
 
-def test_benchmarks_in_a_folder_are_found_by_how_names_begin(tmp_path):
+def test_benchmarks_in_a_folder_are_found_by_name_prefixes(tmp_path):
     for name in ("MMBench_DEV_EN.tsv", "MME.tsv", "SEED-Bench", "refcoco+_val.jsonl", "InfographicVQA", "notes.txt"):
         (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).touch()
     assert list(find_benchmarks(tmp_path)) == ["mme", "mmbench", "seedbench", "refcoco+", "infovqa"]

@@ -25,7 +25,7 @@ MOST_BYTES = 100_000
 
 
 def result(folder, scores, **changes):
-    """A result.json with so many questions, the first half of one category."""
+    """Write a result.json with `scores`; the first half of the questions has one category."""
     units = [
         {"id": str(number), "categories": ["first" if number < len(scores) // 2 else "second"], "score": score}
         for number, score in enumerate(scores)
@@ -169,7 +169,7 @@ def test_reworded_questions_do_not_occur_in_training():
 
 
 class Reader:
-    """A model that knows the answers; `calls` counts the images that it encodes."""
+    """A model stub with the right answers; `calls` counts the images that it encodes."""
 
     def __init__(self, parts, world, samples) -> None:
         self.inner = Assistant(*parts)
@@ -208,7 +208,7 @@ def test_sweep_bins_printed_answers_by_the_height_that_the_tower_sees(parts, tmp
         sweep(Reader(fresh(), world, 6), world, 6, [128], tmp_path)  # type: ignore[arg-type]
 
 
-def test_robustness_asks_the_same_questions_at_every_severity(parts, tmp_path):
+def test_robustness_uses_the_same_questions_at_every_severity(parts, tmp_path):
     world = World("heldout", seed=3, size=192, simple=True)
     reader = Reader(parts, world, 2)
     report = robustness(reader, world, 2, tmp_path)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Running benchmarks: interrupted runs, questions that cannot be asked, generated pages, LLM judges."""
+"""Running benchmarks: interrupted runs, failed questions, generated pages, LLM judges."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_run_killed_at_any_byte_continues_to_the_same_result(assistant, tmp_path
         assert again | {"seconds": 0} == whole | {"seconds": 0}
 
 
-def test_finished_run_asks_nothing_again(assistant, tmp_path, monkeypatch):
+def test_finished_run_repeats_no_question(assistant, tmp_path, monkeypatch):
     data = seedbench(tmp_path)
     run_on(assistant, data, tmp_path / "out")
     monkeypatch.setattr(Assistant, "chat_many", None)
@@ -107,7 +107,7 @@ def test_answers_of_other_weights_with_the_same_name_are_rejected(assistant, tmp
     assert json.loads(settings.read_text()) == kept
 
 
-def test_question_that_cannot_be_asked_counts_as_wrong_and_is_listed(assistant, tmp_path):
+def test_failed_question_counts_as_wrong_and_is_listed(assistant, tmp_path):
     content = rows(5)
     content[1]["image"] = base64.b64encode(png(3)[:300]).decode()
     content[2]["question"] = "what is <image>"
@@ -277,7 +277,7 @@ def test_failed_write_is_a_one_line_error(tmp_path):
 
 
 class Scripted:
-    """A model whose answers are known: `answer` is called with the image and the question."""
+    """A model stub: `answer` computes an answer from the image and the question."""
 
     def __init__(self, parts, answer) -> None:
         self.model, self.processor = parts
@@ -349,13 +349,13 @@ def test_text_height_is_that_of_the_tallest_character():
 
 
 class Server(BaseHTTPRequestHandler):
-    """Speaks OpenAI's chat protocol; the first requests get the status in `busy`."""
+    """A server with OpenAI's chat protocol. The first requests get the status codes in `busy`."""
 
-    asked: list[dict] = []
+    requests: list[dict] = []
     busy: list[int] = []
 
     def do_POST(self) -> None:
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         content = json.dumps({"choices": [{"message": {"content": "0.5"}}]}).encode()
         status = self.busy.pop() if self.busy else 200
         self.send_response(status if self.path == "/v1/chat/completions" else 404)
@@ -377,10 +377,10 @@ def address():
     server.server_close()
 
 
-def test_llm_judge_is_asked_over_the_chat_protocol(address):
+def test_llm_judge_gets_requests_in_the_chat_protocol(address):
     judge = ChatJudge(f"{address}/v1/", "grader")
     assert judge("How many?", "3 <AND> 4", "three") == 0.5
-    request = Server.asked[-1]
+    request = Server.requests[-1]
     assert request["model"] == "grader"
     assert request["temperature"] == 0
     for part in ("How many?", "3 <AND> 4", "three"):
@@ -391,17 +391,17 @@ def test_llm_judge_is_asked_over_the_chat_protocol(address):
         ChatJudge("file:///etc/passwd", "grader")
 
 
-def test_llm_judge_is_asked_again_if_its_server_is_busy(address, monkeypatch):
+def test_requests_to_a_busy_llm_judge_are_repeated(address, monkeypatch):
     monkeypatch.setattr(Server, "busy", [503, 429])
-    asked = len(Server.asked)
+    before = len(Server.requests)
     assert ChatJudge(f"{address}/v1", "grader")("q", "t", "a") == 0.5
-    assert len(Server.asked) == asked + 3
+    assert len(Server.requests) == before + 3
     monkeypatch.setattr(Server, "busy", [503] * 9)
     with pytest.raises(InputError, match=r"does not answer as expected: .*503"):
         ChatJudge(f"{address}/v1", "grader")("q", "t", "a")
 
 
-def test_llm_judge_is_asked_once_about_each_answer_even_after_a_kill(assistant, tmp_path):
+def test_killed_run_repeats_no_finished_judgement(assistant, tmp_path):
     vet = [{"index": n, "question": f"q{n}", "answer": "a", "category": "ocr", "image": base64_png()} for n in range(3)]
     data, asked = write_tsv(tmp_path / "MMVet.tsv", vet), []
 
@@ -441,7 +441,7 @@ def test_reply_of_an_llm_judge_is_a_share_or_none(reply, score):
     assert parse_score(reply) == score
 
 
-def test_command_runs_every_benchmark_of_a_folder(parts, tmp_path):
+def test_eval_command_runs_every_benchmark_of_a_folder(parts, tmp_path):
     write(*parts, tmp_path / "model", recipe="name: mine\n")
     (tmp_path / "data").mkdir()
     seedbench(tmp_path / "data", 3)

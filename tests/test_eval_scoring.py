@@ -1,4 +1,4 @@
-"""Answers made elsewhere are scored on the command line; the numbers were computed by hand."""
+"""The command line scores answers of other systems; the expected numbers were computed by hand."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_pope_measures_take_yes_as_positive(tmp_path):
     ]
     data = write_lines(tmp_path / "coco_pope_random.json", lines)
     answers = {0: "Yes", 1: "Yes, there is.", 2: "No", 3: "yes", 4: "There is not."}
-    # 3 said, 3 meant, 2 of both
+    # "yes" 3 times in the answers, 3 times in the truth, 2 times in both
     assert scored("pope", data, answers)["measures"] == {
         "f1": 0.6667,
         "accuracy": 0.6,
@@ -100,7 +100,7 @@ def test_textvqa_docvqa_and_infovqa_score_is_the_mean(tmp_path):
         assert found["score"] == round((0.8 + 0.5 + 0.0) / 3, 4)
 
 
-def test_chartqa_ocrbench_seedbench_and_mmmu_score_is_the_share_of_right_answers(tmp_path):
+def test_score_of_other_benchmarks_is_the_share_of_right_answers(tmp_path):
     charts = [{"imgname": "c.png", "query": "q", "label": label} for label in ("100", "Blue", "45%")]
     (tmp_path / "test_human.json").write_text(json.dumps(charts))
     assert scored("chartqa", tmp_path / "test_human.json", {1: "104", 2: "blue", 3: "45"})["score"] == 0.6667
@@ -124,7 +124,7 @@ def test_chartqa_ocrbench_seedbench_and_mmmu_score_is_the_share_of_right_answers
     assert found["categories"]["Math"] == {"n": 2, "accuracy": 1.0}
 
 
-def test_realworldqa_reads_letters_if_there_are_options_and_else_words(tmp_path):
+def test_realworldqa_reads_letters_with_options_and_else_words(tmp_path):
     rows = [
         {"question": "Which?\nA. Left\nB. Right", "answer": "B", "image": parquet_image()},
         {"question": "How many?", "answer": "Two", "image": parquet_image()},
@@ -151,7 +151,7 @@ def test_refcoco_boxes_are_mapped_back_through_the_canvas(tmp_path):
     assert rule(question, text, GradingContext()).score == 0
 
 
-def test_refcoco_takes_a_missing_size_from_the_image_and_lists_unreadable_images(tmp_path):
+def test_refcoco_reads_missing_sizes_from_images(tmp_path):
     write_image(tmp_path / "a.png", 0, 100, 200)
     line = {"img_path": "a.png", "expression": "it", "bbox": [20, 0, 120, 40]}
     data = write_lines(tmp_path / "REC_refcoco.jsonl", [line, line | {"img_path": "gone.png"}])

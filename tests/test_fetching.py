@@ -45,7 +45,7 @@ from convllava.serving.fetching import Fetcher, is_public
         ("2002:7f00:1::", False),
     ],
 )
-def test_only_addresses_of_the_internet_are_public(address, public):
+def test_only_internet_addresses_are_public(address, public):
     assert is_public(address) is public
 
 
@@ -57,7 +57,7 @@ def test_ipv4_address_is_as_public_inside_ipv6(address):
 
 class _Pages(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.server.asked.append((self.path, self.headers["Host"]))
+        self.server.requests.append((self.path, self.headers["Host"]))
         status, body, headers = self.server.pages[self.path]
         self.send_response(status)
         for name, value in headers.items():
@@ -71,9 +71,9 @@ class _Pages(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site():
-    """A web server on this machine."""
+    """Start a web server on this machine."""
     server = HTTPServer(("127.0.0.1", 0), _Pages)
-    server.asked, server.pages = [], {}
+    server.requests, server.pages = [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -82,7 +82,7 @@ def site():
 
 @pytest.fixture
 def fetcher(site, monkeypatch):
-    """A fetcher that may fetch from `good.example` and `moved.example`, which are names of the site."""
+    """Return a fetcher for the hosts `good.example` and `moved.example`, which both resolve to the site."""
     port = site.server_address[1]
     monkeypatch.setattr(fetching, "_PORTS", {"http": port, "https": port})
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
@@ -101,7 +101,7 @@ def resolve(monkeypatch, names):
 
 @pytest.fixture
 def connected(monkeypatch):
-    """Targets of connections. They must be addresses, because a name could resolve differently by then."""
+    """Return the list of connected targets. They must be addresses: a name could resolve differently a second time."""
     original, places = fetching.socket.create_connection, []
 
     def create_connection(address, *rest):
@@ -116,7 +116,7 @@ def test_request_has_the_host_name_and_goes_to_the_checked_address(fetcher, site
     site.pages["/a.png?b=c"] = (200, b"image", {})
     assert fetcher.fetch("http://good.example/a.png?b=c") == b"image"
     assert connected == ["127.0.0.1"]
-    assert site.asked[0][1].partition(":")[0] == "good.example"
+    assert site.requests[0][1].partition(":")[0] == "good.example"
 
 
 def test_redirects_are_followed_to_allowed_hosts_only(fetcher, site, connected):
@@ -142,7 +142,7 @@ def test_host_with_any_non_public_address_is_rejected(fetcher, site, monkeypatch
             fetcher.fetch(f"http://{host}/")
     with pytest.raises(InputError, match="did not send the image"):
         fetcher.fetch("http://good.example/")
-    assert not site.asked
+    assert not site.requests
 
 
 def test_bad_answers_are_errors(fetcher, site):
@@ -163,7 +163,7 @@ def test_without_allowed_hosts_nothing_is_fetched():
 
 @pytest.fixture
 def slow(fetcher, monkeypatch):
-    """First bytes of the answers of a slow server, which then sends single bytes for three seconds."""
+    """Return a list for the first bytes of a slow server, which then sends single bytes for three seconds."""
     beginnings: list[bytes] = []
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

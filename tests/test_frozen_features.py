@@ -1,4 +1,4 @@
-"""Features of frozen stages kept in files: the same training, without running those stages again."""
+"""Cached features of frozen stages: training is the same, without running these stages again."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def recipe(folder: Path, gb: float = 1.0, **settings: Any) -> Recipe:
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """The number of frozen stages of each image that goes through them from now on."""
+    """Return a list that receives the number of frozen stages for each image that is encoded."""
     begin, found = ConvLlavaVisionModel.begin, []
 
-    def noting(self, images, stages):
+    def recording(self, images, stages):
         found.append(stages)
         return begin(self, images, stages)
 
-    monkeypatch.setattr(ConvLlavaVisionModel, "begin", noting)
+    monkeypatch.setattr(ConvLlavaVisionModel, "begin", recording)
     return found
 
 
@@ -152,12 +152,12 @@ def test_damaged_file_is_ignored_and_full_disk_only_warns(tmp_path, monkeypatch,
 def test_concurrent_writes_of_the_same_features_both_succeed(tmp_path, monkeypatch):
     one, two = FeatureStore(tmp_path, 1e9), FeatureStore(tmp_path, 1e9)
 
-    def while_the_other_does(tensors, path):
+    def save_during_another_write(tensors, path):
         monkeypatch.setattr("convllava.training.frozen_features.save_file", save_file)
         save_file(tensors, path)
         two.write("abcd", torch.ones(3))
 
-    monkeypatch.setattr("convllava.training.frozen_features.save_file", while_the_other_does)
+    monkeypatch.setattr("convllava.training.frozen_features.save_file", save_during_another_write)
     one.write("abcd", torch.ones(3))
     assert one.room == two.room > 0
     assert one.read("abcd").equal(torch.ones(3))

@@ -61,7 +61,7 @@ def test_other_names_are_rejected_and_the_error_says_how_to_allow_them(host):
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"),
+    ("given", "requested"),
     [
         ("AI.example.org:8000", "ai.example.org"),
         ("ai.example.org.", "ai.example.org:8000"),
@@ -70,8 +70,8 @@ def test_other_names_are_rejected_and_the_error_says_how_to_allow_them(host):
         ("fd00::1", "[fd00::1]:8000"),
     ],
 )
-def test_allowed_name_may_be_written_in_any_form(given, asked):
-    assert answer(asked, (given,)).text == "in"
+def test_allowed_name_may_be_written_in_any_form(given, requested):
+    assert answer(requested, (given,)).text == "in"
     assert answer("fd00", (given,)).status_code == 403
 
 
@@ -87,8 +87,8 @@ def test_server_on_the_network_accepts_any_name(parts, monkeypatch, host, status
     server.serve(host=host, port=0, threads=torch.get_num_threads(), slots=1)
     ((own, place),) = made
     place.close()
-    asked = TestClient(own.config.app).get("/health", headers={"host": "192.168.1.5:8000"})
-    assert asked.status_code == status
+    response = TestClient(own.config.app).get("/health", headers={"host": "192.168.1.5:8000"})
+    assert response.status_code == status
 
 
 @given(st.from_regex(r"[a-z0-9.-]{1,30}", fullmatch=True), st.integers(0, 65535))

@@ -1,4 +1,4 @@
-"""Asking: images of all types, streams, chats and batches equal `generate`; bad input is rejected."""
+"""Answers: images of all types, streams, chats and batches equal `generate`; bad input is rejected."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_encoded_images_skip_the_image_count_of_transformers(assistant, monkeypa
     def count(*args, **kwargs):
         raise ValueError("Could not make a flat list of images")
 
-    monkeypatch.setattr("transformers.ProcessorMixin.validate_inputs", count)  # which counts since 5.23
+    monkeypatch.setattr(
+        "transformers.ProcessorMixin.validate_inputs", count
+    )  # it counts images since transformers 5.23
     assert assistant.ask(assistant.encode(picture(64, 64)), "what?", **SETTINGS) == expected
 
 
@@ -155,7 +157,7 @@ def test_bad_prompts_are_rejected(assistant):
         assistant.ask(image, "what " * 600)
 
 
-def test_model_from_a_folder_answers_as_before(parts, tmp_path):
+def test_model_from_a_folder_gives_equal_answers(parts, tmp_path):
     write(*parts, tmp_path / "model")
     assert load(tmp_path / "model").ask(picture(64, 64), "what?", **SETTINGS) == Assistant(*parts).ask(
         picture(64, 64), "what?", **SETTINGS

@@ -61,14 +61,14 @@ def test_adapter_folder_holds_only_the_adapter_and_loads_the_whole_model(run):
 def test_merged_logits_equal_adapter(run, tmp_path):
     base, processor = checkpoints.read(run / "0-chat")
     untouched = logits(base.eval(), processor)
-    beside = logits(apply(base, run / "1-lora", merge=False), processor)
+    unmerged = logits(apply(base, run / "1-lora", merge=False), processor)
     checkpoints.merge(run / "1-lora", tmp_path / "merged", "float32")
     merged = logits(checkpoints.read(tmp_path / "merged")[0].eval(), processor)
-    torch.testing.assert_close(merged, beside, atol=1e-4, rtol=0)
+    torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=0)
     assert (merged - untouched).abs().max() > 0.01
 
 
-def test_moved_runs_load_and_a_lost_base_is_named(run, tmp_path):
+def test_moved_run_finds_its_base_and_missing_base_is_named(run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     assert base_of(moved / "1-lora") == str((moved / "0-chat").resolve())
@@ -79,7 +79,7 @@ def test_moved_runs_load_and_a_lost_base_is_named(run, tmp_path):
     assert checkpoints.read(tmp_path / "merged")[0].dtype == torch.float32
 
 
-def test_adapter_behind_a_symbolic_link_finds_its_base(tmp_path):
+def test_adapter_behind_a_symbolic_link_equals_its_target(tmp_path):
     (tmp_path / "far/away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far/away")
     last = engine.train(recipe(replaced(steps=1)), tmp_path / "link/run")
@@ -159,9 +159,9 @@ def test_damaged_adapters_give_a_one_line_error(run, tmp_path, name, content):
     shutil.copytree(run / "1-lora", tmp_path / "lora")
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     (tmp_path / "lora" / name).write_bytes(content)
-    with pytest.raises(InputError, match="does not load as an adapter of its base: ") as refusal:
+    with pytest.raises(InputError, match="does not load as an adapter of its base: ") as rejection:
         checkpoints.read(tmp_path / "lora", base=str(run / "0-chat"))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(rejection.value)
 
 
 def test_convert_rejects_adapters_and_merge_whole_models(run, tmp_path):

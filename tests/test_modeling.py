@@ -235,8 +235,12 @@ def test_other_language_models_fit():
             image_token_id=99,
         )
     )
-    ids = torch.tensor([[1, 99, 99, 2]])
-    assert model(input_ids=ids, pixel_values=torch.zeros(1, 3, 64, 128)).logits.shape == (1, 4, 100)
+    model.eval()
+    ids, pixels = torch.tensor([[1, 99, 99, 2]]), torch.randn(1, 3, 64, 128)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    embeddings[0, 1:3] = model.get_image_features(pixels).pooler_output[0]
+    expected = model.lm_head(model.model.language_model(inputs_embeds=embeddings).last_hidden_state)
+    torch.testing.assert_close(model(input_ids=ids, pixel_values=pixels).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Objectives: what cells of a page and visual tokens are asked for, and how answers are weighed."""
+"""Training objectives: the labels of page cells and visual tokens, and the weights of answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_label_maps_cover_the_boxes_of_the_page():
 
 
 def labelled_page() -> Sample:
-    """64 x 64 pixels: "ab" and "c" on a line, below them "d"."""
+    """Return a page of 64 x 64 pixels with "ab" and "c" on one line and "d" below."""
     boxes = {"a": (2, 2, 10, 12), "b": (11, 2, 20, 12), "c": (40, 2, 50, 12), "d": (2, 40, 10, 52)}
     glyphs = tuple(Glyph(char, box, begins=char != "b") for char, box in boxes.items())
     return Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ())
@@ -98,7 +98,7 @@ def test_alignment_gives_all_names_of_a_cell_the_same_share():
     tokens = 1000 * torch.stack([embeddings[circle], embeddings[x], embeddings[5]])
     log_shares = [torch.log_softmax(token @ embeddings.T, dim=-1) for token in tokens]
     halves = -(log_shares[0][[circle, red]].mean() + log_shares[1][[x, total]].mean())
-    # The third cell is empty and says nothing.
+    # The third cell is empty and has no loss.
     torch.testing.assert_close(alignment._naming_loss(tokens, bags), halves / 2)
     assert alignment._naming_loss(tokens, 0 * bags) == 0
 
@@ -131,16 +131,16 @@ def test_prompt_labels_leave_out_answers_images_padding_and_first_tokens():
     answers = torch.full_like(ids, -100)
     answers[:, 4] = 5
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]])
-    asked = prompt_labels(ids, answers, 9, mask)
-    assert asked.tolist() == [[1, -100, -100, 4, -100, 6, -100], [1, -100, 7, 8, -100, -100, -100]]
+    labels = prompt_labels(ids, answers, 9, mask)
+    assert labels.tolist() == [[1, -100, -100, 4, -100, 6, -100], [1, -100, 7, 8, -100, -100, -100]]
     packed = prompt_labels(ids[:1], answers[:1], 9, None, torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     assert packed.tolist() == [[-100, -100, -100, -100, -100, 6, 0]]
 
 
 def test_prompt_loss_is_a_mean_over_prompts_and_zero_without_any():
-    logits, asked = torch.randn(2, 4, 7), torch.full((2, 4), -100)
-    assert prompt_loss(logits, asked).item() == 0.0
-    asked[0, 0] = 5  # nothing foretells the first
-    asked[0, 2], asked[1, 3] = 4, 6
+    logits, labels = torch.randn(2, 4, 7), torch.full((2, 4), -100)
+    assert prompt_loss(logits, labels).item() == 0.0
+    labels[0, 0] = 5  # no logits predict the first token
+    labels[0, 2], labels[1, 3] = 4, 6
     expected = -(logits[0, 1].log_softmax(-1)[4] + logits[1, 2].log_softmax(-1)[6]) / 2
-    torch.testing.assert_close(prompt_loss(logits, asked), expected)
+    torch.testing.assert_close(prompt_loss(logits, labels), expected)

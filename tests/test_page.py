@@ -52,7 +52,7 @@ def test_page_is_served_without_key_and_only_with_ui(server, parts):
         assert get(other, "/ui/")[0] == get(other, "/ui/info")[0] == get(other, "/")[0] == 404
 
 
-def test_page_can_load_and_send_nothing_outside_its_server(server):
+def test_page_cannot_load_or_send_anything_outside_its_server(server):
     for path in ("/ui/", "/ui/page.js", "/ui/examples/scene.png"):
         policy = get(server, path)[1]["content-security-policy"]
         assert "default-src 'none'" in policy
@@ -101,7 +101,7 @@ def test_info_rejects_sizes_that_the_model_cannot_take(server, query, status, me
 
 
 @given(height=st.integers(64, 700), width=st.integers(64, 700))
-def test_budgets_are_what_the_image_processor_does(parts, height, width):
+def test_budgets_match_the_image_processor(parts, height, width):
     processor = parts[1].image_processor
     budgets = pixel_budgets(Assistant(*parts), Size(height, width))
     assert [budget["max_pixels"] for budget in budgets[:-1]] == [budget["side"] ** 2 for budget in budgets[:-1]]
@@ -116,7 +116,7 @@ def test_budgets_are_what_the_image_processor_does(parts, height, width):
 
 
 @pytest.mark.parametrize("mode", ["native", "square", "crop"])
-def test_boxes_are_placed_on_the_image_as_by_the_placement(parts, mode):
+def test_box_positions_on_the_page_equal_the_placement(parts, mode):
     processor = copy.deepcopy(parts[1])
     processor.image_processor.change(mode=mode, side=256)
     size, box = Size(300, 500), (0.4, 0.3, 0.6, 0.7)
@@ -128,7 +128,7 @@ def test_boxes_are_placed_on_the_image_as_by_the_placement(parts, mode):
     assert found == pytest.approx([x0 / 500, y0 / 300, x1 / 500, y1 / 300])
 
 
-def test_budget_of_the_page_is_obeyed_and_costs_what_it_says(parts):
+def test_budget_of_the_page_is_used_and_its_cost_is_right(parts):
     processor = copy.deepcopy(parts[1])
     processor.image_processor.change(min_pixels=64**2, max_pixels=512**2)
     own = Assistant(copy.deepcopy(parts[0]), processor)
@@ -143,7 +143,7 @@ def test_budget_of_the_page_is_obeyed_and_costs_what_it_says(parts):
         assert budgets[0]["visual_tokens"] < budgets[-1]["visual_tokens"]
 
 
-def test_page_finds_boxes_as_python_does():
+def test_page_finds_the_same_boxes_as_python():
     (line,) = re.findall(r"const BOX = /(.*)/g;", (STATIC / "page.js").read_text(encoding="utf-8"))
     assert line == geometry._BOX.pattern
 

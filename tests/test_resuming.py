@@ -71,7 +71,7 @@ def test_an_incomplete_checkpoint_is_never_used(tmp_path):
 
 def test_a_full_disk_keeps_the_last_complete_checkpoint(tmp_path):
     plan, out = recipe(dataclasses.replace(CHAT, steps=6), save_every=2), tmp_path / "out"
-    limit = no_file_larger(200_000)
+    limit = limit_file_size(200_000)
     full = subprocess.run(command(plan, out), capture_output=True, text=True, preexec_fn=limit, env=ALONE)
     assert full.returncode == 2
     assert "the checkpoint of step 2 cannot be written" in full.stderr
@@ -82,7 +82,7 @@ def test_a_full_disk_keeps_the_last_complete_checkpoint(tmp_path):
     assert logged(out, "step") == [1, 2, 3, 4, 5, 6]
 
 
-def no_file_larger(size):
+def limit_file_size(size):
     """Return a function for a new process that makes larger writes fail, as on a full disk."""
 
     def limit():
@@ -127,14 +127,14 @@ def test_two_processes_have_the_losses_of_one_in_every_stage(tmp_path):
         assert a[key] == pytest.approx(b[key], abs=1e-4)
 
 
-def begun(plan: Recipe, run: Path) -> None:
+def start_run(plan: Recipe, run: Path) -> None:
     """Leave the folder of a run that has only its recipe."""
     run.mkdir(exist_ok=True)
     (run / "recipe.yaml").write_text(plan.dump())
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_another_recipe(tmp_path, monkeypatch):
-    begun(recipe(CHAT), tmp_path)
+    start_run(recipe(CHAT), tmp_path)
     resumed = []
     monkeypatch.setattr(engine, "train_stage", lambda run, model: resumed.append(run.index))
     with pytest.raises(ConfigError, match="already holds a run; continue it with `resume`"):
@@ -152,9 +152,9 @@ def test_settings_without_effect_on_weights_may_change_on_resume(tmp_path):
     engine.train(recipe(stage), whole)
     with killed_after(2):
         engine.train(recipe(stage, save_every=2), parts)
-    bearing = dataclasses.replace(stage.data, max_skipped=0.5)
-    drawing = dataclasses.replace(stage, data=bearing, evaluation=Evaluation(2, 2, pictures=1))
-    plan = dataclasses.replace(recipe(drawing, save_every=1), workers=1)
+    tolerant = dataclasses.replace(stage.data, max_skipped=0.5)
+    changed_stage = dataclasses.replace(stage, data=tolerant, evaluation=Evaluation(2, 2, pictures=1))
+    plan = dataclasses.replace(recipe(changed_stage, save_every=1), workers=1)
     with killed_after(3):
         engine.train(plan, parts, resume=True)
     assert (parts / ".0-chat.progress" / "checkpoint-3").exists()
@@ -164,7 +164,7 @@ def test_settings_without_effect_on_weights_may_change_on_resume(tmp_path):
     assert not changed(weights(whole / "0-chat"), weights(parts / "0-chat"))
 
 
-def test_a_run_begun_with_old_keys_is_resumed(tmp_path):
+def test_run_with_old_keys_is_resumed(tmp_path):
     plan = recipe(dataclasses.replace(SUPERVISED, answer_length_weighting=0.5), save_every=2)
     with killed_after(2):
         engine.train(plan, tmp_path)
@@ -179,7 +179,7 @@ def test_a_run_begun_with_old_keys_is_resumed(tmp_path):
 
 
 def test_a_used_folder_is_rejected_before_anything_is_measured(tmp_path, monkeypatch):
-    begun(recipe(CHAT), tmp_path)
+    start_run(recipe(CHAT), tmp_path)
     monkeypatch.setattr(engine, "plan_steps", die)
     with pytest.raises(ConfigError, match="already holds a run"):
         engine.train(recipe(CHAT), tmp_path)
@@ -187,7 +187,7 @@ def test_a_used_folder_is_rejected_before_anything_is_measured(tmp_path, monkeyp
 
 def test_a_resumed_run_starts_after_the_last_complete_stage(tmp_path, monkeypatch):
     stages = [dataclasses.replace(CHAT, name=name) for name in "abcd"]
-    begun(recipe(*stages), tmp_path)
+    start_run(recipe(*stages), tmp_path)
     engine.checkpoints.write(*engine.initial_model(recipe(CHAT)), tmp_path / "2-c")  # 0-a and 1-b were deleted
     trained = []
     monkeypatch.setattr(engine, "train_stage", lambda run, model: trained.append(run.index))

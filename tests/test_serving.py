@@ -193,7 +193,7 @@ def test_metrics_count_requests_and_tokens(server, client):
         return next((float(line.split()[-1]) for line in lines if line.startswith(name)), *otherwise)
 
     before = {
-        name: value(f"convllava_{name}", 0.0)  # this may be the first that asks
+        name: value(f"convllava_{name}", 0.0)  # there may be no earlier request
         for name in ("written_tokens_total", 'requests_total{status="200"}', "time_to_first_token_seconds_count")
     }
     found = ask(client, "what?")

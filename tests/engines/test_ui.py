@@ -77,7 +77,7 @@ sys.addaudithook(record)
 
 
 class Tab:
-    """The page as a person uses it."""
+    """A browser tab with the page, and actions of a user."""
 
     def __init__(self, driver, url, ready="#examples button"):
         self.driver, self.url = driver, f"{url}/ui/"
@@ -134,7 +134,7 @@ class Tab:
         )
 
     def requests(self):
-        """Return every address that the browser has asked for."""
+        """Return every address that the browser has requested."""
         entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [one["params"]["request"]["url"] for one in entries if one["method"] == "Network.requestWillBeSent"]
 
@@ -202,7 +202,7 @@ def test_streamed_answer_equals_offline_and_its_costs_are_shown(tab, slow, assis
         assert fact in tab.text("facts")
 
 
-def test_conversation_goes_on_and_boxes_of_the_last_answer_are_drawn(tab, assistant, server):
+def test_conversation_continues_and_last_boxes_are_drawn(tab, assistant, server):
     tab.show(RECEIPT)
     first = tab.ask(TOTAL)
     assert first == assistant.ask(RECEIPT, TOTAL, max_new_tokens=LONGEST)
@@ -223,7 +223,7 @@ def test_conversation_goes_on_and_boxes_of_the_last_answer_are_drawn(tab, assist
     assert tab.boxes() == []
 
 
-def test_slider_shows_what_a_budget_costs_and_the_request_uses_it(tab, assistant):
+def test_slider_shows_the_cost_of_the_budget_of_the_request(tab, assistant):
     tab.show(RECEIPT)
     budgets = pixel_budgets(assistant, RECEIPT_SIZE)
     index = next(index for index, budget in enumerate(budgets) if budget["side"] == 512)
@@ -241,13 +241,13 @@ def test_slider_shows_what_a_budget_costs_and_the_request_uses_it(tab, assistant
     assert f"({budgets[index]['visual_tokens']} visual)" in tab.text("facts")
 
 
-def test_example_question_is_asked_with_one_click(tab, assistant):
+def test_one_click_asks_an_example_question(tab, assistant):
     tab.all("#examples button")[0].click()
     first = tab.answer(2)
     assert first == assistant.ask(RECEIPT, TOTAL, max_new_tokens=LONGEST)
     tab.all("#examples button")[1].click()
     tab.answer(4)
-    tab.all("#examples button")[3].click()  # of the other picture, which begins a new conversation
+    tab.all("#examples button")[3].click()  # of the other picture, which starts a new conversation
     tab.wait(lambda: tab.messages()[:1] == ["What colour is the diamond?"])
     tab.answer(2)
 
@@ -269,7 +269,7 @@ def test_picture_can_be_dropped_and_pasted(tab, assistant, event):
     ],
     ids=["text", "empty", "too many pixels", "too large"],
 )
-def test_bad_file_is_one_line_and_the_next_file_is_accepted(tab, tmp_path, data, line):
+def test_bad_file_gives_one_line_and_the_next_file_works(tab, tmp_path, data, line):
     file = tmp_path / "bad.png"
     file.write_bytes(data)
     tab.choose(file)
@@ -282,7 +282,7 @@ def test_bad_file_is_one_line_and_the_next_file_is_accepted(tab, tmp_path, data,
     assert not tab.messages()
 
 
-def test_error_of_the_api_is_one_line_and_the_question_is_kept(tab, assistant):
+def test_api_error_gives_one_line_and_keeps_the_question(tab, assistant):
     tab.show(RECEIPT)
     tab.begin("an <image>")
     tab.wait(lambda: "<image>" in tab.text("error"))
@@ -337,7 +337,7 @@ def test_new_conversation_keeps_the_picture(tab, assistant):
     assert tab.ask(BOX) == first
 
 
-def test_wrong_key_is_asked_for_again(driver):
+def test_wrong_key_prompts_for_another_key(driver):
     with serving(load("tiny", device="cpu"), "tiny", ui=True, api_key="clé") as running:
         tab = Tab(driver, running.url, "#key-form")
         tab.wait(lambda: tab.one("key").is_displayed())
@@ -358,7 +358,7 @@ def test_wrong_key_is_asked_for_again(driver):
         driver.execute_script("sessionStorage.clear()")
 
 
-def test_keyboard_is_enough_and_focus_is_visible(tab, assistant):
+def test_page_works_with_keyboard_and_visible_focus(tab, assistant):
     tab.show(RECEIPT)  # a file dialog cannot be driven; the rest is keys
     keys = webdriver.ActionChains(tab.driver)
     assert tab.driver.switch_to.active_element.get_attribute("id") == "question"
@@ -397,11 +397,11 @@ def test_page_fits_a_phone_and_a_screen_in_light_and_dark(tab):
     tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_nothing_left_this_machine_and_the_browser_found_no_error(tab, server):
-    """Runs last and looks at everything that the tests before it did."""
-    asked = tab.requests()
-    assert len(asked) > 20
-    hosts = {urlsplit(url).netloc for url in asked if not url.startswith(("data:", "blob:", "about:"))}
+def test_no_request_left_this_machine_and_no_error_was_logged(tab, server):
+    """Runs last: it checks the requests and logs of all earlier tests."""
+    urls = tab.requests()
+    assert len(urls) > 20
+    hosts = {urlsplit(url).netloc for url in urls if not url.startswith(("data:", "blob:", "about:"))}
     assert all(host.startswith("127.0.0.1:") for host in hosts)
     assert set(ADDRESSES) <= {"127.0.0.1", "localhost"}
     messages = [entry["message"] for entry in tab.driver.get_log("browser")]

@@ -33,7 +33,7 @@ PAGES = 50
 AT_ONCE = 8
 LONGEST = 48
 SECONDS_TO_START = 600
-"""60 were enough on two busy cores."""
+"""60 seconds were enough on two busy cores."""
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def assistant():
     return load("tiny", device="cpu")
 
 
-def test_answers_about_fifty_images_equal_the_assistant(tiny, assistant, pages):
+def test_answers_about_50_images_equal_the_assistant(tiny, assistant, pages):
     asked = [([page.image], page.turns[0].question) for page in pages]
     assert len({page.image.size for page in pages}) > 5
     expected = [assistant.ask(images[0], question, max_new_tokens=LONGEST) for images, question in asked]
