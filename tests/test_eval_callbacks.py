@@ -127,7 +127,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path, stage):
 def test_stopped_run_without_its_folder_takes_no_more_steps(tmp_path):
     plan, whole, parts = recipe(STOPPED, save_every=1), tmp_path / "whole", tmp_path / "parts"
     engine.train(plan, whole)
-    with killed_in(engine, "write_stage"):
+    with killed_in(engine.checkpoints, "write"):
         engine.train(plan, parts)
     engine.train(plan, parts, resume=True)
     assert logged(parts) == logged(whole)

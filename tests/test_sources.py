@@ -223,7 +223,7 @@ def test_samples_without_images_have_no_pixels(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": Data(sources=[Source("gone.json")])}, "gone.json is not there"),
+        ({"data": Data(sources=[Source("gone.json")])}, "missing data: .*gone.json"),
         ({"pixels": {"mode": "square", "side": 100}}, "stage later: pixels: "),
         ({"pixels": {"rescale": 3}}, "stage later: pixels: the image processor has no setting 'rescale'"),
     ],
@@ -298,5 +298,5 @@ def test_a_plan_of_an_unknown_architecture_lists_the_known_ones(folder):
 
 
 def test_settings_next_to_a_checkpoint_are_rejected_even_if_false():
-    with pytest.raises(InputError, match="checkpoint stands alone; leave out row_separator"):
+    with pytest.raises(InputError, match="checkpoint is a whole model; leave out row_separator"):
         ModelSpec(checkpoint="tiny", row_separator=False)
