@@ -18,7 +18,7 @@ from convllava.data.mixture import Mixture, MixtureSource
 from convllava.data.records import conversation_of
 from convllava.errors import InputError
 from convllava.training import train as engine
-from convllava.training.logging import Skips
+from convllava.training.logging import SkippedSamples
 from convllava.training.plan import plan
 from convllava.training.recipe import Data, Evaluation, ModelSpec, Recipe, Source, Stage
 
@@ -250,9 +250,9 @@ def test_a_plan_ignores_images_that_are_not_paths(folder, image):
 
 def test_skips_are_remembered_by_a_resumed_run(tmp_path):
     stage = dataclasses.replace(recipe(tmp_path).stages[0], data=Data(sources=[Source("x")], max_skipped=0.02))
-    first = Skips(tmp_path / "skipped.jsonl", stage, 100)
+    first = SkippedSamples(tmp_path / "skipped.jsonl", stage, 100)
     first.note([("a.json", "sample 1"), ("a.json", "sample 2")], 3)
-    resumed = Skips(tmp_path / "skipped.jsonl", stage, 100)
+    resumed = SkippedSamples(tmp_path / "skipped.jsonl", stage, 100)
     resumed.note([("a.json", "sample 1")], 4)
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2
     with pytest.raises(InputError, match="3 bad samples are more than"):
@@ -262,7 +262,7 @@ def test_skips_are_remembered_by_a_resumed_run(tmp_path):
 def test_skipped_names_with_surrogates_are_written_and_read_back(tmp_path):
     stage = dataclasses.replace(recipe(tmp_path).stages[0], data=Data(sources=[Source("x")], max_skipped=1.0))
     for _ in range(2):
-        Skips(tmp_path / "skipped.jsonl", stage, 100).note([("a.json", "sample a\ud800: no conversations")], 1)
+        SkippedSamples(tmp_path / "skipped.jsonl", stage, 100).note([("a.json", "sample a\ud800: no conversations")], 1)
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
 
 
@@ -275,7 +275,7 @@ def test_bad_held_out_samples_are_reported_and_not_counted(folder):
     engine.train(plan, folder / "run")
     lines = [json.loads(line) for line in (folder / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [(line["file"], line["held_out"]) for line in lines] == [("test.json", True)] * 3
-    resumed = Skips(folder / "run" / "skipped.jsonl", plan.stages[0], 4)
+    resumed = SkippedSamples(folder / "run" / "skipped.jsonl", plan.stages[0], 4)
     resumed.note([("test.json", "sample s1")], 5)  # also a training sample
     with pytest.raises(InputError, match="2 bad samples are more than"):
         resumed.note([("data.json", "sample 0")], 5)

@@ -28,7 +28,8 @@ from convllava.training.recipe import Evaluation, Stage
 
 BEST = "best.safetensors"
 """The file with the weights of the smallest held-out loss, in the folder of a stage's checkpoints."""
-_AVERAGE = "average.safetensors"
+AVERAGE = "average.safetensors"
+"""The file with the averaged weights, in a checkpoint's folder."""
 _MAX_ANSWER_TOKENS = 48
 """Length of an answer that is drawn."""
 
@@ -165,14 +166,6 @@ class AverageWeights(TrainerCallback):
             yield
         finally:
             self.swap()
-
-    def save(self, folder: Path) -> None:
-        """Write the averages to a checkpoint's folder."""
-        save_weights(self.averages, folder / _AVERAGE)
-
-    def load(self, folder: Path) -> None:
-        """Read the averages from a checkpoint's folder."""
-        load_weights(self.averages, folder / _AVERAGE)
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from convllava.data.collate import TARGET_KINDS
 from convllava.data.dense_labels import DENSE_METRICS
 from convllava.data.position_labels import POSITION_CLASSES
 from convllava.errors import DataError
-from convllava.io import replacing
+from convllava.io import JsonLines, replacing
 from convllava.model.part_names import parts_of
 from convllava.training.distributed import process_number
 from convllava.training.objectives.losses import ANSWER_LOSS
@@ -58,52 +57,44 @@ class StepLog(TrainerCallback):
     """
 
     def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, float]) -> None:
-        self.path = output / "log.jsonl"
+        self.lines = JsonLines(output / "log.jsonl")
         self.stage, self.index, self.counts = stage, index, counts
         self.before: dict[str, float] = {**dict.fromkeys(counts, 0), "processor": 0.0, "seconds": 0.0}
         self.started = self.processor = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started, self.processor = time.monotonic(), processor_seconds()
-        self.before |= self._drop_after(state.global_step)
-
-    def _drop_after(self, step: int) -> dict[str, float]:
-        """Drop the lines after the checkpoint from which the run resumes, and return the counts of the last line."""
-        if not self.path.exists():
-            return {}
-        # A kill can leave half of the last line.
-        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
-        lines = [json.loads(line) for line in whole.splitlines()]
-        kept = [line for line in lines if (line["index"], line["step"]) <= (self.index, step)]
-        with replacing(self.path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        # Drop the lines after the checkpoint from which the run resumes, and continue the counts of the last line.
+        lines = list(self.lines)
+        kept = [line for line in lines if (line["index"], line["step"]) <= (self.index, state.global_step)]
+        if len(kept) < len(lines):
+            with replacing(self.lines.path) as partial:
+                JsonLines(partial).append(kept)
         own = [line for line in kept if line["index"] == self.index and "loss" in line]
-        return {key: own[-1].get(key, 0) for key in self.before} if own else {}
+        if own:
+            self.before = {key: own[-1].get(key, 0) for key in self.before}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        if "loss" in (logs or {}):
-            groups = kwargs["optimizer"].param_groups
+        logs, found = logs or {}, {}
+        if "loss" in logs:
             rates: dict[str, float] = {}
-            for group in groups:  # the highest of a part's layers
+            for group in kwargs["optimizer"].param_groups:  # the highest of a part's layers
                 rates[group["part"]] = max(group["lr"], rates.get(group["part"], 0.0))
             metrics = {name: round(logs[name], 4) for name in STEP_METRICS if name in logs}
             counts = {name: round(self.before[name] + count, 3) for name, count in self.counts.items()}
-            self._write(state.global_step, {"loss": logs["loss"], **metrics, "learning_rates": rates, **counts})
-        elif "eval_loss" in (logs or {}):
-            self._write(state.global_step, {"eval_loss": logs["eval_loss"]})
-
-    def _write(self, step: int, found: Mapping[str, Any]) -> None:
+            found = {"loss": logs["loss"], **metrics, "learning_rates": rates, **counts}
+        elif "eval_loss" in logs:
+            found = {"eval_loss": logs["eval_loss"]}
+        if not found or not state.is_world_process_zero:
+            return
         spent = {
             "processor": round(self.before["processor"] + processor_seconds() - self.processor, 3),
             "seconds": round(self.before["seconds"] + time.monotonic() - self.started, 3),
         }
-        line = {"stage": self.stage.name, "index": self.index, "step": step, **found, **spent}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        where = {"stage": self.stage.name, "index": self.index, "step": state.global_step}
+        self.lines.append([{**where, **found, **spent}])
 
 
 def processor_seconds() -> float:
@@ -171,15 +162,12 @@ class ProgressBar(TrainerCallback):
                 flush=True,
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.stop()
-
     def stop(self) -> None:
         """Release the terminal, also after a failure."""
         self.bar.stop()
 
 
-class Skips:
+class SkippedSamples:
     """Writes bad samples to `skipped.jsonl`, one line each, and stops a run that has too many of them.
 
     Args:
@@ -189,17 +177,14 @@ class Skips:
     """
 
     def __init__(self, path: Path, stage: Stage, samples: float) -> None:
-        self.path, self.stage, self.limit = path, stage, stage.data.max_skipped * samples
+        self.lines, self.stage, self.limit = JsonLines(path), stage, stage.data.max_skipped * samples
         self.process = process_number()
-        self.known = set(self._read())
-
-    def _read(self) -> Iterator[tuple[str, str, bool]]:
-        """Yield the samples that this process wrote before the run was interrupted."""
-        text = self.path.read_text(encoding="utf-8").rpartition("\n")[0] if self.path.exists() else ""
-        # splitlines() would also split at separators inside a file's name.
-        for line in map(json.loads, filter(None, text.split("\n"))):
-            if (line["stage"], line["process"]) == (self.stage.name, self.process):
-                yield line["file"], line["reason"], line.get("held_out", False)
+        # What this process wrote before the run was interrupted.
+        self.known = {
+            (line["file"], line["reason"], line.get("held_out", False))
+            for line in self.lines
+            if (line["stage"], line["process"]) == (stage.name, self.process)
+        }
 
     def note(self, found: Iterable[tuple[str, str]], step: int, *, held_out: bool = False) -> None:
         """Write the bad samples that are new.
@@ -217,13 +202,12 @@ class Skips:
         if not new:
             return
         self.known |= set(new)
-        with self.path.open("a", encoding="utf-8") as file:
-            for name, reason, _ in new:
-                line = {"stage": self.stage.name, "step": step, "process": self.process, "file": name, "reason": reason}
-                file.write(json.dumps(line | {"held_out": held_out}) + "\n")
+        shared = {"stage": self.stage.name, "step": step, "process": self.process}
+        self.lines.append(shared | {"file": name, "reason": reason, "held_out": held_out} for name, reason, _ in new)
         count = sum(not is_held_out for *_, is_held_out in self.known)
         if count > self.limit and not held_out:
             raise DataError(
                 f"stage {self.stage.name}: {count} bad samples are more than data.max_skipped "
-                f"{self.stage.data.max_skipped:g} allows; {self.path} lists them, the last: {', '.join(new[-1][:2])}"
+                f"{self.stage.data.max_skipped:g} allows; {self.lines.path} lists them, the last: "
+                f"{', '.join(new[-1][:2])}"
             )

@@ -43,7 +43,7 @@ from convllava.training.distributed import check_processes, is_first_process, pr
 from convllava.training.eval_callbacks import SampleAnswers, early_stopping_callbacks, has_stopped_early
 from convllava.training.frozen_features import CachedFeatureCollator, make_frozen_stages
 from convllava.training.initialise import initial_model
-from convllava.training.logging import ProgressBar, Skips, StepLog, print_parts
+from convllava.training.logging import ProgressBar, SkippedSamples, StepLog, print_parts
 from convllava.training.lora import four_bit_config
 from convllava.training.objectives.attention_supervision import enable_attention_supervision
 from convllava.training.objectives.auxiliary_heads import detach_heads
@@ -153,7 +153,7 @@ def train_stage(run: StageRun, model: ConvLlavaForConditionalGeneration) -> None
     trainer = StageTrainer(
         run,
         model.config,
-        Skips(output / "skipped.jsonl", stage, distinct_samples(dataset) / process_count()),
+        SkippedSamples(output / "skipped.jsonl", stage, distinct_samples(dataset) / process_count()),
         model=trained,
         frozen=frozen,
         train_dataset=dataset,

@@ -29,9 +29,17 @@ from convllava.training.distributed import (
     process_count,
     sharding_arguments,
 )
-from convllava.training.eval_callbacks import BEST, AverageWeights, HeldOutLoss, load_weights, loss_weight
+from convllava.training.eval_callbacks import (
+    AVERAGE,
+    BEST,
+    AverageWeights,
+    HeldOutLoss,
+    load_weights,
+    loss_weight,
+    save_weights,
+)
 from convllava.training.frozen_features import FrozenStages
-from convllava.training.logging import Skips
+from convllava.training.logging import SkippedSamples
 from convllava.training.memory import explaining_out_of_memory
 from convllava.training.muon import Muon
 from convllava.training.objectives.attention_supervision import AttentionSupervision, supervised_layers
@@ -121,7 +129,7 @@ class StageTrainer(Trainer):
         self,
         run: StageRun,
         config: ConvLlavaConfig,
-        skips: Skips,
+        skips: SkippedSamples,
         *,
         model: nn.Module,
         frozen: FrozenStages | None = None,
@@ -306,12 +314,12 @@ class StageTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.average is not None and is_first_process():
-            self.average.save(Path(output_dir))
+            save_weights(self.average.averages, Path(output_dir) / AVERAGE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.average is not None and checkpoint is not None:
-            self.average.load(Path(checkpoint))
+            load_weights(self.average.averages, Path(checkpoint) / AVERAGE)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging or super()._get_output_dir(trial)

@@ -54,14 +54,8 @@ class Alignment(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the loss, the accuracies of characters (over printed cells) and of spelling, and the mean box error.
 
-        Args:
-            pixel_values: Images of (3, height, width).
-            glyph: The labels of `AlignmentDataset` at the tower's stride, one item per image; so are the others.
-            shape: As `glyph`.
-            colour: As `glyph`.
-            spelling: As `glyph`.
-            words: As `glyph`.
-            boxes: As `glyph`.
+        `pixel_values` holds images of (3, height, width); the other arguments hold the labels of `AlignmentDataset`,
+        one item per image.
         """
         # Without coordinates: they do not depend on the content, so this loss alone would shrink them to nothing.
         tokens = self.model.multi_modal_projector.content(self.model.vision_tower(pixel_values))

@@ -52,11 +52,8 @@ class DensePretraining(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the loss, and per label map the accuracy of the last stage over occupied cells.
 
-        Args:
-            pixel_values: Images of (3, height, width).
-            glyph: Label maps of `DenseDataset`, one per image.
-            shape: As `glyph`.
-            colour: As `glyph`.
+        `pixel_values` holds images of (3, height, width); the other arguments hold the labels of `DenseDataset`, one
+        item per image.
         """
         outputs: dict[str, Tensor] = {}
         losses = []
