@@ -79,7 +79,7 @@ def test_question_positions_have_weight_one():
     assert found == pytest.approx((math.log(2) + 3 * math.log(4)) / 4, abs=1e-5)
 
 
-def test_mention_targets_supervise_a_middle_layer_and_answers_the_last():
+def test_mentions_supervise_a_middle_layer_and_answers_the_last():
     found = []
     for layers in (1, 2, 4):
         model, _ = parts(layers)
@@ -88,7 +88,7 @@ def test_mention_targets_supervise_a_middle_layer_and_answers_the_last():
     assert found == [{"answer": 0}, {"mention": 0, "answer": 1}, {"mention": 1, "answer": 3}]
 
 
-def test_model_families_without_the_attention_interface_are_rejected(monkeypatch):
+def test_models_without_the_attention_interface_are_rejected(monkeypatch):
     model, _ = parts()
     monkeypatch.setattr(type(model.model.language_model), "_supports_attention_backend", False)
     with pytest.raises(InputError, match="the attention of a llama cannot have attention_supervision"):

@@ -66,7 +66,7 @@ def test_each_character_points_to_its_printed_cell():
     assert cells == [{(0, 2)}, {(0, 3)}, {(1, 0)}, {(1, 0)}]
 
 
-def test_text_printed_twice_points_to_both_and_frequent_text_to_none():
+def test_repeated_text_points_to_both_and_frequent_text_to_none():
     assert answer_cells(page("abxab"), Turn("read", "What?", "ab")) == [{(0, 0), (0, 3)}, {(0, 1), (1, 0)}]
     assert answer_cells(page("1" * 6), Turn("read", "What?", "1")) == [frozenset()]
 
@@ -96,7 +96,7 @@ def test_questions_mention_whole_words_in_any_case():
     assert mentioned_cells(page("DAT"), "What is the date?") == frozenset()
 
 
-def test_question_characters_point_to_the_printed_word_and_character():
+def test_question_characters_point_to_printed_characters():
     printed, question = page("(Tea) tin"), "Is Tea tea?"
     whole, one = whole_word_cells(printed, question), spelled_cells(printed, question)
     assert whole[3:6] == [{(0, 1), (0, 2), (0, 3)}] * 3 == whole[7:10]
@@ -154,7 +154,7 @@ def test_caption_words_are_found_in_reading_order():
 
 
 @given(st.text("abc ", min_size=1, max_size=12))
-def test_captions_and_answers_have_one_set_of_cells_per_character(text):
+def test_every_character_has_one_set_of_cells(text):
     printed = page("abcabc")
     assert len(caption_cells(printed, text)) == len(text)
     assert len(answer_cells(printed, Turn("read", "What?", text))) == len(text)

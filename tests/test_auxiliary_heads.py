@@ -88,7 +88,7 @@ def test_numbers_of_a_page_match_its_questions(monkeypatch):
         assert [answer for answer, _ in pairs] == [read for _, read in pairs]
 
 
-def test_count_answers_equal_the_label_of_the_last_counted_object():
+def test_count_answers_equal_the_label_of_the_last_object():
     world = World(size=512, turns=20, seed=4)
     names = {"words": "place", "all": "place", "bars": "place", "points": "place", "lines": "row", "rows": "row"}
     names |= {"shape": "of_shape", "colour": "of_colour"}
@@ -198,7 +198,7 @@ def with_heads(layers: int, separator: bool, character_labels: bool = False) -> 
 
 
 @pytest.mark.parametrize(("layers", "separator"), [(1, True), (1, False), (2, True)])
-def test_position_heads_get_visual_tokens_after_the_mention_layer(layers, separator):
+def test_position_heads_read_the_mention_layer(layers, separator):
     model, processor = with_heads(layers, separator)
     batch = batch_of(processor, 0, 1)
     whole: list[Tensor] = []
@@ -225,7 +225,7 @@ def test_batched_head_inputs_equal_single():
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
-def test_character_heads_get_visual_tokens_before_the_language_model():
+def test_character_heads_read_the_projector_output():
     model, processor = with_heads(2, True, character_labels=True)
     given: list[Tensor] = []
     model.head.characters.glyph.register_forward_hook(lambda module, args, output: given.append(args[0]))
@@ -240,7 +240,7 @@ def test_character_heads_get_visual_tokens_before_the_language_model():
     torch.testing.assert_close(given[0], torch.cat(content), atol=1e-6, rtol=1e-5)
 
 
-def test_new_heads_give_the_model_no_gradient_and_detach():
+def test_new_heads_give_the_model_no_gradient():
     model, processor = with_heads(2, True, character_labels=True)
     found, _ = run_heads(model, batch_of(processor, 0, 1, character_labels=True))
     (found["loss"] + found["character_loss"]).backward()
@@ -266,7 +266,7 @@ def test_heads_learn_the_labels_of_a_batch():
         assert found[-1][name] > 0.9 > 0.5 > found[0][name], name
 
 
-def test_training_logs_the_accuracies_of_the_heads_and_saves_the_model_without_them(tmp_path, monkeypatch):
+def test_head_accuracies_are_logged_and_heads_not_in_the_model(tmp_path, monkeypatch):
     outputs: list[dict[str, Tensor]] = []
     forward = AuxiliaryHeads.forward
     monkeypatch.setattr(AuxiliaryHeads, "forward", lambda *args: outputs.append(forward(*args)) or outputs[-1])
@@ -277,7 +277,7 @@ def test_training_logs_the_accuracies_of_the_heads_and_saves_the_model_without_t
     assert not any("head." in name and "lm_head" not in name for name in load_file(last / "model.safetensors"))
 
 
-def test_heads_start_from_those_of_the_previous_stage(tmp_path):
+def test_heads_start_from_the_heads_of_the_previous_stage(tmp_path):
     still = dict.fromkeys(HEADS.learning_rates, 0.0)
     without = dataclasses.replace(HEADS, name="without", character_label_weight=0.0, learning_rates=still, steps=1)
     last = engine.train(

@@ -58,12 +58,12 @@ def test_bad_request_gets_its_status_code_and_parameter(server, name):
         ("sound", '"image_url": {"url": ...}}'),
         ("part without a type", '"image_url": {"url": ...}}'),
         ("many stops", "stop: List should have at most 4 items"),
-        ("a stop of another kind", "stop: Input should be a string or a list"),
+        ("stop of another type", "stop: Input should be a string or a list"),
         ("no content", "messages.0.content: Input should be a string or a list"),
         ("image mark", "leave it out of the text; images are separate parts of a message"),
     ],
 )
-def test_error_says_what_is_wrong_and_how_to_fix_it(server, name, message):
+def test_error_names_the_problem_and_the_fix(server, name, message):
     assert message in server.post(BAD[name][0])[1]["error"]["message"]
 
 
@@ -102,7 +102,7 @@ def test_slow_body_is_an_error(server):
     assert (response.status, json.loads(response.read())["error"]["code"]) == (408, "body_too_slow")
 
 
-def test_form_of_a_web_page_is_rejected(server):
+def test_other_content_types_are_rejected(server):
     found = server.send("POST", PATH, json.dumps(request()).encode(), **{"Content-Type": "text/plain"})
     assert (found[0], found[1]["error"]["code"]) == (400, "invalid_content_type")
 
@@ -159,7 +159,7 @@ def test_requests_need_the_key(parts):
         assert running.send("GET", "/v1/models")[0] == 401
 
 
-def test_failed_step_is_a_server_error_and_the_next_request_works(server, monkeypatch):
+def test_failed_step_gives_one_server_error(server, monkeypatch):
     monkeypatch.setattr(server.service.engine.model, "forward", lambda *_: 1 / 0)
     status, body, _ = server.post(request())
     assert (status, body["error"]["type"]) == (500, "server_error")

@@ -56,7 +56,7 @@ def test_answers_of_a_file_equal_single_questions(questions, model, tmp_path):
     assert entries(tmp_path / "answers.jsonl") == expected
 
 
-def test_a_resumed_run_equals_an_uninterrupted_run(questions, model, tmp_path, monkeypatch):
+def test_resumed_run_equals_an_uninterrupted_run(questions, model, tmp_path, monkeypatch):
     output = tmp_path / "answers.jsonl"
     answer(questions, output, model)
     whole = output.read_bytes()
@@ -120,7 +120,7 @@ def test_unreadable_question_files_are_rejected(content, word, tmp_path):
 
 
 @pytest.mark.parametrize("identity", ["true", "null", "1.5", "[]"])
-def test_an_id_is_a_string_or_an_integer(identity, tmp_path):
+def test_id_is_a_string_or_an_integer(identity, tmp_path):
     line = _line(f'{{"id": {identity}, "image": "a.png", "question": "what?"}}', "line 1", tmp_path)
     assert (line.id, line.error) == ("line 1", "line 1: the id must be a string or an integer")
 

@@ -68,7 +68,7 @@ def test_session_keeps_the_text_of_an_interrupted_answer(conversation, assistant
     assert "".join(conversation.say("what?")) == assistant.chat(messages, max_new_tokens=6)
 
 
-def test_a_rejected_message_is_not_kept(conversation, assistant):
+def test_rejected_message_is_not_kept(conversation, assistant):
     image = picture(64, 64, 1)
     conversation.add_image(image)
     for text in ("<image>", "\udcff", "what " * 600):
@@ -99,13 +99,13 @@ class Failing:
         yield text
 
 
-def test_a_failed_answer_does_not_end_the_chat(capsys):
+def test_failed_answer_does_not_end_the_chat(capsys):
     answer_lines(Failing(), iter(["one", "two"]))  # type: ignore[arg-type]
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("two\n", "the model failed; the log says why\n")
 
 
-def test_a_conversation_that_fills_the_context_is_rejected(conversation):
+def test_conversation_that_fills_the_context_is_rejected(conversation):
     with pytest.raises(InputError, match="fills the 512 tokens of the context; start a new one"):
         next(conversation.say("what " * 600))
 
@@ -122,7 +122,7 @@ def test_paths_are_found_in_all_notations_of_terminals(tmp_path):
         assert paths_in(line) == []
 
 
-def test_a_chat_through_a_pipe_prints_only_answers(parts, assistant, tmp_path):
+def test_chat_through_a_pipe_prints_only_answers(parts, assistant, tmp_path):
     write(*parts, tmp_path / "model")
     first, second = picture(64, 64, 1), picture(64, 128, 2)
     first.save(tmp_path / "1.png")

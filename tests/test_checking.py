@@ -117,7 +117,7 @@ def test_every_problem_is_reported_with_its_row(folder):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["report.jsonl", "sizes.png", "summary.json"]
 
 
-def test_check_and_training_skip_the_same_samples_and_count_the_same_tokens(folder):
+def test_check_and_training_skip_and_count_the_same(folder):
     plan = recipe(folder)
     processor = fresh()[1]
     (source,) = mixture_sources(plan, plan.stages[0].data.sources)
@@ -138,7 +138,7 @@ def test_check_and_training_skip_the_same_samples_and_count_the_same_tokens(fold
 @pytest.mark.parametrize(
     "mode", [{"mode": "native"}, {"mode": "square", "side": 128}, {"mode": "short_side", "side": 64}]
 )
-def test_a_processor_without_pixels_writes_the_same_text(folder, mode):
+def test_processor_without_pixels_writes_the_same_text(folder, mode):
     plan, processor = recipe(folder), fresh()[1]
     processor.image_processor.change(**mode)
     samples = FileDataset(Mixture(mixture_sources(plan, plan.stages[0].data.sources)), processor, 1)
@@ -157,7 +157,7 @@ def test_two_workers_report_the_same_as_one_process(folder, monkeypatch):
     assert report(folder / "out0") == report(folder / "out2")
 
 
-def test_a_killed_check_continues(folder, monkeypatch):
+def test_killed_check_continues(folder, monkeypatch):
     monkeypatch.setattr(validation, "_CHUNK", 2)
     whole = check(recipe(folder), folder / "whole", 0)
     with killed_after_findings(5):
@@ -253,7 +253,7 @@ def test_missing_data_are_named_with_the_folder_and_the_option(folder, command, 
     assert f"relative to data_root, now {folder / 'images'}; change it in the recipe or with --set data_root=" in err
 
 
-def test_a_damaged_source_is_rejected_before_anything_is_written(folder):
+def test_damaged_source_is_rejected_before_anything_is_written(folder):
     (folder / "data.tar").write_bytes(b"no tar")
     with pytest.raises(InputError, match=r"data\.tar is not a complete, uncompressed tar file"):
         check(recipe(folder, Source("data.tar")), folder / "out", 0)
@@ -263,7 +263,7 @@ def test_a_damaged_source_is_rejected_before_anything_is_written(folder):
         check(pages, folder / "out", 0)
 
 
-def test_a_damaged_member_of_a_tar_is_reported_by_its_key(folder):
+def test_damaged_member_of_a_tar_is_reported_by_its_key(folder):
     with tarfile.open(folder / "data.tar", "w") as archive:
         for name, content in (("0.json", b"{"), ("1.json", json.dumps(RECORDS[-1][1]).encode())):
             member = tarfile.TarInfo(name)
@@ -275,7 +275,7 @@ def test_a_damaged_member_of_a_tar_is_reported_by_its_key(folder):
     assert "0.json is not json" in line["detail"]
 
 
-def test_initial_processor_equals_that_of_the_initial_model(folder):
+def test_initial_processor_equals_the_one_of_initial_model(folder):
     for model in (recipe(folder).model, ModelSpec(checkpoint=str(SHIPPED / "tiny")), assembled(folder)):
         plan = dataclasses.replace(recipe(folder), model=model)
         one, other = (
@@ -313,7 +313,7 @@ def supervised_item(processor: ConvLlavaProcessor, answer: str) -> dict[str, Any
     return encode(processor, messages)
 
 
-def test_a_sheet_marks_supervised_text(parts):
+def test_sheet_marks_supervised_text(parts):
     item = supervised_item(parts[1], "red")
     sample = sheet_sample(item, parts[1], 64, 3)
     supervised, visual = (
@@ -341,7 +341,7 @@ def test_long_text_is_shortened_and_long_words_are_split(parts):
 
 
 @pytest.mark.parametrize("pages", [False, True])
-def test_a_preview_draws_files_and_generated_pages(folder, pages, capsys, monkeypatch):
+def test_preview_draws_files_and_generated_pages(folder, pages, capsys, monkeypatch):
     plan = recipe(folder, data=Data(size=128, simple=True), steps=1, epochs=None) if pages else recipe(folder)
     (folder / "recipe.yaml").write_text(plan.dump())
     output = folder / "preview.png"
@@ -354,7 +354,7 @@ def test_a_preview_draws_files_and_generated_pages(folder, pages, capsys, monkey
 
 
 @pytest.mark.parametrize("objective", ["dense", "align"])
-def test_a_preview_draws_pages_with_dense_labels(folder, objective):
+def test_preview_draws_pages_with_dense_labels(folder, objective):
     stage = {"data": Data(size=128, simple=True), "steps": 1, "epochs": None, "objective": objective}
     preview(recipe(folder, **stage), None, 2, folder / "preview.png")
     assert Image.open(folder / "preview.png").width > 460

@@ -120,14 +120,14 @@ def test_connections_beyond_the_limit_get_an_api_error(server, connect, monkeypa
     assert first.recv(1000).startswith(b"HTTP/1.1 200")
 
 
-def test_bytes_that_are_not_http_get_an_api_error(connect):
+def test_invalid_http_gets_an_api_error(connect):
     for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: " + b"x" * 100_000):
         header, body = answer(connect(sent))
         assert header.startswith(b"HTTP/1.1 400")
         assert body["error"]["code"] == "invalid_http"
 
 
-def test_stream_that_nobody_reads_ends_soon_after_its_deadline(server):
+def test_unread_stream_ends_soon_after_its_deadline(server):
     async def endless():
         while True:
             yield "data: x\n\n"

@@ -24,7 +24,7 @@ MAX_WEIGHTS = 16_000_000
 """Limit in bytes for the weights in the package."""
 
 
-def test_demo_writes_the_result_of_the_generated_benchmark_and_a_picture(tmp_path, capsys):
+def test_demo_equals_the_generated_benchmark_and_draws_a_picture(tmp_path, capsys):
     write(*fresh(), tmp_path / "model")
     run_demo(str(tmp_path / "model"), tmp_path / "out", samples=3)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -43,7 +43,7 @@ def test_demo_writes_the_result_of_the_generated_benchmark_and_a_picture(tmp_pat
     assert picture.height > max(page.height for page in pages)
 
 
-def test_output_that_cannot_be_a_folder_is_rejected_before_the_run(tmp_path, monkeypatch):
+def test_invalid_output_is_rejected_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("convllava.evaluation.demo.load", lambda model: None)
     monkeypatch.setattr("convllava.evaluation.demo.evaluate", None)
     (tmp_path / "file").touch()
@@ -79,7 +79,7 @@ def test_readme_python_example_runs(monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_readme_commands_are_targets_of_the_makefile():
+def test_readme_commands_are_makefile_targets():
     (commands,) = re.findall(r"```\n(make .*?)```", README, re.DOTALL)
     for line in commands.strip().splitlines():
         command = shlex.split(line.split("#")[0])

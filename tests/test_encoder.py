@@ -60,7 +60,7 @@ def test_batched_images_equal_single(encoder, paused, assistant):
     assert paused.passes == [1, 3, 1]  # 2 + 3 + 1 parts of 64 x 64 pixels, and no room for two more
 
 
-def test_an_image_submitted_twice_is_encoded_once(encoder, paused, assistant):
+def test_image_submitted_twice_is_encoded_once(encoder, paused, assistant):
     first = submit(encoder, assistant, 0)
     paused.entered.acquire(timeout=20)
     again, twice = submit(encoder, assistant, 0), [submit(encoder, assistant, 1) for _ in range(2)]
@@ -83,7 +83,7 @@ def test_parallel_workers_equal_one_worker(paused, assistant):
     encoder.close()
 
 
-def test_an_image_with_cancelled_futures_is_skipped(encoder, paused, assistant):
+def test_image_with_cancelled_futures_is_skipped(encoder, paused, assistant):
     first = submit(encoder, assistant, 0)
     paused.entered.acquire(timeout=20)
     given_up, wanted = submit(encoder, assistant, 1), submit(encoder, assistant, 2)
@@ -94,7 +94,7 @@ def test_an_image_with_cancelled_futures_is_skipped(encoder, paused, assistant):
     assert encoder.known("1") is None
 
 
-def test_an_encoding_error_reaches_the_future_and_the_next_image_is_encoded(encoder, paused, assistant):
+def test_encoding_error_affects_only_its_own_image(encoder, paused, assistant):
     bad = encoder.submit("bad", {"image_sizes": torch.tensor([[64, 64]])})
     paused.go.release(10)
     with pytest.raises(KeyError):
@@ -102,7 +102,7 @@ def test_an_encoding_error_reaches_the_future_and_the_next_image_is_encoded(enco
     assert submit(encoder, assistant, 0).result(20).tokens.shape[1] == 32
 
 
-def test_the_cache_drops_the_least_recently_used_images():
+def test_cache_drops_the_least_recently_used_images():
     cache = FeatureCache(max_bytes=3 * 40)
     images = {name: EncodedImage("", torch.zeros(10), (64, 64)) for name in "abcde"}
     for name in "abc":

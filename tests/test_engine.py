@@ -77,7 +77,7 @@ def generated(assistant, messages, count):
     return assistant.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_random_model_answers_differ_between_questions_and_images(assistant):
+def test_answers_differ_between_questions_and_images(assistant):
     """Comparisons of answers could not fail if all answers were equal."""
     answers = {offline(assistant, question, image, 12) for question in QUESTIONS for image in (None, 0, 1, 2)}
     assert len(answers) > 8
@@ -120,7 +120,7 @@ def test_weights_by_columns_give_equal_answers():
     assert [text_of(found) for found in events] == expected
 
 
-def test_a_long_prompt_does_not_stall_other_answers(assistant):
+def test_long_prompt_does_not_stall_other_answers(assistant):
     writer = Writer(assistant, slots=3, step_tokens=12)
     _, short = writer.ask("what?", max_new_tokens=30)
     writer.engine.step()
@@ -135,7 +135,7 @@ def test_a_long_prompt_does_not_stall_other_answers(assistant):
     assert not long
 
 
-def test_a_second_turn_reuses_cached_keys_and_values(assistant):
+def test_second_turn_reuses_cached_keys_and_values(assistant):
     writer = Writer(assistant, slots=2)
     _, events = writer.ask("what is red?", 1)
     writer.finish()
@@ -163,7 +163,7 @@ def test_equal_prompts_are_read_once(assistant):
     assert len({text_of(events) for _, events in asked}) == 1
 
 
-def test_a_conversation_keeps_its_slot_while_another_slot_is_free(assistant):
+def test_conversation_keeps_its_slot_while_another_is_free(assistant):
     writer = Writer(assistant, slots=2)
     first, _ = writer.ask("describe the image " * 10, 1)
     writer.finish()
@@ -208,7 +208,7 @@ def test_logprobs_equal_the_model(assistant):
         assert [found for found, _ in token.top] == logprobs[place].topk(3).indices.tolist()
 
 
-def test_a_cancelled_answer_frees_its_slot(assistant):
+def test_cancelled_answer_frees_its_slot(assistant):
     writer = Writer(assistant, slots=1)
     running, events = writer.ask("what?", max_new_tokens=200)
     queued, _ = writer.ask("what is red?")
@@ -222,7 +222,7 @@ def test_a_cancelled_answer_frees_its_slot(assistant):
     assert text_of(last) == offline(assistant, "describe the image", None)
 
 
-def test_a_failed_step_fails_only_current_answers(assistant, monkeypatch):
+def test_failed_step_fails_only_current_answers(assistant, monkeypatch):
     writer = Writer(assistant)
     done = []
     monkeypatch.setattr(writer.engine.model, "forward", lambda *_: 1 / 0)
@@ -255,7 +255,7 @@ def test_prompts_and_settings_out_of_range_are_rejected(assistant):
         Engine(assistant.model, assistant.processor, context=1000)
 
 
-def test_answers_ignore_penalties_and_sampling_of_the_generation_config(parts):
+def test_generation_config_does_not_change_answers(parts):
     model = copy.deepcopy(parts[0])
     model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, temperature=0.7, do_sample=True)
     plain, other = Assistant(*parts), Assistant(model, parts[1])
@@ -405,7 +405,7 @@ def test_threads_may_share_an_assistant(parts):
     assert answers == many_answers(assistant, ASKED)
 
 
-def test_answers_follow_weights_that_change_between_calls(parts):
+def test_changed_weights_change_the_answers(parts):
     model = copy.deepcopy(parts[0])
     assistant = Assistant(model, parts[1])
     before = assistant.ask(numbered(1), "what?", max_new_tokens=8)

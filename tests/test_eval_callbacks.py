@@ -46,7 +46,7 @@ def loss_on_held_out(plan, folder):
         return model.eval()(**collate([dataset[index] for index in range(len(dataset))], 0)).loss.item()
 
 
-def test_evaluation_is_logged_and_drawn_without_changing_the_training(tmp_path):
+def test_evaluation_does_not_change_training(tmp_path):
     engine.train(recipe(EVALUATED), tmp_path / "evaluated")
     engine.train(recipe(dataclasses.replace(EVALUATED, evaluation=None)), tmp_path / "plain")
     assert logged(tmp_path / "evaluated") == logged(tmp_path / "plain")
@@ -57,7 +57,7 @@ def test_evaluation_is_logged_and_drawn_without_changing_the_training(tmp_path):
     assert events.Scalars("eval/loss")[-1].value == pytest.approx(logged(tmp_path / "evaluated", "eval_loss")[-1])
 
 
-def test_logged_eval_loss_equals_that_of_the_saved_weights(tmp_path):
+def test_logged_eval_loss_equals_the_loss_of_saved_weights(tmp_path):
     for stage in (EVALUATED, AVERAGED):
         stage = dataclasses.replace(stage, batch_size=4, evaluation=Evaluation(every=3, samples=4, pictures=0))
         folder = tmp_path / f"ema-{stage.ema}"
@@ -74,7 +74,7 @@ def test_held_out_loss_is_the_mean_over_tokens_of_all_batches(tmp_path, packing)
     assert logged(tmp_path, "eval_loss") == [pytest.approx(loss_on_held_out(plan, last), abs=1e-5)]
 
 
-def test_loss_weight_leaves_out_samples_that_fill_up_a_batch(parts):
+def test_loss_weight_excludes_samples_added_to_fill_a_batch(parts):
     dataset = ChatDataset(World(size=128, simple=True), parts[1], 3)
     items = [dataset[index] for index in range(3)]
     own = sum(int((item["labels"][1:] != IGNORE).sum()) for item in items[:2])

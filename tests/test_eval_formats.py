@@ -54,7 +54,7 @@ def test_cell_above_the_csv_modules_limit_is_read(tmp_path):
     assert same(question, 0)
 
 
-def test_tabs_quotes_and_line_breaks_in_texts_do_not_shift_images(tmp_path):
+def test_tabs_quotes_and_line_breaks_do_not_shift_images(tmp_path):
     rows = [
         {"index": n, "question": 'a\t"b"\nc é', "A": "x", "B": "y", "answer": "A", "image": base64_png(n)}
         for n in (3, 4)
@@ -124,7 +124,7 @@ def test_list_in_a_cell_is_several_right_answers(tmp_path):
         ("ocrbench", "[77]", ("77",)),
     ],
 )
-def test_answer_in_brackets_is_one_answer_unless_the_benchmark_has_lists(name, answer, truths, tmp_path):
+def test_brackets_are_lists_only_in_benchmarks_with_lists(name, answer, truths, tmp_path):
     rows = [{"index": 1, "question": "q", "answer": answer, "image": base64_png()}]
     assert load(name, write_tsv(tmp_path / "d.tsv", rows))[0].truths == truths
 
@@ -145,7 +145,7 @@ def test_mme_pairs_questions_by_image_and_gives_unique_ids(tmp_path):
     assert same(questions[4], 2)
 
 
-def test_seedbench_parquet_has_lists_of_images_and_types_by_number(tmp_path):
+def test_seedbench_parquet_has_image_lists_and_numbered_types(tmp_path):
     rows = [
         {
             "question_id": "101",
@@ -166,7 +166,7 @@ def test_seedbench_parquet_has_lists_of_images_and_types_by_number(tmp_path):
     assert question.pictures[2].load().size == (64, 64)
 
 
-def test_mmmu_parquet_takes_the_images_that_the_question_names(tmp_path):
+def test_mmmu_parquet_uses_the_images_named_in_the_question(tmp_path):
     common = {"image_1": parquet_image(1), "image_2": parquet_image(2), "image_3": None}
     rows = [
         {
@@ -248,7 +248,7 @@ def test_pope_reads_one_file_per_category_and_separate_images(tmp_path):
     assert load("pope", tmp_path / "pope" / "coco_pope_random.json")[0].id == "1"
 
 
-def test_refcoco_boxes_are_corners_in_json_lines_and_sides_in_parquet(tmp_path):
+def test_refcoco_boxes_of_json_lines_and_parquet_are_read(tmp_path):
     line = {"image": "a.png", "sent": "the left one", "bbox": [10, 20, 30, 60], "height": 80, "width": 100}
     (question,) = load("refcoco", write_lines(tmp_path / "refcoco_val.jsonl", [line]))
     assert question.text == "the left one"
@@ -267,7 +267,7 @@ def test_refcoco_boxes_are_corners_in_json_lines_and_sides_in_parquet(tmp_path):
     assert left.details["box"] == dog.details["box"] == (10, 20, 30, 60)
 
 
-def test_details_for_the_rules_of_ocrbench_realworldqa_and_mmvet_are_read(tmp_path):
+def test_fields_of_ocrbench_realworldqa_and_mmvet_are_read(tmp_path):
     ocr = [
         {
             "dataset": "HME100k",

@@ -38,7 +38,7 @@ def choice_question(options: tuple[str, ...] = OPTIONS) -> Question:
         ("", ""),
     ],
 )
-def test_normalisation_equals_that_of_the_textvqa_challenge(text, normalised):
+def test_normalisation_equals_the_textvqa_challenge(text, normalised):
     assert normalise(text) == normalised
 
 
@@ -50,7 +50,7 @@ def test_vqa_accuracy_leaves_each_of_ten_answers_out(agreeing, score):
 
 @patient
 @given(texts, st.lists(texts, min_size=10, max_size=10))
-def test_vqa_accuracy_is_a_share_and_never_falls_when_one_more_agrees(answer, truths):
+def test_vqa_accuracy_never_falls_with_one_more_agreement(answer, truths):
     before = metrics.vqa_accuracy(answer, truths)
     assert 0 <= before <= 1
     assert metrics.vqa_accuracy(answer, [answer, *truths[1:]]) >= before - 1e-9
@@ -151,7 +151,7 @@ def test_chartqa_tolerates_exactly_five_percent(target, share):
         ("\\frac { a } { b }", ["\\frac{a}{B}"], True, False),
     ],
 )
-def test_ocrbench_accepts_answers_that_contain_the_truth(answer, truths, is_formula, right):
+def test_ocrbench_accepts_answers_containing_the_truth(answer, truths, is_formula, right):
     assert metrics.contains(answer, truths, is_formula=is_formula) is right
 
 
@@ -182,7 +182,7 @@ def test_ocrbench_accepts_answers_that_contain_the_truth(answer, truths, is_form
         ("A bird", None),
     ],
 )
-def test_choice_is_read_or_none_but_never_guessed(answer, letter):
+def test_choice_is_read_and_never_guessed(answer, letter):
     assert answer_parsing.choice(answer, OPTIONS, "ABCD") == letter
 
 
@@ -240,7 +240,7 @@ def test_mmmu_choice_is_the_last_option_named(answer, letter):
         ("So the result is 12 apples", "12", True),
         ("12", "13", False),
         ("it is photosynthesis", "Photosynthesis", True),
-        ("it is photosynthesis in plants", "Photosynthesis", False),  # officially too: "is " is taken for a lead
+        ("it is photosynthesis in plants", "Photosynthesis", False),  # officially too: "is " counts as an introduction
         ("ab", "b", False),  # a single letter needs a space next to it
         ("1.5e3", "1500", True),
         ("", "1", False),

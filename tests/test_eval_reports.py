@@ -76,7 +76,7 @@ def test_equal_results_have_no_difference(tmp_path):
     assert compare(a, b)["overall"]["interval"] == [0, 0]
 
 
-def test_results_that_cannot_be_compared_are_rejected(tmp_path):
+def test_incomparable_results_are_rejected(tmp_path):
     a = result(tmp_path / "a", [0, 1])
     with pytest.raises(InputError, match="different questions: 1 are in only one of them, such as 2"):
         compare(a, result(tmp_path / "b", [0, 1, 1]))
@@ -107,19 +107,19 @@ def test_malformed_results_are_rejected(changes, message, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"model": {"name": "m"}}, {"model": None}, {"efficiency": {"seconds_to_first_token": 1.0}}]
 )
-def test_plot_rejects_a_result_that_lacks_a_value(changes, tmp_path):
+def test_plot_rejects_a_result_with_a_missing_value(changes, tmp_path):
     with pytest.raises(InputError, match=r"/a lacks (model|efficiency)\."):
         plot([result(tmp_path / "a", [0, 1], **changes)], tmp_path / "p.png")
 
 
 @pytest.mark.parametrize("interval", [[0.1], ["low", "high"], 0.5])
-def test_plot_rejects_an_interval_that_is_not_two_numbers(interval, tmp_path):
+def test_plot_rejects_a_malformed_interval(interval, tmp_path):
     efficiency = {"seconds_to_first_token": 1.0, "pixels": 640.0**2}
     with pytest.raises(InputError, match=r"/a has an interval that is not two numbers"):
         plot([result(tmp_path / "a", [0, 1], efficiency=efficiency, interval=interval)], tmp_path / "p.png")
 
 
-def test_result_that_is_nested_too_deeply_is_rejected(tmp_path):
+def test_deeply_nested_result_is_rejected(tmp_path):
     (tmp_path / "deep.json").write_text('{"a":' * 100_000)
     with pytest.raises(InputError, match=r"deep.json cannot be read"):
         compare(tmp_path / "deep.json", tmp_path / "deep.json")
@@ -186,7 +186,7 @@ class Reader:
         yield [self.known.get(question, "none") for _, question in questions]
 
 
-def test_sweep_bins_printed_answers_by_the_height_that_the_tower_sees(parts, tmp_path, monkeypatch):
+def test_sweep_groups_answers_by_text_height_in_the_tower(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("convllava.evaluation.sweep.FEWEST", 1)
     world = World("heldout", seed=3, size=256, kinds={"sign": 1})
     reader = Reader(parts, world, 6)

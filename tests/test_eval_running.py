@@ -96,7 +96,7 @@ def test_changed_settings_are_rejected_with_the_difference(assistant, tmp_path):
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
 
 
-def test_answers_of_other_weights_with_the_same_name_are_rejected(assistant, tmp_path):
+def test_run_with_other_weights_is_rejected(assistant, tmp_path):
     data, settings = seedbench(tmp_path), tmp_path / "out" / "settings.json"
     run_on(assistant, data, tmp_path / "out")
     kept = json.loads(settings.read_text())
@@ -203,7 +203,7 @@ def test_arguments_without_effect_are_rejected(assistant, benchmark, settings, m
         ("openai", "mmvet", {"judge_url": "http://localhost", "judge_model": "grader"}),
     ],
 )
-def test_missing_package_is_reported_before_the_run_with_its_extra(monkeypatch, package, benchmark, settings):
+def test_missing_package_is_reported_before_the_run(monkeypatch, package, benchmark, settings):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"needs .*pip install 'convllava\[eval\]'"):
         evaluate("nonexistent", benchmark, "nowhere", **settings)
@@ -259,7 +259,7 @@ def test_answers_with_any_line_separator_are_read_back(tmp_path):
     assert list(ResumableJsonl(tmp_path, {}).entries.values()) == entries
 
 
-def test_line_that_is_not_utf_8_is_named(tmp_path):
+def test_invalid_utf_8_line_is_named(tmp_path):
     ResumableJsonl(tmp_path, {}).add([{"id": "1", "answer": "one"}])
     with (tmp_path / "answers.jsonl").open("ab") as file:
         file.write(b'{"id": "\xff"}\n')
@@ -297,7 +297,7 @@ def oracle(world: World, samples: int, step: int = 1) -> Any:
     return lambda image, question: known.get((image.tobytes(), question), "none")
 
 
-def test_oracle_has_full_marks_on_generated_pages_and_none_blind(parts):
+def test_oracle_scores_1_on_generated_pages_and_0_blind(parts):
     world = World("heldout", seed=3, size=256)
     result = evaluate(Scripted(parts, oracle(world, 12)), world=world, samples=12, timed=0)  # type: ignore[arg-type]
     assert result.score == result["overall"]["accuracy"] == 1.0
@@ -340,7 +340,7 @@ def test_synthetic_is_another_name_of_generated(parts, tmp_path):
     assert read_result(tmp_path / "old.json")["benchmark"] == "generated"
 
 
-def test_text_height_is_that_of_the_tallest_character():
+def test_text_height_is_the_height_of_the_tallest_character():
     page = World("heldout", seed=3, size=256, kinds={"sign": 1}).sample(0)
     word = page.glyphs[0].char + page.glyphs[1].char
     tallest = max(glyph.box[3] - glyph.box[1] for glyph in page.glyphs[:2])

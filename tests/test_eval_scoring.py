@@ -134,7 +134,7 @@ def test_realworldqa_reads_letters_with_options_and_else_words(tmp_path):
     assert scored("realworldqa", data, {1: "right", 2: "two.", 3: "33"})["score"] == 0.6667
 
 
-def test_refcoco_boxes_are_mapped_back_through_the_canvas(tmp_path):
+def test_refcoco_boxes_are_mapped_from_the_canvas(tmp_path):
     line = {"image": "a.png", "sent": "it", "bbox": [20, 0, 120, 40], "height": 100, "width": 200}
     data = write_lines(tmp_path / "refcoco_val.jsonl", [line, line, line, line])
     answers = {1: "[0.10, 0.00, 0.60, 0.40]", 2: "It is [0.1, 0, 0.35, 0.4].", 3: "[0.1, 0.0, 0.34, 0.4]", 4: "left"}
@@ -216,7 +216,7 @@ verdicts = st.lists(st.sampled_from(["yes", "no", None]), min_size=1, max_size=1
 
 @patient
 @given(verdicts, st.integers(0, 2**32))
-def test_pope_measures_are_shares_and_f1_is_between_precision_and_recall(parsed, seed):
+def test_pope_f1_is_between_precision_and_recall(parsed, seed):
     truths = ["yes" if seed >> place & 1 else "no" for place in range(len(parsed))]
     graded = [
         Graded(str(place), (), "", truth, float(truth == found), found)

@@ -112,7 +112,7 @@ def connected(monkeypatch):
     return places
 
 
-def test_request_has_the_host_name_and_goes_to_the_checked_address(fetcher, site, connected):
+def test_request_goes_to_the_checked_address_with_host_name(fetcher, site, connected):
     site.pages["/a.png?b=c"] = (200, b"image", {})
     assert fetcher.fetch("http://good.example/a.png?b=c") == b"image"
     assert connected == ["127.0.0.1"]

@@ -16,7 +16,7 @@ TEXT = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
 QUICK = "--set stages.lora.pixels.min_pixels=65536 --max-steps 20 --set stages.lora.evaluation.every=10"
 
 
-def test_walk_through_lowers_the_loss_and_writes_a_merged_checkpoint(tmp_path, monkeypatch):
+def test_walkthrough_lowers_the_loss_and_writes_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

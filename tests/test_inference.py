@@ -69,7 +69,7 @@ def test_streamed_pieces_equal_the_whole_answer(assistant):
     assert "".join(pieces) == assistant.ask(picture(64, 64), "what is red?", **SETTINGS)
 
 
-def test_a_closed_stream_ends_its_answer(assistant):
+def test_closed_stream_ends_its_answer(assistant):
     pieces = assistant.stream(picture(64, 64), "what is red?", max_new_tokens=400)
     next(pieces)
     pieces.close()
@@ -195,7 +195,7 @@ def test_broken_folders_are_rejected(parts, tmp_path):
         load(tmp_path / "cut")
 
 
-def test_an_image_with_many_questions_is_encoded_once(assistant):
+def test_image_with_many_questions_is_encoded_once(assistant):
     calls = []
     handle = assistant.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     images = [picture(64, 64, 1), picture(64, 64, 2)]

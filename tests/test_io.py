@@ -8,7 +8,7 @@ from convllava.errors import DataError, InputError, nearest
 from convllava.io import JsonLines, ResumableJsonl, make_output, replacing, write_json
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
+def test_failed_write_keeps_only_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError), replacing(path) as partial, partial.open("w", encoding="ascii") as file:
@@ -22,7 +22,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
         write_json(tmp_path / "nowhere" / "a.json", {})
 
 
-def test_an_output_that_is_a_file_is_rejected(tmp_path):
+def test_file_as_output_folder_is_rejected(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(InputError, match=r"^`output` .*a cannot be a folder: File exists"):
         make_output(tmp_path / "a")
@@ -65,6 +65,6 @@ def test_damaged_entries_are_rejected(tmp_path, line, message):
         ResumableJsonl(tmp_path, {})
 
 
-def test_the_nearest_known_name_is_suggested():
+def test_nearest_known_name_is_suggested():
     assert nearest("sed", ["seed", "steps"]) == "; did you mean seed?"
     assert nearest("other", ["seed"]) == ""

@@ -70,7 +70,7 @@ def test_only_the_models_own_answer_is_greedy():
     assert all(own.total > other.total for own, other in zip(scores[::2], scores[1::2], strict=True))
 
 
-def test_a_prefix_of_the_models_own_answer_is_not_greedy():
+def test_prefix_of_the_models_own_answer_is_not_greedy():
     assistant = load("tiny", device="cpu")
     page = World("heldout", seed=1, size=256).sample(0).image
     said = assistant.ask(page, "Read the page.")
@@ -80,14 +80,14 @@ def test_a_prefix_of_the_models_own_answer_is_not_greedy():
     assert [score.is_greedy for score in scores] == [True, False]
 
 
-def test_an_encoded_image_scores_like_the_image(assistant):
+def test_encoded_image_scores_like_the_image(assistant):
     image = picture(64, 128)
     encoded = assistant.encode(image)
     scores = log_likelihoods(assistant, [([image], QUESTION, "red"), ([encoded], QUESTION, "red")])
     assert scores[0].total == pytest.approx(scores[1].total, abs=1e-4)
 
 
-def test_a_long_prompt_and_a_long_answer_fit_in_one_batch(assistant):
+def test_long_prompt_and_a_long_answer_fit_in_one_batch(assistant):
     long = [{"role": "user", "content": "what " * 240}]
     requests = [([], long, "red"), ([], QUESTION, "red " * 150)]
     batched = log_likelihoods(assistant, requests)

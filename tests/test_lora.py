@@ -50,7 +50,7 @@ def logits(model, processor):
         return model(**inputs).logits
 
 
-def test_adapter_folder_holds_only_the_adapter_and_loads_the_whole_model(run):
+def test_adapter_folder_is_small_and_loads_the_whole_model(run):
     folder = run / "1-lora"
     assert (folder / "adapter_model.safetensors").stat().st_size < (run / "0-chat/model.safetensors").stat().st_size
     assert not (folder / "model.safetensors").exists()
@@ -146,7 +146,7 @@ def test_four_bit_adapter_merges_into_the_whole_model(tmp_path):
         ({"adapter": Adapter(parts=["stage4"])}, "parts must have language_model, or learning_rates must not"),
     ],
 )
-def test_invalid_adapters_are_rejected_before_anything_is_written(tmp_path, changes, message):
+def test_invalid_adapters_are_rejected_before_writing(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         engine.train(recipe(replaced(**changes)), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Muon: orthogonal steps for matrices, AdamW's for the rest."""
+"""Muon: orthogonal steps for matrices, AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def groups_of(model: nn.Module, muon: bool) -> list[dict]:
     ]
 
 
-def test_other_groups_take_the_steps_of_torch_adamw():
+def test_other_groups_equal_torch_adamw():
     ours, theirs = network(), network()
     steps(ours, Muon(groups_of(ours, False), betas=(0.9, 0.98)), 10)
     steps(theirs, torch.optim.AdamW(groups_of(theirs, False), betas=(0.9, 0.98)), 10)
@@ -85,7 +85,7 @@ def trained() -> nn.Module:
     return model
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
+def test_two_processes_equal_one(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     mp.spawn(train_together, (str(tmp_path),), nprocs=2)
     alone = trained().state_dict()

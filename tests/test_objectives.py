@@ -45,7 +45,7 @@ def labelled_page() -> Sample:
     return Sample(0, "sign", Image.new("RGB", (64, 64)), "", (), glyphs, ())
 
 
-def test_spelling_labels_hold_two_previous_characters_and_word_ends():
+def test_spelling_labels_hold_previous_characters_and_word_ends():
     printed = printed_words(labelled_page())
     assert ["".join(glyph.char for glyph in word) for word in printed] == ["ab", "c", "d"]
     found = spelling_labels(printed, unchanged(Size(64, 64), stride=32), 32)
@@ -103,7 +103,7 @@ def test_alignment_gives_all_names_of_a_cell_the_same_share():
     assert alignment._naming_loss(tokens, 0 * bags) == 0
 
 
-def test_length_weighting_1_gives_answers_the_same_weight_and_0_tokens():
+def test_length_weighting_1_weights_answers_equally_0_tokens():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 6, 5), torch.full((2, 6), IGNORE)
     labels[0, 1:3], labels[0, 4], labels[1, 2:] = torch.tensor([1, 2]), 3, torch.tensor([0, 1, 2, 3])
@@ -126,7 +126,7 @@ def test_calibrated_tokens_have_mean_zero_and_unit_size():
     torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(1.0), atol=1e-3, rtol=0)
 
 
-def test_prompt_labels_leave_out_answers_images_padding_and_first_tokens():
+def test_prompt_labels_exclude_answers_images_and_padding():
     ids = torch.tensor([[1, 9, 9, 4, 5, 6, 0], [1, 9, 7, 8, 5, 0, 0]])
     answers = torch.full_like(ids, -100)
     answers[:, 4] = 5

@@ -76,7 +76,7 @@ def test_info_needs_the_key(server):
         assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key")
 
 
-def test_info_names_the_model_the_limit_of_a_file_and_the_examples(server):
+def test_info_has_model_file_limit_and_examples(server):
     status, found = info(server)
     assert (status, found["model"], found["max_file_bytes"], found["budgets"]) == (200, "test", 300_000, [])
     assert [len(example["questions"]) for example in found["examples"]] == [3, 3]
@@ -94,7 +94,7 @@ def test_info_names_the_model_the_limit_of_a_file_and_the_examples(server):
         ("?width=x&height=4", 400, "width: Input should be a valid integer"),
     ],
 )
-def test_info_rejects_sizes_that_the_model_cannot_take(server, query, status, message):
+def test_info_rejects_unsupported_sizes(server, query, status, message):
     found, body = info(server, query)
     assert found == status
     assert message in body["error"]["message"]

@@ -105,7 +105,7 @@ def test_neighbouring_slots_share_a_call_if_it_costs_less(spans, calls):
     assert len(runs) == calls
 
 
-def test_a_copied_prefix_continues_as_the_original():
+def test_copied_prefix_continues_as_the_original():
     model = causal_lm(CONFIGS["llama"])
     many = ragged(model)
     (text,) = texts(20)
@@ -115,7 +115,7 @@ def test_a_copied_prefix_continues_as_the_original():
     torch.testing.assert_close(found[0], own_logits(model, text), rtol=1e-4, atol=1e-4)
 
 
-def test_the_models_own_forward_stays_equal():
+def test_models_own_forward_stays_equal():
     model = causal_lm(CONFIGS["windows"])
     (text,) = texts(20)
     before = own_logits(model, text)
@@ -123,7 +123,7 @@ def test_the_models_own_forward_stays_equal():
     assert torch.equal(own_logits(model, text), before)
 
 
-def test_weights_by_columns_give_equal_logits_and_keep_the_embedding():
+def test_weights_by_columns_give_equal_logits():
     model = causal_lm(CONFIGS["qwen2"])
     (text,) = texts(20)
     before = own_logits(model, text)

@@ -106,7 +106,7 @@ def test_overrides_take_old_and_new_keys_of_old_and_new_recipes(tmp_path, caplog
     assert len(caplog.messages) == 1
 
 
-def test_an_old_and_a_new_key_together_are_rejected(tmp_path):
+def test_old_and_a_new_key_together_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match=r"stages\[0\]: trains is the old name of learning_rates; give only"):
         Recipe.load(write(tmp_path, changed("trains: {projector: 1e-3}")))
 
@@ -156,7 +156,7 @@ def test_bad_recipes_are_rejected_in_one_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31])
-def test_a_seed_outside_the_range_of_generators_is_rejected(tmp_path, seed):
+def test_seed_outside_the_range_of_generators_is_rejected(tmp_path, seed):
     with pytest.raises(ConfigError, match=f"seed must be 0 or more and below 2\\*\\*31; got {seed}"):
         Recipe.load(write(tmp_path), [f"seed={seed}"])
 
@@ -185,7 +185,7 @@ def test_bad_overrides_are_rejected(tmp_path, override, message):
         Recipe.load(write(tmp_path), [override])
 
 
-def test_a_missing_recipe_is_named(tmp_path):
+def test_missing_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no recipe at .*nowhere\.yaml"):
         Recipe.load(tmp_path / "nowhere.yaml")
 
@@ -225,6 +225,6 @@ def test_bad_sources_are_rejected(tmp_path, sources, message):
         Recipe.load(write(tmp_path, changed(f"data: {{sources: [{sources}]}}")))
 
 
-def test_a_source_may_have_a_list_of_paths(tmp_path):
+def test_source_may_have_a_list_of_paths(tmp_path):
     path = write(tmp_path, changed("data: {sources: [{path: [a.tar, b-*.tar], weight: 2}]}"))
     assert Recipe.load(path).stages[0].data.sources[0].paths == ["a.tar", "b-*.tar"]

@@ -58,7 +58,7 @@ def test_resumed_equals_uninterrupted(tmp_path, stage):
         assert heads[0].read_bytes() == heads[1].read_bytes()
 
 
-def test_an_incomplete_checkpoint_is_never_used(tmp_path):
+def test_incomplete_checkpoint_is_never_used(tmp_path):
     plan = recipe(CHAT, save_every=2)
     with killed_in(engine.StageTrainer, "_save_rng_state"):
         engine.train(plan, tmp_path)
@@ -69,7 +69,7 @@ def test_an_incomplete_checkpoint_is_never_used(tmp_path):
     assert not progress.exists()
 
 
-def test_a_full_disk_keeps_the_last_complete_checkpoint(tmp_path):
+def test_full_disk_keeps_the_last_complete_checkpoint(tmp_path):
     plan, out = recipe(dataclasses.replace(CHAT, steps=6), save_every=2), tmp_path / "out"
     limit = limit_file_size(200_000)
     full = subprocess.run(command(plan, out), capture_output=True, text=True, preexec_fn=limit, env=ALONE)
@@ -93,7 +93,7 @@ def limit_file_size(size):
 
 
 @pytest.mark.parametrize("program", [ONE, TWO], ids=["1", "2"])
-def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path, program):
+def test_run_killed_twice_equals_an_uninterrupted_one(tmp_path, program):
     plan = recipe(dataclasses.replace(CHAT, steps=8), save_every=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(plan, whole, program)
@@ -133,7 +133,7 @@ def start_run(plan: Recipe, run: Path) -> None:
     (run / "recipe.yaml").write_text(plan.dump())
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_with_another_recipe(tmp_path, monkeypatch):
+def test_run_is_not_overwritten_or_resumed_with_another_recipe(tmp_path, monkeypatch):
     start_run(recipe(CHAT), tmp_path)
     resumed = []
     monkeypatch.setattr(engine, "train_stage", lambda run, model: resumed.append(run.index))
@@ -178,14 +178,14 @@ def test_run_with_old_keys_is_resumed(tmp_path):
     assert (tmp_path / "recipe.yaml").read_text() == plan.dump()
 
 
-def test_a_used_folder_is_rejected_before_anything_is_measured(tmp_path, monkeypatch):
+def test_used_folder_is_rejected_before_anything_is_measured(tmp_path, monkeypatch):
     start_run(recipe(CHAT), tmp_path)
     monkeypatch.setattr(engine, "plan_steps", die)
     with pytest.raises(ConfigError, match="already holds a run"):
         engine.train(recipe(CHAT), tmp_path)
 
 
-def test_a_resumed_run_starts_after_the_last_complete_stage(tmp_path, monkeypatch):
+def test_resumed_run_starts_after_the_last_complete_stage(tmp_path, monkeypatch):
     stages = [dataclasses.replace(CHAT, name=name) for name in "abcd"]
     start_run(recipe(*stages), tmp_path)
     engine.checkpoints.write(*engine.initial_model(recipe(CHAT)), tmp_path / "2-c")  # 0-a and 1-b were deleted
@@ -195,7 +195,7 @@ def test_a_resumed_run_starts_after_the_last_complete_stage(tmp_path, monkeypatc
     assert trained == [3]
 
 
-def test_an_incomplete_last_line_of_the_log_is_dropped(tmp_path):
+def test_incomplete_last_line_of_the_log_is_dropped(tmp_path):
     engine.train(recipe(DENSE), tmp_path)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"stage": "chat", "in')

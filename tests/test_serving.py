@@ -90,7 +90,7 @@ def test_streamed_answer_equals_whole(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_answers_of_eight_clients_at_once_equal_those_alone(client, assistant):
+def test_answers_of_eight_parallel_clients_equal_single(client, assistant):
     asked = [(TEXTS[number % 4], number, 3 + number) for number in range(8)]
 
     def served(text, number, count):
@@ -120,7 +120,7 @@ def test_conversation_reuses_its_prompt_and_image(client, server, assistant):
     assert (server.service.encoder.stats.images, server.service.encoder.stats.hits) == (images, hits + 1)
 
 
-def test_pixel_budget_of_a_request_equals_that_of_the_processor(client, parts):
+def test_pixel_budget_of_a_request_equals_the_processor_setting(client, parts):
     model, processor = parts
     fewer = copy.deepcopy(processor)
     fewer.image_processor.change(max_pixels=128**2)
@@ -226,7 +226,7 @@ def test_image_in_the_middle_of_a_message_stays_there(client, assistant):
     assert found.choices[0].message.content == expected
 
 
-def test_draining_server_finishes_running_requests_and_rejects_new_ones(assistant, parts):
+def test_draining_server_finishes_requests_and_rejects_new_ones(assistant, parts):
     own = Assistant(copy.deepcopy(parts[0]), parts[1])
     with serving(own, slots=1, step_tokens=8) as running, ThreadPoolExecutor(1) as pool:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)

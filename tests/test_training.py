@@ -59,7 +59,7 @@ def test_log_has_one_line_per_step_with_true_counts(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [DENSE, CHAT], ids=lambda stage: stage.name)
-def test_first_logged_values_equal_those_of_the_model(tmp_path, stage):
+def test_first_logged_values_equal_the_model_outputs(tmp_path, stage):
     plan = recipe(stage)
     engine.train(plan, tmp_path, max_steps=1)
     model, processor = engine.initial_model(plan)
@@ -138,13 +138,13 @@ def test_every_parameter_belongs_to_one_part_and_one_group():
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"] if decay)
 
 
-def test_an_unknown_part_is_named():
+def test_unknown_part_is_named():
     model, _ = engine.initial_model(recipe(CHAT))
     with pytest.raises(InputError, match=r"no part 'projecter'; did you mean projector\?"):
         train_only(model, ["projecter"])
 
 
-def test_a_batch_that_does_not_divide_among_processes_is_rejected(tmp_path, monkeypatch):
+def test_batch_not_divisible_by_processes_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="batch_size 2 does not divide among 3 processes"):
         engine.train(recipe(CHAT), tmp_path / "out")
@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_divide_among_processes_is_rejected(tmp_path, monk
         ({"checkpoint": "/no/where"}, "there is no model"),
     ],
 )
-def test_bad_models_are_rejected_before_anything_is_written(tmp_path, change, message):
+def test_bad_models_are_rejected_before_writing(tmp_path, change, message):
     plan = dataclasses.replace(recipe(CHAT), model=ModelSpec(**change))
     with pytest.raises(InputError, match=message):
         engine.train(plan, tmp_path / "out")
@@ -207,13 +207,13 @@ def test_dense_labels_need_patches_of_four_pixels(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_logger_is_rejected_before_anything_is_written(tmp_path):
+def test_unknown_logger_is_rejected_before_writing(tmp_path):
     with pytest.raises(InputError, match="report_to: wandbb: "):
         engine.train(recipe(CHAT, report_to=["wandbb"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_last_stage_is_rejected_before_anything_is_written(tmp_path):
+def test_bad_last_stage_is_rejected_before_writing(tmp_path):
     for change, message in (
         ({"learning_rates": {"stage9": 1e-3}}, "the model has no part 'stage9'"),
         ({"data": dataclasses.replace(DATA, kinds={"novel": 1.0})}, "`kinds` has 'novel'"),

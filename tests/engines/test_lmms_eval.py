@@ -144,13 +144,13 @@ def test_images_replace_their_marks_in_the_text():
     assert lmms_eval._interleave(" or", "<image>", 0) == [second]
 
 
-def test_an_answer_ends_before_the_first_stop_text():
+def test_answer_ends_before_the_first_stop_text():
     assert lmms_eval._cut("a\nb.c", ["\n", "."]) == lmms_eval._cut("a.b\nc", ["\n", "."]) == "a"
     assert lmms_eval._cut("a\nb", "\n") == "a"
     assert lmms_eval._cut("a\nb", None) == lmms_eval._cut("a\nb", [""]) == "a\nb"
 
 
-def test_a_temperature_above_zero_means_sampling():
+def test_temperature_above_zero_means_sampling():
     greedy = {"do_sample": False, "max_new_tokens": 256}
     assert (
         lmms_eval._generation({"temperature": 0, "top_p": 1.0, "until": ["x"], "image_aspect_ratio": "pad"}) == greedy

@@ -121,7 +121,7 @@ def test_answers_about_50_images_equal_the_assistant(tiny, assistant, pages):
     assert len(set(answers)) > PAGES / 2
 
 
-def test_answers_about_several_images_or_none_equal_the_assistant(tiny, assistant, pages):
+def test_answers_about_0_or_2_images_equal_the_assistant(tiny, assistant, pages):
     first, second = pages[0].image, pages[1].image
     question = pages[0].turns[0].question
     for images in ([first, second], [second, first], []):
