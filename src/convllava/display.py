@@ -22,23 +22,18 @@ INK, MUTED, ACCENT = "#1d2433", "#8a93a6", "#2f6fde"
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar; what it gives takes the share that is done, 0 to 1."""
+    """Show a progress bar. Call the yielded function with the share that is done, 0 to 1."""
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda share: bar.update(task, completed=share)
 
 
-_COLOUR = (220, 40, 40)
-
-
 def draw_boxes(image: Image.Image, boxes: Iterable[Box]) -> Image.Image:
-    """A copy with boxes, given in its pixels, in lines that show at its size."""
+    """Return a copy of an image with boxes, which are in pixels; the lines are wider on a larger image."""
     drawn = image.copy()
-    draw = ImageDraw.Draw(drawn)
-    width = max(3, round(min(image.size) / 150))
     for box in boxes:
-        draw.rectangle(box, outline=_COLOUR, width=width)
+        ImageDraw.Draw(drawn).rectangle(box, outline=(220, 40, 40), width=max(3, round(min(image.size) / 150)))
     return drawn
 
 
@@ -74,13 +69,13 @@ def draw_answers(answered: Sequence[AnsweredImage]) -> Image.Image:
 
 
 def check_can_draw(extra: str) -> None:
-    """Refuse what would be drawn in the end.
+    """Check, before slow work, that its results can be drawn.
 
     Args:
-        extra: Which brings matplotlib, among other things.
+        extra: The extra of this package that installs matplotlib.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: if matplotlib is missing.
     """
     if find_spec("matplotlib") is None:
         raise InputError(f"drawing needs matplotlib; pip install 'convllava[{extra}]'")
@@ -88,10 +83,10 @@ def check_can_draw(extra: str) -> None:
 
 @contextmanager
 def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
-    """Axes to draw on, in the package's plain style; the PNG is written when all is drawn.
+    """Yield axes in the package's plain style; the PNG is written at the end of the block.
 
     Raises:
-        InputError: matplotlib is missing, or the picture cannot be written.
+        InputError: if matplotlib is missing or the picture cannot be written.
     """
     check_can_draw("eval")
     import matplotlib

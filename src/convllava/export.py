@@ -12,6 +12,7 @@ import copy
 import logging
 import tempfile
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,15 @@ def export(model: ConvLlavaForConditionalGeneration, path: Path) -> float:
     """
     if path.suffix not in (".onnx", ".xml"):
         raise ConfigError(f"`path` {path} must end in .onnx, or in .xml for OpenVINO")
-    side = copy.deepcopy(ImageSide(model)).float().eval()
-    stride, channels = model.config.vision_config.stride, model.config.vision_config.num_channels
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
+    side = copy.deepcopy(ImageSide(model)).float().eval()
+    stride, channels = model.config.vision_config.stride, model.config.vision_config.num_channels
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         written = Path(folder) / "image-side.onnx"
-        _write_onnx(side, stride, channels, written)
+        _write_onnx(side, torch.zeros(1, channels, 3 * stride, 4 * stride), stride, written)
         if path.suffix == ".xml":
             openvino = _import("openvino")
             converted = openvino.convert_model(written)
@@ -83,17 +84,15 @@ def export(model: ConvLlavaForConditionalGeneration, path: Path) -> float:
     return difference
 
 
-def _write_onnx(side: ImageSide, stride: int, channels: int, path: Path) -> None:
+def _write_onnx(side: ImageSide, example: Tensor, stride: int, path: Path) -> None:
     _import("onnxscript")
     height, width = (stride * torch.export.Dim(name, min=1, max=_MAX_GRID) for name in ("rows", "columns"))
-    example = torch.zeros(1, channels, 3 * stride, 4 * stride)
+    shapes = {"pixel_values": {2: height, 3: width}}
     # The exporter logs its progress and optional packages that are missing; neither helps a user.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(
-            side, (example,), dynamic_shapes={"pixel_values": {2: height, 3: width}}, strict=False
-        )
+        program = torch.export.export(side, (example,), dynamic_shapes=shapes, strict=False)
         written: Any = torch.onnx.export(
             program,
             (example,),
@@ -110,19 +109,16 @@ def _difference(side: ImageSide, path: Path, stride: int, channels: int) -> floa
     """Return the largest difference between a file and the model on images of four shapes."""
     if path.suffix == ".onnx":
         session = _import("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        run = partial(session.run, ["tokens"])
     else:
-        compiled = _import("openvino").compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        run = _import("openvino").compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     differences = []
     for rows, columns in _CHECKED_GRIDS:
         generator = torch.Generator().manual_seed(rows * columns)
         pixels = torch.randn(1, channels, rows * stride, columns * stride, generator=generator)
         with torch.no_grad():
             expected = side(pixels).numpy()
-        if path.suffix == ".onnx":
-            found = session.run(["tokens"], {"pixel_values": pixels.numpy()})[0]
-        else:
-            found = compiled(pixels.numpy())[0]
-        differences.append(float(np.abs(found - expected).max()))
+        differences.append(np.abs(run({"pixel_values": pixels.numpy()})[0] - expected).max())
     return float(np.max(differences))
 
 

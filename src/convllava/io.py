@@ -180,17 +180,13 @@ class JsonLines:
         """
         lines = (json.dumps(value, ensure_ascii=False) for value in values)
         # A lone surrogate has no UTF-8 form, so the line is escaped: a JSON text in ASCII means the same.
-        lines = (line if _is_writable(line) else json.dumps(json.loads(line)) for line in lines)
+        lines = (json.dumps(json.loads(line)) if re.search(r"[\ud800-\udfff]", line) else line for line in lines)
         text = "".join(f"{line}\n" for line in lines)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}; free some space and resume") from None
-
-
-def _is_writable(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class ResumableJsonl:

@@ -63,17 +63,17 @@ def groups_of(graded: Iterable[Graded]) -> list[list[Graded]]:
 
 def mean(groups: Groups) -> dict[str, float]:
     """Return the mean score of all questions."""
-    return {"accuracy": _mean(item.score for item in _flat(groups))}
+    return {"accuracy": _mean(item.score for item in each(groups))}
 
 
 def anls(groups: Groups) -> dict[str, float]:
     """Return the mean similarity of all questions."""
-    return {"anls": _mean(item.score for item in _flat(groups))}
+    return {"anls": _mean(item.score for item in each(groups))}
 
 
 def points(groups: Groups) -> dict[str, float]:
     """OCRBench: return the share and the number of right answers; the number, of 1000, is the final score."""
-    return mean(groups) | {"points": sum(item.score for item in _flat(groups))}
+    return mean(groups) | {"points": sum(item.score for item in each(groups))}
 
 
 def circular(groups: Groups) -> dict[str, float]:
@@ -104,7 +104,7 @@ def seen_and_blind(groups: Groups) -> dict[str, float]:
 
 def each(groups: Groups) -> list[Graded]:
     """Return every question as one unit of a comparison."""
-    return _flat(groups)
+    return [item for group in groups for item in group]
 
 
 def worst(groups: Groups) -> list[Graded]:
@@ -133,7 +133,7 @@ def mme(groups: Groups) -> dict[str, float]:
 
     def accuracies(pairs: Groups) -> tuple[float, float]:
         both = [float(len(pair) == 2 and all(item.score == 1 for item in pair)) for pair in pairs]
-        return _mean(item.score for item in _flat(pairs)), _mean(both)
+        return _mean(item.score for item in each(pairs)), _mean(both)
 
     by_task: dict[str, list[Sequence[Graded]]] = defaultdict(list)
     for group in groups:
@@ -156,7 +156,7 @@ def yes_or_no(groups: Groups) -> dict[str, float]:
 
     Source: arXiv 2305.10355, section 4.1, and its `evaluate.py`.
     """
-    graded = _flat(groups)
+    graded = each(groups)
     said = sum(item.parsed == "yes" for item in graded)
     meant = sum(item.truth == "yes" for item in graded)
     both = sum(item.parsed == item.truth == "yes" for item in graded)
@@ -168,10 +168,6 @@ def yes_or_no(groups: Groups) -> dict[str, float]:
         "recall": recall,
         "yes_ratio": said / len(graded) if graded else 0.0,
     }
-
-
-def _flat(groups: Groups) -> list[Graded]:
-    return [item for group in groups for item in group]
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -199,8 +195,7 @@ def interval(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    draws = np.random.default_rng(seed)
-    labels = np.asarray(strata)
+    draws, labels = np.random.default_rng(seed), np.asarray(strata)
     parts = [np.flatnonzero(labels == label) for label in sorted(set(strata))]
     found = [
         statistic(np.concatenate([part[draws.integers(len(part), size=len(part))] for part in parts]))

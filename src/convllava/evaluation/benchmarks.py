@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from convllava.errors import ConfigError, DataError
@@ -67,6 +68,8 @@ class Benchmark:
         return {"open": self.open_prompt, "choice": self.choice_prompt}
 
 
+_documents = partial(Benchmark, rule=rules.by_anls, summarise=aggregate.anls, primary="anls", max_new_tokens=64)
+_boxes = partial(Benchmark, rule=rules.by_box, open_prompt=BOX, max_new_tokens=64, family="refcoco")
 _ALL = (
     Benchmark(
         "generated",
@@ -104,39 +107,18 @@ _ALL = (
         "mmvet", "arXiv 2308.02490", rules.by_llm_judge, QUESTION, QUESTION, max_new_tokens=512, needs_judge=True
     ),
     Benchmark("textvqa", "arXiv 1904.08920", rules.by_vqa),
-    Benchmark("docvqa", "arXiv 2007.00398", rules.by_anls, primary="anls", summarise=aggregate.anls, max_new_tokens=64),
+    _documents("docvqa", "arXiv 2007.00398"),
     Benchmark(
         "pope", "arXiv 2305.10355", rules.by_sentence, summarise=aggregate.yes_or_no, primary="f1", max_new_tokens=16
     ),
-    Benchmark("refcoco", "arXiv 1608.00272", rules.by_box, BOX, family="refcoco", max_new_tokens=64),
-    Benchmark(
-        "refcoco+",
-        "arXiv 1608.00272",
-        rules.by_box,
-        BOX,
-        family="refcoco",
-        max_new_tokens=64,
-        aliases=("refcocoplus",),
-    ),
-    Benchmark("refcocog", "arXiv 1511.02283", rules.by_box, BOX, family="refcoco", max_new_tokens=64),
+    _boxes("refcoco", "arXiv 1608.00272"),
+    _boxes("refcoco+", "arXiv 1608.00272", aliases=("refcocoplus",)),
+    _boxes("refcocog", "arXiv 1511.02283"),
     Benchmark("chartqa", "arXiv 2203.10244", rules.by_chart),
     Benchmark(
-        "ocrbench",
-        "arXiv 2305.07895",
-        rules.by_containment,
-        QUESTION,
-        summarise=aggregate.points,
-        max_new_tokens=128,
+        "ocrbench", "arXiv 2305.07895", rules.by_containment, QUESTION, summarise=aggregate.points, max_new_tokens=128
     ),
-    Benchmark(
-        "infovqa",
-        "arXiv 2104.12756",
-        rules.by_anls,
-        primary="anls",
-        summarise=aggregate.anls,
-        max_new_tokens=64,
-        aliases=("infographic",),
-    ),
+    _documents("infovqa", "arXiv 2104.12756", aliases=("infographic",)),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
@@ -161,12 +143,8 @@ def find_benchmarks(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise DataError(f"`data` {folder}: to run all benchmarks, give a folder with a file or folder for each")
-    names = {
-        alias: item.name
-        for item in BENCHMARKS.values()
-        if not item.is_generated
-        for alias in (item.name, *item.aliases)
-    }
+    on_files = [item for item in BENCHMARKS.values() if not item.is_generated]
+    names = {alias: item.name for item in on_files for alias in (item.name, *item.aliases)}
     entries: dict[str, list[Path]] = defaultdict(list)
     for entry in sorted(folder.iterdir()):
         plain = re.sub(r"[^a-z0-9+]", "", entry.stem.lower())

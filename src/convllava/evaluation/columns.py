@@ -9,8 +9,9 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def load_questions(
     for path in paths:
         for row in read_rows(path, folder):
             question = _question(family, row, folder, len(questions) + 1)
-            refine = _REFINEMENTS.get(family)
-            questions += refine(question, row, path if len(paths) > 1 else None) if refine else [question]
+            part = path.stem if len(paths) > 1 else ""
+            questions += _with_boxes(question, row) if family == "refcoco" else [_refined(family, question, row, part)]
     counts: Counter[str] = Counter()
     for number, question in enumerate(questions):
         counts[question.id] += 1
@@ -128,16 +129,35 @@ def find_tables(benchmark: Benchmark, data: Path, split: str | None) -> list[Pat
 def _question(family: str, row: Row, images: Path, number: int) -> Question:
     """Read what all benchmarks have in common."""
     text = _required(row, _TEXTS)
-    options = _options(row)
-    name = next((row.cells[key] for key in _IDS if row.cells.get(key) not in (None, "")), number)
-    category_columns = _CATEGORIES.get(family, ("category",))
-    cells = [item for column in category_columns for item in listed(row.cells.get(column) or "")]
+    options: tuple[str, ...] = ()
+    if row.cells.get("options"):
+        options = tuple(listed(row.cells["options"]))
+    else:
+        for form, letters in (("{}", string.ascii_uppercase), ("choice_{}", string.ascii_lowercase)):
+            found = [_present(row.cells.get(form.format(letter))) for letter in letters]
+            options = options or tuple(takewhile(bool, found))
+
+    truths: tuple[str, ...] = ()
+    if family != "refcoco":  # its boxes are the truths
+        cell = _required(row, _TRUTHS)
+        answers = [] if cell is None else listed(cell, only_of_texts=family not in _WITH_LISTS)
+        truths = tuple(answer.strip() for answer in answers)
+        if not set(truths) - {"", "nan"}:
+            raise DataError(f"{row.where} has no answer; is the file a test split, whose answers are not published?")
+        if options:
+            letters = string.ascii_uppercase[: len(options)]
+            if len(truths) != 1 or len(truths[0]) != 1 or truths[0].upper() not in letters:
+                raise DataError(f"{row.where}: the answer is {', '.join(truths)[:40]!r}, and the options are {letters}")
+            truths = (truths[0].upper(),)
+
+    columns = _CATEGORIES.get(family, ("category",))
+    cells = [item for column in columns for item in listed(row.cells.get(column) or "")]
     parts = [part for cell in cells for part in (cell.split(",") if family in ("pope", "mmvet") else [cell])]
     return Question(
-        id=str(name),
+        id=str(next((row.cells[key] for key in _IDS if row.cells.get(key) not in (None, "")), number)),
         text=str(text).strip(),
         pictures=_pictures(row, images),
-        truths=() if family == "refcoco" else _truths(family, row, options),
+        truths=truths,
         options=options,
         hint=_present(row.cells.get("hint")),
         categories=tuple(dict.fromkeys(text for part in parts if (text := _present(part)))),
@@ -158,31 +178,6 @@ def _present(value: Any) -> str:
     return "" if text == "nan" else text
 
 
-def _options(row: Row) -> tuple[str, ...]:
-    """Return the options from the columns A, B, ..., or choice_a, choice_b, ..., or a list under `options`."""
-    if row.cells.get("options"):
-        return tuple(listed(row.cells["options"]))
-    for form, letters in (("{}", string.ascii_uppercase), ("choice_{}", string.ascii_lowercase)):
-        found = [_present(row.cells.get(form.format(letter))) for letter in letters]
-        if found[0]:
-            return tuple(found[: found.index("")])
-    return ()
-
-
-def _truths(family: str, row: Row, options: tuple[str, ...]) -> tuple[str, ...]:
-    cell = _required(row, _TRUTHS)
-    cells = [] if cell is None else listed(cell, only_of_texts=family not in _WITH_LISTS)
-    truths = tuple(truth.strip() for truth in cells)
-    if not set(truths) - {"", "nan"}:
-        raise DataError(f"{row.where} has no answer; is the file a test split, whose answers are not published?")
-    if not options:
-        return truths
-    letters = string.ascii_uppercase[: len(options)]
-    if len(truths) != 1 or len(truths[0]) != 1 or truths[0].upper() not in letters:
-        raise DataError(f"{row.where}: the answer is {', '.join(truths)[:40]!r}, and the options are {letters}")
-    return (truths[0].upper(),)
-
-
 def _pictures(row: Row, images: Path) -> tuple[Picture, ...]:
     """Return the images in the file, column by column, or else the image files that the row names."""
     inside = tuple(picture for name in sorted(row.pictures) for picture in row.pictures[name])
@@ -195,40 +190,63 @@ def _pictures(row: Row, images: Path) -> tuple[Picture, ...]:
     return (MissingPicture(f"{row.where}: no image"),)
 
 
-def _with_rotations(question: Question, row: Row, path: Path | None) -> list[Question]:
-    if not question.options:
-        raise DataError(f"{row.where} has no options; a choice needs the columns A, B, ...")
-    index = int(question.id) if question.id.isdecimal() else None
-    return [replace(question, group=question.id if index is None else str(index % _ROTATION))]
+def _refined(family: str, question: Question, row: Row, part: str) -> Question:
+    """Add what is special in one benchmark.
 
-
-def _of_seedbench(question: Question, row: Row, path: Path | None) -> list[Question]:
-    if not question.options:
-        raise DataError(f"{row.where} has no options; a choice needs the columns A, B, ... or choice_a, choice_b, ...")
-    kind = str(row.cells.get("question_type_id", ""))
-    if question.categories or not kind.isdecimal() or not 1 <= int(kind) <= len(_SEED_TYPES):
-        return [question]
-    return [replace(question, categories=(_SEED_TYPES[int(kind) - 1],))]
-
-
-def _of_mme(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Group the pair of questions about an image by the image's name, or else by the image."""
-    known = (*MME_PERCEPTION, *MME_COGNITION)
-    if len(question.categories) != 1 or question.categories[0] not in known:
-        raise DataError(f"{row.where}: the category is {row.cells.get('category')!r}; MME has {', '.join(known)}")
-    name = row.cells.get("question_id") or row.cells.get("image_path") or question.pictures[0]
-    # The prompt template already asks for the form of the answer.
-    text = question.text.replace("Please answer yes or no.", "").strip()
-    return [replace(_yes_or_no(question, row), text=text, group=f"{question.categories[0]}/{name}")]
-
-
-def _of_pope(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Take the category from the file's name (coco_pope_random.json) if there are several files."""
-    question = _yes_or_no(question, row)
-    if path is None:
-        return [question]
-    kind = path.stem.split("_")[-1]
-    return [replace(question, id=f"{kind}/{question.id}", categories=question.categories or (kind,))]
+    Args:
+        part: Name of the file without its ending if there are several files, else empty.
+    """
+    kind = part.split("_")[-1]  # of coco_pope_random, test_human
+    match family:
+        case "mmbench" | "seedbench" if not question.options:
+            columns = "A, B, ..." if family == "mmbench" else "A, B, ... or choice_a, choice_b, ..."
+            raise DataError(f"{row.where} has no options; a choice needs the columns {columns}")
+        case "mmbench":
+            is_index = question.id.isdecimal()
+            return replace(question, group=str(int(question.id) % _ROTATION) if is_index else question.id)
+        case "seedbench" if not question.categories:
+            number = str(row.cells.get("question_type_id", ""))
+            if number.isdecimal() and 1 <= int(number) <= len(_SEED_TYPES):
+                question = replace(question, categories=(_SEED_TYPES[int(number) - 1],))
+        case "mme":
+            known = (*MME_PERCEPTION, *MME_COGNITION)
+            if len(question.categories) != 1 or question.categories[0] not in known:
+                raise DataError(
+                    f"{row.where}: the category is {row.cells.get('category')!r}; MME has {', '.join(known)}"
+                )
+            # The pair about an image has one name, or else the same image.
+            name = row.cells.get("question_id") or row.cells.get("image_path") or question.pictures[0]
+            # The prompt template already asks for the form of the answer.
+            text = question.text.replace("Please answer yes or no.", "").strip()
+            return replace(_yes_or_no(question, row), text=text, group=f"{question.categories[0]}/{name}")
+        case "pope":
+            question = _yes_or_no(question, row)
+            if part:
+                question = replace(question, id=f"{kind}/{question.id}", categories=question.categories or (kind,))
+        case "chartqa" if part and not question.categories:
+            return replace(question, id=f"{part}/{question.id}", categories=(kind,))
+        case "mmmu":
+            # Keep the images that the text names (<image 1>, ...); the subject is in the id (validation_Art_1).
+            written = "\n".join((question.text, *question.options))
+            marks = sorted({int(number) for number in re.findall(r"<image (\d)>", written)})
+            numbered = dict(enumerate(question.pictures, start=1))  # a list in one column
+            numbered |= {mark: row.pictures[f"image_{mark}"][0] for mark in marks if row.pictures.get(f"image_{mark}")}
+            if marks and set(marks) <= set(numbered):
+                pictures = tuple(numbered[mark] for mark in marks)
+                question = replace(question, pictures=pictures, details={"marks": tuple(marks)})
+            subject = re.fullmatch(r"[a-z]+_(.+)_\d+", question.id)
+            if not question.categories and subject:
+                question = replace(question, categories=(subject[1],))
+        case "realworldqa" if not question.options:  # in the Parquet layout the text has the options
+            found = written_options(question.text)
+            return replace(question, details={"written": found}) if found else question
+        case "ocrbench":
+            dataset = row.cells.get("dataset", row.cells.get("dataset_name"))
+            is_formula = dataset == "HME100k" or FORMULAS in question.categories
+            return replace(question, details={"is_formula": is_formula})
+        case "textvqa" if len(question.truths) < 2:
+            raise DataError(f"{row.where} has one answer; VQA accuracy needs those of several people, usually ten")
+    return question
 
 
 def _yes_or_no(question: Question, row: Row) -> Question:
@@ -238,46 +256,7 @@ def _yes_or_no(question: Question, row: Row) -> Question:
     return replace(question, truths=(truth,))
 
 
-def _of_mmmu(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Keep the images that the text names (<image 1>, ...); the subject is in the id (validation_Art_1)."""
-    written = "\n".join((question.text, *question.options))
-    marks = sorted({int(number) for number in re.findall(r"<image (\d)>", written)})
-    numbered = dict(enumerate(question.pictures, start=1))  # a list in one column
-    numbered |= {mark: row.pictures[f"image_{mark}"][0] for mark in marks if row.pictures.get(f"image_{mark}")}
-    if marks and set(marks) <= set(numbered):
-        pictures = tuple(numbered[mark] for mark in marks)
-        question = replace(question, pictures=pictures, details={"marks": tuple(marks)})
-    subject = re.fullmatch(r"[a-z]+_(.+)_\d+", question.id)
-    if not question.categories and subject:
-        question = replace(question, categories=(subject[1],))
-    return [question]
-
-
-def _of_realworldqa(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Read the options from the question's text, which has them in the Parquet layout."""
-    found = () if question.options else written_options(question.text)
-    return [replace(question, details={"written": found})] if found else [question]
-
-
-def _of_chartqa(question: Question, row: Row, path: Path | None) -> list[Question]:
-    """Take the category from the name of the original files test_human.json and test_augmented.json."""
-    if path is None or question.categories:
-        return [question]
-    return [replace(question, id=f"{path.stem}/{question.id}", categories=(path.stem.split("_")[-1],))]
-
-
-def _of_ocrbench(question: Question, row: Row, path: Path | None) -> list[Question]:
-    dataset = row.cells.get("dataset", row.cells.get("dataset_name"))
-    return [replace(question, details={"is_formula": dataset == "HME100k" or FORMULAS in question.categories})]
-
-
-def _of_textvqa(question: Question, row: Row, path: Path | None) -> list[Question]:
-    if len(question.truths) < 2:
-        raise DataError(f"{row.where} has one answer; VQA accuracy needs those of several people, usually ten")
-    return [question]
-
-
-def _of_refcoco(question: Question, row: Row, path: Path | None) -> list[Question]:
+def _with_boxes(question: Question, row: Row) -> list[Question]:
     """Read the box: x0, y0, x1, y1 in JSON lines; x, y, width, height in Parquet, with several expressions per box."""
     values = row.cells.get("bbox")
     if not isinstance(values, list) or len(values) != 4:
@@ -288,13 +267,9 @@ def _of_refcoco(question: Question, row: Row, path: Path | None) -> list[Questio
         raise DataError(f"{row.where}: the box {values} is empty; it must be x0, y0, x1, y1 in pixels")
     sides = [row.cells.get(name) for name in ("height", "width")]
     size = None if None in sides else tuple(_numbers(row, "height or width", sides))
-    question = replace(
-        question,
-        truths=(f"[{x0:g}, {y0:g}, {x1:g}, {y1:g}]",),
-        details={"box": (x0, y0, x1, y1), "size": size},
-    )
+    truth, details = f"[{x0:g}, {y0:g}, {x1:g}, {y1:g}]", {"box": (x0, y0, x1, y1), "size": size}
     expressions = listed(row.cells["answer"]) if row.pictures and row.cells.get("answer") else [question.text]
-    return [replace(question, text=expression.strip()) for expression in expressions]
+    return [replace(question, text=text.strip(), truths=(truth,), details=details) for text in expressions]
 
 
 def _numbers(row: Row, column: str, values: Sequence[Any]) -> list[float]:
@@ -305,17 +280,3 @@ def _numbers(row: Row, column: str, values: Sequence[Any]) -> list[float]:
     if not all(map(math.isfinite, found)):
         raise DataError(f"{row.where}: {column} must be numbers; got {values!r}"[:200])
     return found
-
-
-_REFINEMENTS: dict[str, Callable[[Question, Row, Path | None], list[Question]]] = {
-    "mmbench": _with_rotations,
-    "seedbench": _of_seedbench,
-    "mme": _of_mme,
-    "pope": _of_pope,
-    "mmmu": _of_mmmu,
-    "realworldqa": _of_realworldqa,
-    "chartqa": _of_chartqa,
-    "ocrbench": _of_ocrbench,
-    "textvqa": _of_textvqa,
-    "refcoco": _of_refcoco,
-}

@@ -37,16 +37,6 @@ class Efficiency(TypedDict):
     threads: int
 
 
-_MEDIANS = (
-    "pixels",
-    "visual_tokens",
-    "prompt_tokens",
-    "seconds_to_first_token",
-    "prefill_tokens_per_second",
-    "decode_tokens_per_second",
-)
-
-
 def measure_efficiency(
     assistant: Assistant, questions: Sequence[Question], templates: Mapping[str, str], max_new_tokens: int
 ) -> Efficiency:
@@ -58,13 +48,31 @@ def measure_efficiency(
         templates: See `questions.prompt`.
         max_new_tokens: Longest answer.
     """
-    rows = []
+    rows: list[dict[str, float]] = []
     for question in [*questions[:1], *questions]:
         try:
-            rows.append(_measure_one(assistant, question, templates, max_new_tokens))
+            messages, pictures = conversation(question, templates)
+            images = {picture: picture.load() for picture in pictures}
+            started = time.perf_counter()
+            encoded = {picture: assistant.encode(image) for picture, image in images.items()}
+            prompt = assistant.prompt(messages, [encoded[picture] for picture in pictures])
+            prefill = time.perf_counter()
+            first, *rest = [time.perf_counter() for _ in assistant.write(prompt, Sampling(max_new_tokens))]
         except InputError:
             continue  # the result lists it under `broken`
-    found = {name: [row[name] for row in rows[1:] if name in row] for name in _MEDIANS}
+        row = {
+            "visual_tokens": sum(len(image.tokens) for image in encoded.values()),
+            "pixels": sum(image.size[0] * image.size[1] for image in encoded.values()),
+            "prompt_tokens": len(prompt.keys),
+            "seconds_to_first_token": first - started,
+            "prefill_tokens_per_second": len(prompt.keys) / (first - prefill),
+        }
+        rows.append(row | ({"decode_tokens_per_second": len(rest) / (rest[-1] - first)} if rest else {}))
+
+    def median(name: str) -> float | None:
+        values = [row[name] for row in rows[1:] if name in row]
+        return round(statistics.median(values), 4) if values else None
+
     device = assistant.model.device
     peak_memory = None
     if device.type == "cuda":
@@ -76,31 +84,13 @@ def measure_efficiency(
         peak_memory = round(highest / 1e6 if sys.platform == "darwin" else highest * 1024 / 1e6, 1)
     return {
         "questions": len(rows[1:]),
-        **{name: round(statistics.median(values), 4) if values else None for name, values in found.items()},  # type: ignore[typeddict-item]  # the rest of the keys
+        "pixels": median("pixels"),
+        "visual_tokens": median("visual_tokens"),
+        "prompt_tokens": median("prompt_tokens"),
+        "seconds_to_first_token": median("seconds_to_first_token"),
+        "prefill_tokens_per_second": median("prefill_tokens_per_second"),
+        "decode_tokens_per_second": median("decode_tokens_per_second"),
         "peak_memory_mb": peak_memory,
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-
-
-def _measure_one(
-    assistant: Assistant, question: Question, templates: Mapping[str, str], max_new_tokens: int
-) -> dict[str, float]:
-    messages, pictures = conversation(question, templates)
-    images = {picture: picture.load() for picture in pictures}
-    started = time.perf_counter()
-    encoded = {picture: assistant.encode(image) for picture, image in images.items()}
-    prompt = assistant.prompt(messages, [encoded[picture] for picture in pictures])
-    prefill = time.perf_counter()
-    events = assistant.write(prompt, Sampling(max_new_tokens))
-    first, *rest = [time.perf_counter() for _ in events]
-    row = {
-        "visual_tokens": sum(len(image.tokens) for image in encoded.values()),
-        "pixels": sum(image.size[0] * image.size[1] for image in encoded.values()),
-        "prompt_tokens": len(prompt.keys),
-        "seconds_to_first_token": first - started,
-        "prefill_tokens_per_second": len(prompt.keys) / (first - prefill),
-    }
-    if rest:
-        row["decode_tokens_per_second"] = len(rest) / (rest[-1] - first)
-    return row

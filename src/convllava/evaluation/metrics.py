@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 
 from convllava.errors import ConfigError
 from convllava.geometry import Box, parse_box
@@ -112,9 +111,7 @@ def intersection_over_union(a: Box, b: Box) -> float:
     def area(box: Box) -> float:
         return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
 
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(width, 0.0) * max(height, 0.0)
+    shared = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     covered = area(a) + area(b) - shared
     return shared / covered if covered > 0 else 0.0
 
@@ -145,16 +142,15 @@ they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what
 where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
 y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-
-
-@lru_cache
-def _restored_apostrophes() -> dict[str, str]:
-    table = {"somebody'd": "somebodyd"}  # reversed in the official table too
-    for form in _CONTRACTIONS.split():
-        for place, character in enumerate(form):
-            if character == "'":
-                table[form[:place] + form[place + 1 :]] = form
-    return table
+_RESTORED = (
+    {"somebody'd": "somebodyd"}
+    | {  # the official table has this one reversed
+        form[:place] + form[place + 1 :]: form
+        for form in _CONTRACTIONS.split()
+        for place, character in enumerate(form)
+        if character == "'"
+    }
+)
 
 
 def normalise(text: str) -> str:
@@ -172,4 +168,4 @@ def normalise(text: str) -> str:
         # A mark that is next to a space anywhere in the text is removed; any other becomes a space.
         text = text.replace(mark, "" if f"{mark} " in before or f" {mark}" in before else " ")
     words = [_NUMBER_WORDS.get(word, word) for word in _PERIOD.sub("", text).lower().split()]
-    return " ".join(_restored_apostrophes().get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)

@@ -79,15 +79,8 @@ def _resized(image: Image.Image, horizontal: float, vertical: float) -> Image.Im
 
 def paraphrased(text: str, severity: int) -> str:
     """Write a question carelessly, politely, in other words, or in other words within a longer request."""
-    match severity:
-        case 1:
-            return text.lower().rstrip("?.")
-        case 2:
-            return f"Please tell me: {text}"
-        case 3:
-            return reworded(text)
-        case _:
-            return f"Look at the image and answer in a few words. {reworded(text)}"
+    longer = f"Look at the image and answer in a few words. {reworded(text)}"
+    return (text.lower().rstrip("?."), f"Please tell me: {text}", reworded(text), longer)[severity - 1]
 
 
 def reworded(text: str) -> str:

@@ -125,7 +125,7 @@ class TsvPicture:
     def load(self) -> Image.Image:
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            cell = next(csv.reader(_Lines(file), delimiter="\t"))[self.column]
+            cell = next(csv.reader(_lines(file), delimiter="\t"))[self.column]
         try:
             content = base64.b64decode(listed(cell)[self.entry], validate=True)
         except (binascii.Error, ValueError):
@@ -133,21 +133,10 @@ class TsvPicture:
         return _decode(content, self.where)
 
 
-class _Lines:
-    """The lines of a file as text, and the byte offset at which the next one begins."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.offset = file, file.tell()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self.file.readline()
-        if not line:
-            raise StopIteration
-        start, self.offset = self.offset, self.offset + len(line)
-        return line.decode("utf-8-sig" if start == 0 else "utf-8")
+def _lines(file: BinaryIO) -> Iterator[str]:
+    """Yield the next lines as text. Between two lines, `file.tell()` is the byte offset of the next one."""
+    for line in iter(file.readline, b""):
+        yield line.decode("utf-8-sig" if file.tell() == len(line) else "utf-8")
 
 
 def read_tsv(path: Path, images: Path) -> list[Row]:
@@ -160,49 +149,43 @@ def read_tsv(path: Path, images: Path) -> list[Row]:
         DataError: if a row is damaged or cut short.
     """
     csv.field_size_limit(2**31 - 1)  # the module's default is smaller than a photograph
-    rows: list[tuple[str, dict[str, str], str, tuple[Picture, ...]]] = []
+    read: list[tuple[str, dict[str, str], str, tuple[Picture, ...]]] = []
+    by_index: dict[str, tuple[Picture, ...]] = {}
     with path.open("rb") as file:
-        lines = _Lines(file)
-        reader = csv.reader(lines, delimiter="\t")
+        reader = csv.reader(_lines(file), delimiter="\t")
         where = f"the header of {path.name}"
         try:
             header = next(reader, [])
             column = header.index("image") if "image" in header else 0
-            while True:
-                offset, where = lines.offset, f"row {len(rows) + 1} of {path.name}"
-                values = next(reader, None)
-                if values is None:
-                    break
-                if not values:  # an empty line at the end
-                    continue
-                if len(values) != len(header):
-                    raise DataError(
-                        f"{where} has {len(values)} cells, but the header has {len(header)}; is the file cut short?"
+            offset, where = file.tell(), f"row 1 of {path.name}"
+            for values in reader:
+                if values:  # there may be an empty line at the end
+                    if len(values) != len(header):
+                        raise DataError(
+                            f"{where} has {len(values)} cells, but the header has {len(header)}; is the file cut short?"
+                        )
+                    cells = dict(zip(header, values, strict=True))
+                    image = cells.pop("image", "")
+                    is_reference = len(image) <= LONGEST_REFERENCE
+                    count = 0 if is_reference else len(listed(image))
+                    pictures: tuple[Picture, ...] = tuple(
+                        TsvPicture(path, offset, column, entry, where) for entry in range(count)
                     )
-                cells = dict(zip(header, values, strict=True))
-                image = cells.pop("image", "")
-                is_reference = len(image) <= LONGEST_REFERENCE
-                count = 0 if is_reference else len(listed(image))
-                pictures: tuple[Picture, ...] = tuple(
-                    TsvPicture(path, offset, column, entry, where) for entry in range(count)
-                )
-                rows.append((where, cells, image if is_reference else "", pictures))
+                    if pictures:
+                        by_index.setdefault(cells.get("index", where), pictures)
+                    read.append((where, cells, image if is_reference else "", pictures))
+                offset, where = file.tell(), f"row {len(read) + 1} of {path.name}"
         except csv.Error as error:
             raise DataError(f"{where} is damaged: {error}") from None
-    by_index: dict[str, tuple[Picture, ...]] = {}
-    for where, cells, _, pictures in rows:
-        if pictures:
-            by_index.setdefault(cells.get("index", where), pictures)
-    found = []
-    for where, cells, reference, pictures in rows:
-        if not pictures and reference:
+    rows = []
+    for where, cells, reference, pictures in read:
+        if reference:
             missing = MissingPicture(f"{where}: the image is that of index {reference}, and no row has it")
             pictures = by_index.get(reference, (missing,))
-        elif not pictures:
-            names = listed(cells["image_path"]) if cells.get("image_path") else []
-            pictures = tuple(PictureFile(find_image(images, name)) for name in names)
-        found.append(Row(where, cells, {"image": pictures or (MissingPicture(f"{where}: no image"),)}))
-    return found
+        elif not pictures and cells.get("image_path"):
+            pictures = tuple(PictureFile(find_image(images, name)) for name in listed(cells["image_path"]))
+        rows.append(Row(where, cells, {"image": pictures or (MissingPicture(f"{where}: no image"),)}))
+    return rows
 
 
 @dataclass(frozen=True)

@@ -25,36 +25,21 @@ _MARKER_AREA = 12.0
 def result_table(result: Mapping[str, Any]) -> Table:
     """Return the measures of a result by category and overall; of generated pages, accuracy and blind by task."""
     if "tasks" in result:
-        name, samples = result["model"]["name"], result["samples"]
-        rows = [*result["tasks"].items(), ("overall", result["overall"])]
-        table = _table(f"{name} on {samples} held-out pages", "task", "accuracy", "blind", "n")
+        title = f"{result['model']['name']} on {result['samples']} held-out pages"
+        scores = {**result["tasks"], "overall": result["overall"]}
+        shares = [(task, f"{row['accuracy']:.1%}", f"{row['blind']:.1%}", row["n"]) for task, row in scores.items()]
+        table = _table(title, ("task", "accuracy", "blind", "n"), shares)
         table.caption = "blind: with another page's image"
-        for task, score in rows:
-            table.add_row(task, f"{score['accuracy']:.1%}", f"{score['blind']:.1%}", str(score["n"]))
         return table
-    names = list(result["measures"])
-    low, high = result["interval"]
-    title = f"{result['benchmark']}: {result['primary']} {_number(result['score'])} ({_number(low)} to {_number(high)})"
-    table = _table(title, "category", "n", *names)
-    for category, measures in result["categories"].items():
-        table.add_row(category, str(int(measures["n"])), *(_number(measures[name]) for name in names))
-    table.add_row("all", str(result["questions"]), *(_number(result["measures"][name]) for name in names))
-    return table
+    measures, (low, high) = result["measures"], map(_number, result["interval"])
+    rows = [(name, int(row["n"]), *(row[key] for key in measures)) for name, row in result["categories"].items()]
+    title = f"{result['benchmark']}: {result['primary']} {_number(result['score'])} ({low} to {high})"
+    return _table(title, ("category", "n", *measures), [*rows, ("all", result["questions"], *measures.values())])
 
 
 def tables_of(result: Mapping[str, Any]) -> Iterator[Table | str]:
-    """Return everything about a result for the terminal: its table, what went wrong, and what an answer costs."""
+    """Yield everything about a result for the terminal: its table, what went wrong, and what an answer costs."""
     yield result_table(result)
-    yield from problems(result)
-    if efficiency := result.get("efficiency"):
-        table = Table(title="efficiency, medians of single questions", title_justify="left", show_header=False)
-        for name, value in efficiency.items():
-            table.add_row(name.replace("_", " "), value if isinstance(value, str) else _number(value))
-        yield table
-
-
-def problems(result: Mapping[str, Any]) -> Iterator[str]:
-    """Return a line for each kind of problem, such as answers that could not be read: how many, and which."""
     kinds = {
         "unparsed": "could not be read and count as wrong",
         "missing": "have no answer and count as wrong",
@@ -69,37 +54,39 @@ def problems(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"broken: {item['id']} counts as wrong: {item['reason']}"
     if len(result["broken"]) > _MOST_IDS:
         yield f"broken: {len(result['broken'])} in all"
+    if efficiency := result.get("efficiency"):
+        table = Table(title="efficiency, medians of single questions", title_justify="left", show_header=False)
+        for name, value in efficiency.items():
+            table.add_row(name.replace("_", " "), _number(value))
+        yield table
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """Return the differences B - A of `results.compare` by category and overall."""
     title = f"{comparison['benchmark']}: B - A, 95 % of bootstrap draws; A {comparison['a']}, B {comparison['b']}"
-    table = _table(title, "category", "n", "A", "B", "difference", "from", "to")
-    for category, row in [*comparison["categories"].items(), ("all", comparison["overall"])]:
-        numbers = (row["a"], row["b"], row["difference"], *row["interval"])
-        table.add_row(category, str(row["n"]), *(_number(value) for value in numbers))
-    return table
+    rows = [
+        (category, row["n"], row["a"], row["b"], row["difference"], *row["interval"])
+        for category, row in [*comparison["categories"].items(), ("all", comparison["overall"])]
+    ]
+    return _table(title, ("category", "n", "A", "B", "difference", "from", "to"), rows)
 
 
 def rows_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
     """Return some columns of plain rows as a table."""
+    return _table(title, columns, [[row[name] for name in columns] for row in rows])
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> Table:
+    """Return a table with names at the left and numbers at the right of their columns."""
     table = Table(title=title, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("kind", "value") else "right")
+        table.add_column(name, justify="left" if name in ("task", "category", "kind", "value") else "right")
     for row in rows:
-        table.add_row(*(row[name] if isinstance(row[name], str) else _number(row[name]) for name in columns))
+        table.add_row(*map(_number, row))
     return table
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _number(value: float | None) -> str:
+def _number(value: str | float | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -116,9 +103,6 @@ def plot_results(results: Mapping[str, Mapping[str, Any]], output: Path) -> None
     Raises:
         DataError: if a result has no efficiency or is malformed, or if they are of different benchmarks.
     """
-
-    def interval(result: Mapping[str, Any]) -> Sequence[float]:
-        return result.get("interval") or (result["score"],) * 2
 
     wanted: dict[tuple[str, ...], Any] = {
         ("primary",): str,
@@ -137,16 +121,15 @@ def plot_results(results: Mapping[str, Mapping[str, Any]], output: Path) -> None
                 value = value.get(key) if isinstance(value, Mapping) else None
             if not isinstance(value, kind):
                 raise DataError(f"{place} lacks {'.'.join(keys)}; give results as convllava eval writes them")
-        ends = interval(result)
-        if (
-            not isinstance(ends, list | tuple)
-            or len(ends) != 2
-            or not all(isinstance(end, int | float) for end in ends)
-        ):
+        ends = result.get("interval") or (result["score"],) * 2
+        is_pair = (
+            isinstance(ends, list | tuple) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+        )
+        if not is_pair:
             raise DataError(
                 f"{place} has an interval that is not two numbers; give results as convllava eval writes them"
             )
-        by_model[result["model"]["name"]].append(result)
+        by_model[result["model"]["name"]].append({**result, "interval": ends})
     names = sorted({result["benchmark"] for result in results.values()})
     if len(names) > 1:
         raise DataError(f"the results are of {', '.join(names)}; plot one benchmark at a time")
@@ -160,7 +143,13 @@ def plot_results(results: Mapping[str, Mapping[str, Any]], output: Path) -> None
             areas = [_MARKER_AREA * math.sqrt(result["model"]["parameters"]["tower"] / 1e6) for result in ordered]
             axes.plot(seconds, scores, color=colour, linewidth=1, alpha=0.6)
             axes.scatter(seconds, scores, areas, color=colour, label=name)
-            axes.vlines(seconds, *zip(*map(interval, ordered), strict=True), color=colour, linewidth=1, alpha=0.6)
+            axes.vlines(
+                seconds,
+                *zip(*(result["interval"] for result in ordered), strict=True),
+                color=colour,
+                linewidth=1,
+                alpha=0.6,
+            )
             for x, y, result in zip(seconds, scores, ordered, strict=True):
                 side = round(math.sqrt(result["efficiency"]["pixels"]))
                 axes.annotate(str(side), (x, y), (6, -10), textcoords="offset points", fontsize=7, color=INK)
@@ -175,33 +164,27 @@ def plot_results(results: Mapping[str, Mapping[str, Any]], output: Path) -> None
 
 def plot_heights(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Plot reading accuracy against the height of the text that the tower sees, one line per resolution."""
-    by_side: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_side[row["side"]].append(row)
     with axes_on(output, "held-out pages of the generated world: printed answers", _DPI) as axes:
-        for number, (side, found) in enumerate(sorted(by_side.items())):
-            heights = [row["height"] for row in found]
-            accuracies = [row["accuracy"] for row in found]
-            axes.plot(heights, accuracies, "o-", color=_COLOURS[number % len(_COLOURS)], markersize=4, label=str(side))
+        axes.set_prop_cycle(color=_COLOURS)
+        for side in sorted({row["side"] for row in rows}):
+            points = [(row["height"], row["accuracy"]) for row in rows if row["side"] == side]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=str(side))
         axes.set_xlabel("height of the answer's tallest character, pixels that the tower sees")
         axes.set_ylabel("accuracy")
         axes.set_ylim(0, 1)
-        if by_side:
+        if rows:
             axes.legend(frameon=False, fontsize=7, title="resolution", title_fontsize=7)
 
 
 def plot_severities(clean: float, rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Plot accuracy against severity, one line per kind of perturbation; severity 0 is the unchanged page."""
-    by_kind: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_kind[row["kind"]].append(row)
     with axes_on(output, "held-out pages of the generated world, perturbed", _DPI) as axes:
-        for number, (kind, found) in enumerate(by_kind.items()):
-            severities = [0, *(row["severity"] for row in found)]
-            accuracies = [clean, *(row["accuracy"] for row in found)]
-            values = ", ".join(str(row["value"]) for row in found)
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(severities, accuracies, "o-", color=colour, markersize=4, label=f"{kind} ({values})")
+        axes.set_prop_cycle(color=_COLOURS)
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            found = [row for row in rows if row["kind"] == kind]
+            points = [(0, clean), *((row["severity"], row["accuracy"]) for row in found)]
+            label = f"{kind} ({', '.join(str(row['value']) for row in found)})"
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
         axes.set_xticks(range(5))
         axes.set_xlabel("severity")
         axes.set_ylabel("accuracy")

@@ -198,25 +198,18 @@ def read_result(path: str | os.PathLike[str]) -> Result:
         DataError: if it does not exist or is malformed.
     """
 
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float)
-
-    def is_unit(unit: Any) -> bool:
-        if not isinstance(unit, dict) or not isinstance(unit.get("categories"), list):
-            return False
-        has_names = all(isinstance(name, str) for name in (unit.get("id"), *unit["categories"]))
-        return has_names and is_number(unit.get("score"))
-
     file = Path(path) / RESULT if Path(path).is_dir() else Path(path)
     content = read_json(file)
     for key in ("benchmark", "primary", "score", "units"):
         if key not in content:
             raise DataError(f"{file} lacks {key!r}; give a {RESULT} of convllava eval, or its folder")
-    if not is_number(content["score"]):
+    if not isinstance(content["score"], int | float):
         raise DataError(f"{file}: the score must be a number; give a {RESULT} as convllava eval writes it")
     for number, unit in enumerate(content["units"] if isinstance(content["units"], list) else [None], start=1):
-        if not is_unit(unit):
-            raise DataError(f"{file}: unit {number} lacks an id, categories or a score; run the evaluation again")
+        match unit:
+            case {"id": str(), "categories": [*names], "score": int() | float()} if {*map(type, names)} <= {str}:
+                continue
+        raise DataError(f"{file}: unit {number} lacks an id, categories or a score; run the evaluation again")
     if content["benchmark"] in BENCHMARKS["generated"].aliases:  # its name in older results
         content["benchmark"] = "generated"
     return Result(content)
@@ -263,11 +256,10 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], *, seed: int =
         }
 
     by_category: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    pairs = []
-    for name, unit in units_a.items():
-        pairs.append((unit["score"], units_b[name]["score"]))
+    pairs = [(unit["score"], units_b[name]["score"]) for name, unit in units_a.items()]
+    for unit, pair in zip(units_a.values(), pairs, strict=True):
         for category in set(unit["categories"]):
-            by_category[category].append(pairs[-1])
+            by_category[category].append(pair)
     return {
         "benchmark": first["benchmark"],
         "a": str(a),

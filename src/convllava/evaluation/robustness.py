@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convllava.checkpoints.tensors import weights_digest
-from convllava.display import check_can_draw, progress_bar
+from convllava.display import progress_bar
 from convllava.evaluation.aggregate import accuracy_of, mean_interval, rounded
 from convllava.evaluation.perturbations import PERTURBATIONS, SEVERITIES, Perturbation
 from convllava.evaluation.report import plot_severities
-from convllava.evaluation.runner import describe_model, open_model, versions
-from convllava.evaluation.synthetic import describe_world, grade_pages
+from convllava.evaluation.runner import open_study
+from convllava.evaluation.synthetic import grade_pages
 from convllava.inference import Assistant
-from convllava.io import WEIGHTS, ResumableJsonl, write_json
+from convllava.io import write_json
 from convllava.synthetic import World
 
 _CLEAN = Perturbation("none", ("",))
@@ -41,16 +40,8 @@ def robustness(
     Raises:
         InputError: if the model or the output folder cannot be used, or matplotlib is missing.
     """
-    check_can_draw("eval")
-    (name, assistant), folder = open_model(model), Path(output)
-    settings = {
-        "kind": "robustness",
-        "model": name,
-        WEIGHTS: weights_digest(assistant.model),
-        "samples": samples,
-        "world": describe_world(world),
-    }
-    journal = ResumableJsonl(folder, settings, "robustness.jsonl")
+    folder = Path(output)
+    assistant, journal, report = open_study("robustness", model, world, samples, folder)
     pages = []
     for page in map(world.sample, range(samples)):
         pages.append(replace(page, turns=tuple(turn for turn in page.turns if turn.task not in _SKIPPED)))
@@ -79,12 +70,7 @@ def robustness(
                 | accuracy_of(hits)
                 | {"lost": rounded(sum(lost) / len(lost)), "lost_low": rounded(low), "lost_high": rounded(high)}
             )
-    report: dict[str, Any] = settings | {
-        "model": describe_model(name, assistant),
-        "versions": versions(),
-        "clean": accuracy_of(clean),
-        "rows": rows,
-    }
+    report |= {"clean": accuracy_of(clean), "rows": rows}
     write_json(folder / "robustness.json", report)
     plot_severities(report["clean"]["accuracy"], rows, folder / "robustness.png")
     return report

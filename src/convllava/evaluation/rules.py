@@ -44,9 +44,43 @@ class GradingContext:
 Rule = Callable[[Question, str, GradingContext], Grade]
 
 
-def by_choice(question: Question, answer: str, context: GradingContext) -> Grade:
-    """Multiple choice: the letter (`answer_parsing.choice`)."""
-    return _equal(answer_parsing.choice(answer, question.options, question.letters), question)
+def _by_reading(parse: Callable[[Question, str], str | None]) -> Rule:
+    """Return the rule that what a parser reads in the answer must be a truth."""
+
+    def rule(question: Question, answer: str, context: GradingContext) -> Grade:
+        found = parse(question, answer)
+        return Grade(float(found is not None and found in question.truths), found)
+
+    return rule
+
+
+def _by_metric(metric: Callable[[Question, str], float]) -> Rule:
+    """Return the rule that scores the whole answer by a metric."""
+
+    def rule(question: Question, answer: str, context: GradingContext) -> Grade:
+        return Grade(float(metric(question, answer)), answer.strip() or None)
+
+    return rule
+
+
+by_choice = _by_reading(lambda question, answer: answer_parsing.choice(answer, question.options, question.letters))
+"""Multiple choice: the letter (`answer_parsing.choice`)."""
+by_start = _by_reading(lambda question, answer: answer_parsing.yes_or_no_at_start(answer))
+"""MME: yes or no at the start of the answer."""
+by_sentence = _by_reading(lambda question, answer: answer_parsing.yes_or_no_in_sentence(answer))
+"""POPE: yes or no in the first sentence."""
+by_vqa = _by_metric(lambda question, answer: metrics.vqa_accuracy(answer, question.truths))
+"""TextVQA: VQA accuracy."""
+by_anls = _by_metric(lambda question, answer: metrics.anls(answer, question.truths))
+"""DocVQA and InfographicVQA: ANLS."""
+by_chart = _by_metric(lambda question, answer: any(metrics.chart_match(answer, truth) for truth in question.truths))
+"""ChartQA: a number within 5 %, or the same text."""
+by_containment = _by_metric(
+    lambda question, answer: metrics.contains(answer, question.truths, is_formula=question.details["is_formula"])
+)
+"""OCRBench: the answer contains the truth."""
+by_task = _by_metric(lambda question, answer: matches_task(question.details["task"], answer, question.truths[0]))
+"""Generated pages: exact match; chart values within 5 %; boxes with IoU >= 0.5."""
 
 
 def by_choice_or_text(question: Question, answer: str, context: GradingContext) -> Grade:
@@ -59,44 +93,13 @@ def by_choice_or_text(question: Question, answer: str, context: GradingContext) 
     return Grade(float(text in {truth.lower() for truth in question.truths}), text or None)
 
 
-def by_start(question: Question, answer: str, context: GradingContext) -> Grade:
-    """MME: yes or no at the start of the answer."""
-    return _equal(answer_parsing.yes_or_no_at_start(answer), question)
-
-
-def by_sentence(question: Question, answer: str, context: GradingContext) -> Grade:
-    """POPE: yes or no in the first sentence."""
-    return _equal(answer_parsing.yes_or_no_in_sentence(answer), question)
-
-
-def by_vqa(question: Question, answer: str, context: GradingContext) -> Grade:
-    """TextVQA: VQA accuracy."""
-    return Grade(metrics.vqa_accuracy(answer, question.truths), answer.strip() or None)
-
-
-def by_anls(question: Question, answer: str, context: GradingContext) -> Grade:
-    """DocVQA and InfographicVQA: ANLS."""
-    return Grade(metrics.anls(answer, question.truths), answer.strip() or None)
-
-
-def by_chart(question: Question, answer: str, context: GradingContext) -> Grade:
-    """ChartQA: a number within 5 %, or the same text."""
-    right = any(metrics.chart_match(answer, truth) for truth in question.truths)
-    return Grade(float(right), answer.strip() or None)
-
-
 def by_mmmu(question: Question, answer: str, context: GradingContext) -> Grade:
     """MMMU: the letter of a choice, or the possible meanings of an open answer."""
     if question.options:
-        return _equal(answer_parsing.mmmu_choice(answer, question), question)
-    found = answer_parsing.mmmu_open(answer)
-    return Grade(float(answer_parsing.mmmu_open_match(found, question.truths)), answer.strip() or None)
-
-
-def by_containment(question: Question, answer: str, context: GradingContext) -> Grade:
-    """OCRBench: the answer contains the truth."""
-    right = metrics.contains(answer, question.truths, is_formula=question.details["is_formula"])
-    return Grade(float(right), answer.strip() or None)
+        found = answer_parsing.mmmu_choice(answer, question)
+        return Grade(float(found in question.truths), found)
+    is_right = answer_parsing.mmmu_open_match(answer_parsing.mmmu_open(answer), question.truths)
+    return Grade(float(is_right), answer.strip() or None)
 
 
 def by_box(question: Question, answer: str, context: GradingContext) -> Grade:
@@ -132,11 +135,6 @@ def by_llm_judge(question: Question, answer: str, context: GradingContext) -> Gr
     return Grade(score or 0.0, None if score is None else f"{score:g}")
 
 
-def by_task(question: Question, answer: str, context: GradingContext) -> Grade:
-    """Generated pages: exact match; chart values within 5 %; boxes with IoU >= 0.5."""
-    return Grade(float(matches_task(question.details["task"], answer, question.truths[0])), answer.strip() or None)
-
-
 def matches_task(task: str, answer: str, truth: str) -> bool:
     """Return whether an answer to a generated question of a task is right (`by_task`)."""
     match task:
@@ -146,7 +144,3 @@ def matches_task(task: str, answer: str, truth: str) -> bool:
             return metrics.box_match(answer, truth)
         case _:
             return metrics.exact_match(answer, truth)
-
-
-def _equal(found: str | None, question: Question) -> Grade:
-    return Grade(float(found is not None and found in question.truths), found)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 import convllava
 from convllava import checkpoints
 from convllava.checkpoints.tensors import weights_digest
-from convllava.display import progress_bar
+from convllava.display import check_can_draw, progress_bar
 from convllava.errors import ConfigError, InputError
 from convllava.evaluation import metrics, rules
 from convllava.evaluation.benchmarks import benchmark_named, find_benchmarks
@@ -25,7 +26,7 @@ from convllava.evaluation.columns import load_questions
 from convllava.evaluation.efficiency import measure_efficiency
 from convllava.evaluation.llm_judge import ChatJudge
 from convllava.evaluation.questions import Picture, Question, conversation
-from convllava.evaluation.results import Answer, Result, checked_answer, read_answers, score_answers
+from convllava.evaluation.results import Result, checked_answer, read_answers, score_answers
 from convllava.evaluation.rules import GradingContext, LLMJudge
 from convllava.evaluation.synthetic import by_task, describe_world, generated_questions
 from convllava.inference import Assistant, EncodedImage, Message, load
@@ -164,6 +165,7 @@ def evaluate(
         scores = score_answers(bench, questions, answers, GradingContext(processor.placement, judge), progress=progress)
 
     # 5. The result.
+    efficiency = measure_efficiency(assistant, questions[:timed], templates, max_new_tokens) if timed else None
     result = Result(
         scores
         | {
@@ -171,9 +173,7 @@ def evaluate(
             "versions": versions(),
             "settings": settings,
             "prompts": templates,
-            "efficiency": measure_efficiency(assistant, questions[:timed], templates, max_new_tokens)
-            if timed
-            else None,
+            "efficiency": efficiency,
             "seconds": seconds,
         }
         | (by_task(scores, source["samples"]) if bench.is_generated else {})
@@ -214,9 +214,8 @@ def evaluate_all(
     results: dict[str, Result | InputError] = {}
     for name, path in found.items():
         try:
-            results[name] = evaluate(
-                model, name, path, output=None if output is None else Path(output) / name, **settings
-            )
+            folder = None if output is None else Path(output) / name
+            results[name] = evaluate(model, name, path, output=folder, **settings)
         except InputError as error:
             results[name] = error
     if not any(isinstance(result, Result) for result in results.values()):
@@ -301,7 +300,7 @@ def answer_all(
         batch = questions[start : start + batch_size]
         if any(question.id not in journal.entries for question in batch):
             encoded = {picture: encoded[picture] for item in batch for picture in item.pictures if picture in encoded}
-            replies: dict[str, str | InputError] = {}
+            replies: dict[str, str | InputError] = {question.id: "" for question in batch}
             together: dict[str, Conversation] = {}
             for question in batch:
                 try:
@@ -318,12 +317,13 @@ def answer_all(
                     replies[question.id] = error
             answers = assistant.chat_many(list(together.values()), max_new_tokens=max_new_tokens)
             replies |= zip(together, answers, strict=True)
-            journal.add(_entry(question.id, replies[question.id]) for question in batch)
+            journal.add(
+                {"id": name, "error": str(reply)}
+                if isinstance(reply, InputError)
+                else {"id": name, "answer": reply.strip()}
+                for name, reply in replies.items()
+            )
         progress((start + len(batch)) / len(questions))
-
-
-def _entry(name: str, reply: str | InputError) -> Answer:
-    return {"id": name, "error": str(reply)} if isinstance(reply, InputError) else {"id": name, "answer": reply.strip()}
 
 
 def likeliest_letter(
@@ -352,6 +352,27 @@ def remember_grades(judge: LLMJudge, journal: ResumableJsonl) -> LLMJudge:
     return grade
 
 
+def open_study(
+    kind: str, model: Assistant | str | os.PathLike[str], world: World, samples: int, folder: Path
+) -> tuple[Assistant, ResumableJsonl, dict[str, Any]]:
+    """Return the model, the journal KIND.jsonl, and the beginning of the report of a study on generated pages.
+
+    Raises:
+        InputError: if the model or the folder cannot be used, or matplotlib, which will draw the plot, is missing.
+    """
+    check_can_draw("eval")
+    name, assistant = open_model(model)
+    settings = {
+        "kind": kind,
+        "model": name,
+        WEIGHTS: weights_digest(assistant.model),
+        "samples": samples,
+        "world": describe_world(world),
+    }
+    journal = ResumableJsonl(folder, settings, f"{kind}.jsonl")
+    return assistant, journal, settings | {"model": describe_model(name, assistant), "versions": versions()}
+
+
 def describe_model(name: str, assistant: Assistant) -> dict[str, Any]:
     """Return a model's name, the number of parameters of its parts, and the recipe in its folder if there is one."""
     parts = assistant.model.model
@@ -370,10 +391,8 @@ def versions() -> dict[str, str | None]:
     home, commit = Path(__file__).parents[3], None
     if (home / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        try:
+        with suppress(OSError, subprocess.CalledProcessError):
             commit = subprocess.run(command, cwd=home, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            commit = None
     return {
         "convllava": convllava.__version__,
         "commit": commit,

@@ -9,17 +9,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from convllava.checkpoints.tensors import weights_digest
-from convllava.display import check_can_draw, progress_bar
+from convllava.display import progress_bar
 from convllava.errors import ConfigError
 from convllava.evaluation.aggregate import accuracy_of
 from convllava.evaluation.report import plot_heights
-from convllava.evaluation.runner import describe_model, open_model, versions
-from convllava.evaluation.synthetic import describe_world, grade_pages, text_height
+from convllava.evaluation.runner import open_study
+from convllava.evaluation.synthetic import grade_pages, text_height
 from convllava.geometry import Size
 from convllava.inference import Assistant
-from convllava.io import WEIGHTS, ResumableJsonl, write_json
-from convllava.synthetic import Sample, World
+from convllava.io import write_json
+from convllava.synthetic import World
 
 EDGES = (0, 12, 16, 20, 24, 28, 32, 38, 46, 56, 80, 160)
 """Edges of the bins of heights, in pixels that the tower sees."""
@@ -54,25 +53,30 @@ def sweep(
         InputError: if no page has a printed answer, a side is not possible, the model or the output folder cannot be
             used, or matplotlib is missing.
     """
-    check_can_draw("eval")
-    (name, assistant), folder = open_model(model), Path(output)
-    settings = {
-        "kind": "sweep",
-        "model": name,
-        WEIGHTS: weights_digest(assistant.model),
-        "samples": samples,
-        "world": describe_world(world),
-    }
-    journal = ResumableJsonl(folder, settings, "sweep.jsonl")
+    folder = Path(output)
+    assistant, journal, report = open_study("sweep", model, world, samples, folder)
     pages = []
     for page in map(world.sample, range(samples)):
         turns = tuple(turn for turn in page.turns if turn.task in READING and text_height(page, turn) is not None)
         pages.append(replace(page, turns=turns))
     if not any(page.turns for page in pages):
         raise ConfigError("none of the pages has an answer that is printed on it; raise `samples`")
+    processor = assistant.processor.image_processor
+    before = {name: getattr(processor, name) for name in ("mode", "min_pixels", "max_pixels")}
     for side in sides:
-        if str(side) not in journal.entries:
-            journal.add([{"id": str(side), "answers": _heights_and_hits(assistant, pages, side)}])
+        if str(side) in journal.entries:
+            continue
+        processor.change(mode="native", min_pixels=side**2, max_pixels=side**2)
+        try:
+            with progress_bar(f"{side} pixels") as progress:
+                images = [assistant.encode(page.image) for page in pages]
+                hits = grade_pages(assistant, pages, images, progress)
+            scales = [processor.placement(Size(page.image.height, page.image.width)).scale_y for page in pages]
+        finally:
+            processor.change(**before)
+        pairs = zip(pages, scales, strict=True)
+        heights = [scale * (text_height(page, turn) or 0.0) for page, scale in pairs for turn in page.turns]
+        journal.add([{"id": str(side), "answers": list(zip(heights, hits, strict=True))}])
 
     resolutions, rows = [], []
     for side in sides:
@@ -84,32 +88,7 @@ def sweep(
                 height = sum(height for height, _ in inside) / len(inside)
                 found = accuracy_of([hit for _, hit in inside])
                 rows.append({"side": side, "from": low, "to": high, "height": round(height, 1)} | found)
-    report = settings | {
-        "model": describe_model(name, assistant),
-        "versions": versions(),
-        "resolutions": resolutions,
-        "rows": rows,
-    }
+    report |= {"resolutions": resolutions, "rows": rows}
     write_json(folder / "sweep.json", report)
     plot_heights(rows, folder / "sweep.png")
     return report
-
-
-def _heights_and_hits(assistant: Assistant, pages: Sequence[Sample], side: int) -> list[tuple[float, bool]]:
-    """Return for each question the height of its answer that the tower sees, and whether the model is right."""
-    processor = assistant.processor.image_processor
-    before = {name: getattr(processor, name) for name in ("mode", "min_pixels", "max_pixels")}
-    processor.change(mode="native", min_pixels=side**2, max_pixels=side**2)
-    try:
-        with progress_bar(f"{side} pixels") as progress:
-            images = [assistant.encode(page.image) for page in pages]
-            hits = grade_pages(assistant, pages, images, progress)
-        scales = [processor.placement(Size(page.image.height, page.image.width)).scale_y for page in pages]
-    finally:
-        processor.change(**before)
-    heights = [
-        scale * (text_height(page, turn) or 0.0)
-        for page, scale in zip(pages, scales, strict=True)
-        for turn in page.turns
-    ]
-    return list(zip(heights, hits, strict=True))

@@ -66,15 +66,14 @@ def by_task(result: Mapping[str, Any], samples: int) -> dict[str, Any]:
     Returns:
         `tasks`, `overall` and `samples`.
     """
-
-    def row(measures: Mapping[str, Any], count: float) -> dict[str, Any]:
-        # Every question is asked twice.
-        return {"accuracy": measures["accuracy"], "blind": measures["blind"], "n": int(count) // 2}
-
-    found = result["categories"]
+    found = result["categories"] | {"overall": result["measures"] | {"n": result["questions"]}}
+    rows = {
+        name: {"accuracy": row["accuracy"], "blind": row["blind"], "n": int(row["n"]) // 2}  # each was asked twice
+        for name, row in found.items()
+    }
     return {
-        "tasks": {task: row(found[task], found[task]["n"]) for task in TASKS if task in found},
-        "overall": row(result["measures"], result["questions"]),
+        "tasks": {task: rows[task] for task in TASKS if task in rows},
+        "overall": rows["overall"],
         "samples": samples,
     }
 
