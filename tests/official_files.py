@@ -34,7 +34,7 @@ def tower_in(folder: Path) -> dict[str, Tensor]:
 
 
 def add_to_shards(folder: Path, tower: Mapping[str, Tensor]) -> None:
-    """Put a tower among the tensors of the language model, as a run of the original saves it."""
+    """Add a tower to the tensors of the language model, as a run of the original code saves it."""
     named = {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
     save_file(load_file(folder / "model.safetensors") | named, folder / "model.safetensors")
 

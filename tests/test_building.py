@@ -76,7 +76,7 @@ def as_dinov3(state: dict) -> dict:
     return renamed
 
 
-def test_every_kind_of_encoder_gives_the_same_tower(encoder, language, tmp_path):
+def test_all_encoder_formats_give_the_same_tower(encoder, language, tmp_path):
     encoder.save_pretrained(tmp_path / "convnext")
     state = encoder.state_dict()
     open_clip = {f"visual.trunk.{name}": tensor for name, tensor in as_timm(state).items()} | {

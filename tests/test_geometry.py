@@ -1,4 +1,4 @@
-"""Sizes, tokens and boxes: the promises of `convllava.geometry` for any image."""
+"""Sizes, tokens and boxes of `convllava.geometry` for any image."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def boxes(draw: st.DrawFn, size: Size) -> Box:
 
 
 @given(placeable, budgets())
-def test_native_is_multiples_of_the_stride_within_the_budget(size: Size, budget: tuple[int, int]) -> None:
+def test_native_canvas_is_multiples_of_the_stride_within_the_budget(size: Size, budget: tuple[int, int]) -> None:
     least, most = budget
     canvas = native(size, min_pixels=least, max_pixels=most).canvas
     rows, columns = grid(canvas, 64)
@@ -70,7 +70,7 @@ def test_native_rounds_to_the_nearest_cells_when_the_budget_allows(size: Size, s
 
 @given(placeable, budgets())
 def test_native_is_the_rounding_of_some_scaling_of_the_image(size: Size, budget: tuple[int, int]) -> None:
-    """So the aspect ratio is off by no more than half a cell on each side."""
+    """So each side differs by at most half a cell from the true aspect ratio."""
     cells = grid(native(size, min_pixels=budget[0], max_pixels=budget[1]).canvas, 64)
     lowest = max((cell - 0.5) / length if cell > 1 else 0.0 for cell, length in zip(cells, size, strict=True))
     highest = min((cell + 0.5) / length for cell, length in zip(cells, size, strict=True))
@@ -120,16 +120,16 @@ def test_native_of_a_turned_image_is_the_turned_canvas(size: Size, budget: tuple
         (Size(100, 20000), Size(64, 19200)),
     ],
 )
-def test_native_at_its_defaults(size: Size, canvas: Size) -> None:
+def test_native_with_default_settings(size: Size, canvas: Size) -> None:
     assert native(size).canvas == canvas
 
 
-def test_native_lets_the_minimum_go_where_both_bounds_cannot_hold() -> None:
+def test_native_keeps_max_pixels_if_both_bounds_cannot_hold() -> None:
     assert native(Size(64, 64), min_pixels=5 * 64**2, max_pixels=8 * 64**2).canvas == Size(128, 128)
 
 
 @given(placeable, st.integers(1, 2000), strides)
-def test_short_side_is_the_side_and_keeps_the_aspect_ratio(size: Size, side: int, stride: int) -> None:
+def test_short_side_reaches_side_and_keeps_the_aspect_ratio(size: Size, side: int, stride: int) -> None:
     canvas = short_side(size, side=side, stride=stride).canvas
     grid(canvas, stride)
     short, long = sorted(canvas)
@@ -166,11 +166,11 @@ def test_crop_is_the_official_formula(size: Size) -> None:
 
 
 @given(st.data(), placements())
-def test_boxes_there_and_back(data: st.DataObject, placement: Placement) -> None:
-    """Exact wherever the canvas shows the image; what is cropped away comes back as the edge of what is shown."""
-    shown = placement.box_to_original((0, 0, placement.canvas.width, placement.canvas.height))
+def test_boxes_survive_conversion_in_both_directions(data: st.DataObject, placement: Placement) -> None:
+    """Boxes on the canvas are exact; cropped parts are clipped to the edge of the visible part."""
+    visible = placement.box_to_original((0, 0, placement.canvas.width, placement.canvas.height))
     x0, y0, x1, y1 = data.draw(boxes(placement.original))
-    expected = (max(x0, shown[0]), max(y0, shown[1]), min(x1, shown[2]), min(y1, shown[3]))
+    expected = (max(x0, visible[0]), max(y0, visible[1]), min(x1, visible[2]), min(y1, visible[3]))
     assume(expected[0] <= expected[2] and expected[1] <= expected[3])
     assert placement.box_to_original(placement.box_to_canvas((x0, y0, x1, y1))) == pytest.approx(expected, abs=1e-6)
     normalised = placement.box_to_normalised((x0, y0, x1, y1))
@@ -179,7 +179,7 @@ def test_boxes_there_and_back(data: st.DataObject, placement: Placement) -> None
 
 
 @given(placements())
-def test_the_whole_image_is_the_whole_content(placement: Placement) -> None:
+def test_box_of_the_whole_image_is_the_content(placement: Placement) -> None:
     height, width = placement.original
     assert placement.box_to_canvas((-9, -9, width + 9, height + 9)) == placement.content
     x0, y0, x1, y1 = placement.content
@@ -204,19 +204,19 @@ def test_boxes_of_a_cropped_image() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), strides)
-def test_tokens_are_the_product_of_the_grid(rows: int, columns: int, stride: int) -> None:
+def test_visual_tokens_are_rows_times_columns_plus_separators(rows: int, columns: int, stride: int) -> None:
     canvas = Size(rows * stride, columns * stride)
     assert grid(canvas, stride) == (rows, columns)
     assert visual_tokens(canvas, stride, row_separator=False) == rows * columns
     assert visual_tokens(canvas, stride, row_separator=True) == rows * columns + rows
 
 
-def test_the_paper_has_576_tokens_at_1536() -> None:
+def test_1536_pixels_are_576_tokens_as_in_the_paper() -> None:
     assert visual_tokens(place(Size(700, 900), "square", side=1536).canvas) == 576
 
 
 @given(placeable, st.sampled_from(MODES))
-def test_place_is_the_function_of_that_name(size: Size, mode: Mode) -> None:
+def test_place_equals_the_function_of_the_mode(size: Size, mode: Mode) -> None:
     expected = {
         "native": native(size, stride=32, min_pixels=5000, max_pixels=90000),
         "short_side": short_side(size, side=96, stride=32, max_pixels=90000),
@@ -226,7 +226,7 @@ def test_place_is_the_function_of_that_name(size: Size, mode: Mode) -> None:
     assert place(size, mode, stride=32, min_pixels=5000, max_pixels=90000, side=96) == expected[mode]
 
 
-def test_unchanged_is_the_image_itself() -> None:
+def test_unchanged_canvas_is_the_image() -> None:
     placement = unchanged(Size(128, 64))
     assert placement.canvas == (128, 64)
     assert placement.box_to_canvas((1, 2, 3, 4)) == (1, 2, 3, 4)
@@ -254,7 +254,7 @@ def test_unchanged_is_the_image_itself() -> None:
         (lambda: unchanged(Size(64, 100)), "100x64"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(call: object, message: str) -> None:
+def test_bad_input_is_rejected_in_one_line(call: object, message: str) -> None:
     assert callable(call)
     with pytest.raises(InputError, match=message) as refusal:
         call()
@@ -262,7 +262,7 @@ def test_bad_input_is_refused_in_one_line(call: object, message: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1536", 1536.5, float("nan"), True])
-def test_settings_that_are_no_whole_numbers_are_refused(value: object) -> None:
+def test_settings_must_be_whole_numbers(value: object) -> None:
     for mode, name in (("square", "side"), ("short_side", "side"), ("native", "max_pixels"), ("native", "stride")):
         settings = {"stride": 64, "min_pixels": 4096, "max_pixels": 2**20, "side": 768} | {name: value}
         with pytest.raises(InputError, match=f"`{name}` must be a whole number; got"):

@@ -1,4 +1,4 @@
-"""The pixels the vision tower sees: the official ones bit for bit, batches of any shapes, saving and loading."""
+"""Pixels for the vision tower: equal to the official ones bit for bit, in batches of any shapes, after saving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from convllava.model.image_processing import ConvLlavaImageProcessorPil, mean_co
 
 OFFICIAL = Path(__file__).parent / "data" / "official" / "images" / "square.png"
 OFFICIAL_PIXELS_SHA256 = "cc4adbdd40b7a83be9f154582ff2b84f88c196c8695bfc4abd8de06e8f91e66d"
-"""Of the float32 (1, 3, 256, 256) that ConvLLaVA's own code (commit 3e7ae57) made of square.png."""
+"""Digest of the float32 (1, 3, 256, 256) that the original code (commit 3e7ae57) makes from square.png."""
 BACKGROUND = (122, 116, 104)
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -33,7 +33,7 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def expand2square(image: Image.Image) -> Image.Image:
-    """As LLaVA does it: the whole square, pasted into."""
+    """Pad as LLaVA does: paste the image into the whole square."""
     long = max(image.size)
     result = Image.new("RGB", (long, long), BACKGROUND)
     result.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
@@ -63,7 +63,7 @@ def test_square_is_pad_and_resize_bit_for_bit(height: int, width: int) -> None:
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.sampled_from([64, 320]), st.integers(0, 9))
-def test_rows_resized_in_strips_are_rows_resized_at_once(height: int, width: int, side: int, seed: int) -> None:
+def test_resizing_in_strips_equals_resizing_at_once(height: int, width: int, side: int, seed: int) -> None:
     if max(height, width) > 200 * min(height, width):
         height = width
     image = noise(height, width, seed)
@@ -72,7 +72,7 @@ def test_rows_resized_in_strips_are_rows_resized_at_once(height: int, width: int
     assert np.array_equal(np.asarray(rendered), np.asarray(expected))
 
 
-def test_a_long_image_is_padded_in_little_memory() -> None:
+def test_long_image_is_padded_in_little_memory() -> None:
     """The padded square would have 1.4 gigapixels."""
     image = Image.new("RGB", (38000, 200), "red")
     rendered = render(image, square(Size(200, 38000), side=64), Image.Resampling.BICUBIC, BACKGROUND)
@@ -91,7 +91,7 @@ def test_crop_is_resize_and_centre_crop_bit_for_bit(height: int, width: int) -> 
     assert np.array_equal(processor(image)["pixel_values"][0], normalised(expected))
 
 
-def test_native_resizes_straight_to_the_canvas() -> None:
+def test_native_resizes_to_the_canvas() -> None:
     image = noise(250, 401)
     output = ConvLlavaImageProcessorPil()(image)
     assert output["image_sizes"].tolist() == [[256, 384]]
@@ -124,7 +124,7 @@ def test_torch_and_numpy_outputs_are_equal() -> None:
         assert np.array_equal(np.asarray(plain[name]), arrays[name])
 
 
-def test_every_kind_of_source_and_nesting(tmp_path: Path) -> None:
+def test_all_sources_and_nestings_give_the_same_pixels(tmp_path: Path) -> None:
     image = noise(128, 192)
     image.save(tmp_path / "a.png")
     array = np.asarray(image)
@@ -138,7 +138,7 @@ def test_every_kind_of_source_and_nesting(tmp_path: Path) -> None:
         assert (pixel_values == expected).all()
 
 
-def test_the_channel_axis_can_be_told() -> None:
+def test_channel_axis_is_guessed_or_given() -> None:
     array = np.random.default_rng(0).integers(0, 256, (3, 64, 3), dtype=np.uint8)
     processor = ConvLlavaImageProcessorPil()
     last = processor(Image.fromarray(array))["pixel_values"]
@@ -148,12 +148,12 @@ def test_the_channel_axis_can_be_told() -> None:
     assert np.array_equal(processor(torch.from_numpy(array))["pixel_values"], first)
 
 
-def test_odd_images_are_decoded_as_elsewhere() -> None:
+def test_transparent_images_become_white() -> None:
     output = ConvLlavaImageProcessorPil(do_normalize=False)(Image.new("RGBA", (64, 64), (255, 0, 0, 0)))
     assert (output["pixel_values"] == 1).all()
 
 
-def test_fetching_decodes_what_processors_pass_through_and_no_address(tmp_path: Path) -> None:
+def test_fetch_images_decodes_files_and_rejects_urls(tmp_path: Path) -> None:
     processor = ConvLlavaImageProcessorPil()
     noise(4, 5).save(tmp_path / "a.png")
     nested = processor.fetch_images([[str(tmp_path / "a.png")], [np.zeros((4, 5), np.uint8)]])
@@ -162,7 +162,7 @@ def test_fetching_decodes_what_processors_pass_through_and_no_address(tmp_path: 
         processor.fetch_images("https://example.com/a.png")
 
 
-def test_settings_of_a_call_go_before_those_of_the_processor() -> None:
+def test_settings_of_a_call_override_the_processor() -> None:
     processor = ConvLlavaImageProcessorPil()
     image = noise(250, 401)
     assert processor(image, mode="square", side=128)["image_sizes"].tolist() == [[128, 128]]
@@ -173,7 +173,7 @@ def test_settings_of_a_call_go_before_those_of_the_processor() -> None:
     assert processor(image)["image_sizes"].tolist() == [[256, 384]]
 
 
-def test_without_resizing_images_must_be_canvases() -> None:
+def test_without_resizing_sides_must_be_multiples_of_the_stride() -> None:
     processor = ConvLlavaImageProcessorPil(do_resize=False)
     image = noise(64, 128)
     assert np.array_equal(processor(image)["pixel_values"][0], normalised(image))
@@ -182,7 +182,7 @@ def test_without_resizing_images_must_be_canvases() -> None:
 
 
 @pytest.mark.parametrize("mode", ["native", "square", "short_side", "crop"])
-def test_placement_and_patches_foretell_the_output(mode: str) -> None:
+def test_placement_and_patches_equal_the_output(mode: str) -> None:
     processor = ConvLlavaImageProcessorPil(mode=mode, side=192)
     size = Size(250, 401)
     canvas = processor.placement(size).canvas
@@ -218,7 +218,7 @@ class ConfigOfATest(PreTrainedConfig):
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the image processor, and only for one test; the package registers it for good."""
+    """Register only the image processor, for one test; the package registers it permanently."""
     monkeypatch.setattr(IMAGE_PROCESSOR_MAPPING, "_extra_content", {})
     AutoImageProcessor.register(ConfigOfATest, image_processor_classes={"pil": ConvLlavaImageProcessorPil})
 
@@ -257,14 +257,14 @@ def test_saved_and_loaded_by_the_auto_class(tmp_path: Path) -> None:
         ({"data_format": "channels_last"}, "channels first"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ConvLlavaImageProcessorPil(**settings)
     with pytest.raises(InputError, match=message):
         ConvLlavaImageProcessorPil()(noise(9, 9), **settings)
 
 
-def test_a_smaller_budget_takes_the_smallest_canvas_down_with_it() -> None:
+def test_smaller_max_pixels_lowers_min_pixels() -> None:
     processor = ConvLlavaImageProcessorPil(min_pixels=640**2, max_pixels=1024**2)
     processor.change(max_pixels=256**2)
     assert processor.placement(Size(256, 256)).canvas == Size(256, 256)
@@ -274,7 +274,7 @@ def test_a_smaller_budget_takes_the_smallest_canvas_down_with_it() -> None:
         processor.change(min_pixels=640**2, max_pixels=256**2)
 
 
-def test_no_images_and_no_image_are_refused() -> None:
+def test_empty_list_and_missing_file_are_rejected() -> None:
     processor = ConvLlavaImageProcessorPil()
     with pytest.raises(InputError, match="the list of images is empty"):
         processor([])

@@ -1,4 +1,4 @@
-"""Every odd kind of image either decodes to what a viewer would show or is refused in one line."""
+"""Every kind of image decodes as in an image viewer or is rejected in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels: decoding it would fail, so a refusal by size came first."""
+    """Return a PNG with a size but without pixels: it can be rejected for its size, but not decoded."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
@@ -37,7 +37,7 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """3 rows of 5 different colours."""
+    """Return 3 rows of 5 random colours."""
     values = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -48,7 +48,7 @@ def pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 class OneWay(io.BytesIO):
-    """A stream that cannot go back."""
+    """A stream that cannot seek."""
 
     def seek(self, *_: int) -> int:
         raise io.UnsupportedOperation
@@ -75,7 +75,7 @@ def test_all_sources_give_the_same_image(picture: Image.Image, tmp_path: Path) -
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied_once(picture: Image.Image, orientation: int, kind: str) -> None:
-    """The file's pixels are laid down so that turning by the orientation gives the picture back."""
+    """The file is turned so that applying the orientation restores the picture."""
     undo = {
         1: None,
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -95,7 +95,7 @@ def test_exif_orientation_is_applied_once(picture: Image.Image, orientation: int
     assert np.array_equal(pixels(load_image(loaded)), np.asarray(picture))
 
 
-def test_a_garbled_exif_block_does_not_hide_the_picture(picture: Image.Image) -> None:
+def test_broken_exif_block_is_ignored(picture: Image.Image) -> None:
     data = encode(picture, exif=b"Exif\x00\x00garbage of no meaning")
     assert np.array_equal(pixels(load_image(data)), np.asarray(picture))
 
@@ -127,7 +127,7 @@ def palette_with_transparency() -> Image.Image:
         (encode(Image.new("L", (1, 1), 7), transparency=7), WHITE),
     ],
 )
-def test_transparency_lies_on_white(source: Any, expected: tuple[int, int, int]) -> None:
+def test_transparency_becomes_white(source: Any, expected: tuple[int, int, int]) -> None:
     assert load_image(source).getpixel((0, 0)) == expected
 
 
@@ -167,18 +167,18 @@ def test_other_colour_spaces(source: Any, expected: tuple[int, int, int]) -> Non
         (Image.fromarray(np.array([[-1, 0, 1]], np.float32)), [0, 128, 255]),
     ],
 )
-def test_deep_greys_are_scaled_not_clipped(values: Any, expected: list[int]) -> None:
+def test_deep_grey_values_are_scaled_and_not_clipped(values: Any, expected: list[int]) -> None:
     for source in (values, encode(values, "TIFF")) if isinstance(values, Image.Image) else (values,):
         assert pixels(load_image(source))[0, :, 0].tolist() == expected
 
 
-def test_sixteen_bit_png_file() -> None:
+def test_sixteen_bit_png_is_scaled() -> None:
     data = encode(Image.fromarray(np.array([[0, 257, 65535]], np.uint16)))
     assert pixels(load_image(data))[0, :, 1].tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_the_first_frame_of_an_animation(kind: str) -> None:
+def test_first_frame_of_an_animation_is_used(kind: str) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -196,7 +196,7 @@ def test_the_result_is_a_copy(picture: Image.Image) -> None:
     st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "ICO", "PPM"]),
     st.data(),
 )
-def test_damaged_bytes_decode_or_are_refused_and_nothing_else(noise: bytes, kind: str, data: st.DataObject) -> None:
+def test_damaged_bytes_decode_or_are_rejected_in_one_line(noise: bytes, kind: str, data: st.DataObject) -> None:
     whole = encode(Image.new("RGB", (16, 16), RED), kind)
     start = data.draw(st.integers(0, len(whole)))
     with warnings.catch_warnings():
@@ -209,7 +209,7 @@ def test_damaged_bytes_decode_or_are_refused_and_nothing_else(noise: bytes, kind
     assert "\n" not in refusal
 
 
-def test_truncated_file(tmp_path: Path) -> None:
+def test_truncated_file_is_rejected(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = tmp_path / "cut.jpg"
     path.write_bytes(encode(Image.fromarray(noise), "JPEG")[:1000])
@@ -249,7 +249,7 @@ def test_truncated_file(tmp_path: Path) -> None:
         (Image.fromarray(np.array([[0, np.inf]], np.float32)), "not finite"),
     ],
 )
-def test_bad_sources_are_refused_in_one_line(source: Any, message: str) -> None:
+def test_bad_sources_are_rejected_in_one_line(source: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         load_image(source)
     assert "\n" not in str(refusal.value)
@@ -257,7 +257,7 @@ def test_bad_sources_are_refused_in_one_line(source: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("side", [10_001, 14_000, 60_000])
-def test_too_many_pixels_are_refused_before_decoding(side: int) -> None:
+def test_too_many_pixels_are_rejected_before_decoding(side: int) -> None:
     """Also beyond Pillow's own limits of 89 (a warning) and 179 megapixels (an error)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -284,7 +284,7 @@ def blp(picture: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("wrap", [ico, icns, iptc, blp])
-def test_what_lies_about_the_picture_inside_is_refused_before_decoding(
+def test_containers_are_rejected_before_decoding(
     wrap: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = wrap(encode(Image.new("RGB", (100, 100)), "JPEG" if wrap is blp else "PNG"))
@@ -306,7 +306,7 @@ def test_the_limit_can_be_set(make: Callable[[Image.Image], Any]) -> None:
         load_image(source, max_image_pixels=599)
 
 
-def test_a_higher_limit_than_pillows_holds_and_leaves_pillows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_above_pillows_works_and_does_not_change_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert load_image(encode(Image.new("RGB", (30, 20), RED))).size == (30, 20)
     assert Image.MAX_IMAGE_PIXELS == 10

@@ -20,7 +20,7 @@ SHAPES = {"none": [], "one": [(64, 192)], "two": [(128, 64), (70, 90)]}
 
 
 def prompts(processor, names=tuple(SHAPES)):
-    """A conversation per name, with as many images as the name says."""
+    """Return one conversation per name, with as many images as the name says."""
     return [
         [
             {
@@ -49,7 +49,7 @@ def encoded(processor, names=tuple(SHAPES)):
     )
 
 
-def test_placeholders_are_visual_tokens_with_a_separator_per_row(parts):
+def test_number_of_placeholders_includes_row_separators(parts):
     model, processor = parts
     inputs = encoded(processor, ["two"])
     # 128x64 -> 2x1 and 70x90 -> 64x64 -> 1x1 tokens, and a separator after each of the three rows
@@ -57,7 +57,15 @@ def test_placeholders_are_visual_tokens_with_a_separator_per_row(parts):
     assert inputs["image_sizes"].tolist() == [[128, 64], [64, 64]]
 
 
-def test_batched_equals_single(parts):
+@pytest.mark.parametrize("size", [(64, 192), (70, 90), (900, 300)])
+def test_visual_tokens_of_a_size_are_the_placeholders_of_its_image(parts, size):
+    _, processor = parts
+    ids = processor(text="<image>", images=picture(*size))["input_ids"]
+    assert ids[0].count(processor.image_token_id) == processor.visual_tokens(*size)
+    assert processor.visual_tokens(*size, max_pixels=64**2, min_pixels=1) == 2  # one token and its row separator
+
+
+def test_batched_logits_equal_single(parts):
     model, processor = parts
     batch = model(**encoded(processor)).logits
     for row, name in enumerate(SHAPES):
@@ -65,7 +73,7 @@ def test_batched_equals_single(parts):
         torch.testing.assert_close(batch[row, -len(single) :], single, atol=1e-4, rtol=0)
 
 
-def test_the_answer_depends_on_the_image(parts):
+def test_logits_depend_on_the_image(parts):
     model, processor = parts
     inputs = encoded(processor, ["one"])
     other = inputs["pixel_values"].flip(-1)
@@ -127,7 +135,7 @@ def test_keys_and_values_reach_the_language_model_under_both_names(monkeypatch, 
     assert not ({"cache", "past_key_values"} - {known}) & set(language_model.received)
 
 
-def test_beams_of_several_images_equal_those_of_one_prompt(parts):
+def test_batched_beams_equal_single(parts):
     model, processor = parts
     settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
     batch = model.generate(**encoded(processor, ["one", "two"]), **settings)
@@ -145,7 +153,7 @@ def test_tower_runs_once_in_generation(parts):
     assert calls == [1]
 
 
-def test_save_and_load_round_trip(parts, tmp_path):
+def test_saved_model_equals_loaded_one(parts, tmp_path):
     model, processor = parts
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -160,8 +168,8 @@ def test_save_and_load_round_trip(parts, tmp_path):
     assert str(tmp_path) not in (tmp_path / "config.json").read_text()
 
 
-def test_pipeline_answers_alone_and_in_batches(parts, tmp_path):
-    """Images of a batch share a canvas here: the stock pipeline concatenates the pixels of its samples as they are."""
+def test_batched_pipeline_equals_single(parts, tmp_path):
+    """The images have the same canvas, because the stock pipeline concatenates the pixels of its samples."""
     model, processor = parts
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -175,7 +183,7 @@ def test_pipeline_answers_alone_and_in_batches(parts, tmp_path):
     assert single[0] != single[1]
 
 
-def test_streaming_gives_the_text_of_generate(parts):
+def test_streamed_text_equals_generate(parts):
     model, processor = parts
     inputs = encoded(processor, ["one"])
     whole = model.generate(**inputs, max_new_tokens=6, do_sample=False)
@@ -219,7 +227,7 @@ def test_bfloat16_runs_and_stays_close():
     assert (logits.float()[kept] - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def test_other_language_models_fit():
+def test_other_language_models_work():
     model = ConvLlavaForConditionalGeneration(
         ConvLlavaConfig(
             vision_config={"depths": [1] * 5, "hidden_sizes": [8] * 5},
@@ -263,27 +271,27 @@ def test_marks_must_match_in_every_prompt_of_a_batch(parts):
         parts[1](text=["<image><image> a", "b"], images=[[picture(64, 64)], [picture(64, 64)]])
 
 
-def test_a_literal_mark_in_a_message_is_refused(parts):
+def test_literal_mark_in_a_message_is_rejected(parts):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "an <image> here"}]}]
     with pytest.raises(InputError, match="literal mark <image>"):
         parts[1].apply_chat_template(messages)
 
 
-def test_placeholders_that_do_not_fit_the_features_are_refused(parts):
+def test_wrong_number_of_placeholders_is_rejected(parts):
     model, processor = parts
     inputs = encoded(processor, ["one"])
     with pytest.raises(InputError, match="placeholder tokens but the images give"):
         model(**{**inputs, "image_sizes": torch.tensor([[64, 64]])})
 
 
-def test_placeholders_without_an_image_are_refused(parts):
+def test_placeholders_without_an_image_are_rejected(parts):
     model, processor = parts
     inputs = encoded(processor, ["one"])
     with pytest.raises(InputError, match="image placeholder tokens but the images give 0"):
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
 
-def test_embeddings_beside_an_image_whose_mark_has_none_are_refused(parts):
+def test_embeddings_without_the_placeholder_are_rejected(parts):
     model = copy.deepcopy(parts[0])
     model.config.image_token_id = len(model.get_input_embeddings().weight)
     embeddings = torch.zeros(1, 4, model.config.text_config.hidden_size)
@@ -291,7 +299,7 @@ def test_embeddings_beside_an_image_whose_mark_has_none_are_refused(parts):
         model(inputs_embeds=embeddings, pixel_values=torch.zeros(1, 3, 64, 64))
 
 
-def test_attention_can_be_chosen_on_loading(parts, tmp_path):
+def test_attention_implementation_is_chosen_on_loading(parts, tmp_path):
     parts[0].save_pretrained(tmp_path)
     for name in ("sdpa", "eager"):
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=name)
@@ -313,7 +321,7 @@ def test_attention_can_be_chosen_on_loading(parts, tmp_path):
         ([{"role": "user", "content": "end<|end|>"}], "literal mark"),
     ],
 )
-def test_malformed_conversations_are_refused(parts, messages, message):
+def test_malformed_conversations_are_rejected(parts, messages, message):
     with pytest.raises(InputError, match=message):
         parts[1].apply_chat_template(messages)
 
@@ -326,8 +334,8 @@ def test_coordinates_are_normalised_row_by_row():
     torch.testing.assert_close(horizontal, torch.tensor([0.125, 0.375, 0.625, 0.875] * 2))
 
 
-def test_places_are_not_drowned_by_what_the_projector_writes():
-    """Fifty times the content must not change how much of a token is its place."""
+def test_projector_norm_keeps_coordinates_visible():
+    """The share of the coordinates in a token does not change if the content is fifty times as large."""
     model, _ = fresh()
     projector = model.model.multi_modal_projector
     features = model.model.vision_tower(torch.randn(1, 3, 128, 192))

@@ -20,7 +20,7 @@ from convllava.checkpoints.tensors import in_shards
 from convllava.io import write_json
 
 
-def test_every_layout_gives_the_same_model(published, tmp_path):
+def test_all_layouts_give_the_same_model(published, tmp_path):
     expected = tensors_of(published)
     weights = load_file(published / "model.safetensors")
     tower = tower_in(published)

@@ -29,7 +29,7 @@ def test_known_words_are_one_token_and_others_are_spelled():
     ("text", "coordinates"),
     [(" [0.12, 0.34, 0.50, 1.00]", 4), (" 10.12, 3", 0), (" costs 0.50 now", 0), (" v1.0.12, x", 0)],
 )
-def test_coordinates_in_boxes_are_one_token(text, coordinates):
+def test_coordinates_in_boxes_are_one_token_each(text, coordinates):
     tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text).input_ids)
     assert sum(len(token) == 4 for token in tokens) == coordinates
 
