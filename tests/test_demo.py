@@ -12,6 +12,7 @@ import pytest
 from conftest import fresh
 from PIL import Image
 
+import convllava
 from convllava import InputError
 from convllava.checkpoints import SHIPPED, write
 from convllava.evaluation import evaluate
@@ -76,7 +77,11 @@ def test_readme_python_example_runs(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.strip().splitlines()) <= 7
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    printed, model = capsys.readouterr().out, convllava.load("tiny")
+    questions = re.findall(r'\("(\S+\.png)", "([^"]+)"\)', code)
+    assert questions
+    for image, question in questions:
+        assert model.ask(image, question) in printed
 
 
 def test_readme_commands_are_makefile_targets():

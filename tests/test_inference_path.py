@@ -222,6 +222,8 @@ def test_bands_of_wrong_dimensions_are_rejected():
     )
 
 
+@torch.no_grad()
 def test_tower_with_relu_runs_in_place():
-    tower = ConvLlavaVisionModel(ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8] * 5, hidden_act="relu")).eval()
-    assert inplace.is_plain(tower)
+    model = ConvLlavaVisionModel(ConvLlavaVisionConfig(depths=[1] * 5, hidden_sizes=[8] * 5, hidden_act="relu")).eval()
+    assert inplace.is_plain(model)
+    assert_close(model(images()).last_hidden_state, training_output(model, images()))
