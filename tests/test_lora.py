@@ -167,7 +167,7 @@ def test_damaged_adapters_give_a_one_line_error(run, tmp_path, name, content):
 def test_convert_rejects_adapters_and_merge_whole_models(run, tmp_path):
     with pytest.raises(InputError, match="is an adapter; write it and its base"):
         checkpoints.convert(run / "1-lora", tmp_path / "new")
-    with pytest.raises(InputError, match="is no folder of an adapter"):
+    with pytest.raises(InputError, match="is not an adapter's folder"):
         checkpoints.merge(run / "0-chat", tmp_path / "new")
     with pytest.raises(InputError, match="adapter needs the objective chat"):
         replaced(objective="align")

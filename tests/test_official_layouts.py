@@ -67,7 +67,7 @@ def test_tied_embeddings_are_stored_once(published, tmp_path):
 def test_base_of_a_whole_checkpoint_is_rejected(published, tmp_path):
     convert(published, tmp_path / "ours", "float32")
     for folder in (published, tmp_path / "ours"):
-        with pytest.raises(InputError, match="is a whole checkpoint and no LoRA; leave `base` out"):
+        with pytest.raises(InputError, match="is a whole checkpoint and not a LoRA; leave `base` out"):
             convert(folder, tmp_path / "new", base=tmp_path)
 
 

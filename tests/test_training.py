@@ -167,10 +167,16 @@ def test_batch_not_divisible_by_processes_is_rejected(tmp_path, monkeypatch):
             "model.pixels: `max_pixels` must be a whole number",
         ),
         ({"language": {"model_type": "lama"}}, "transformers knows no model_type 'lama'"),
-        ({"vision": {"depths": [1]}}, r"make no model: Class validation .*four or more stages"),
-        ({"language": {"num_attention_heads": 7}}, r"make no model: Class validation .*attention heads \(7\)"),
-        ({"language": {"hidden_act": "gely"}}, r"make no model: KeyError\('gely'\)"),
-        ({"language": {"dtype": "foo"}}, r"make no model: .*no attribute 'foo'"),
+        (
+            {"vision": {"depths": [1]}},
+            r"settings of vision, language and pixels: Class validation .*four or more stages",
+        ),
+        (
+            {"language": {"num_attention_heads": 7}},
+            r"settings of vision, language and pixels: Class validation .*attention heads \(7\)",
+        ),
+        ({"language": {"hidden_act": "gely"}}, r"settings of vision, language and pixels: KeyError\('gely'\)"),
+        ({"language": {"dtype": "foo"}}, r"settings of vision, language and pixels: .*no attribute 'foo'"),
         ({"checkpoint": "/no/where"}, "there is no model"),
     ],
 )

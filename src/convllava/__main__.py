@@ -1,4 +1,4 @@
-"""`python -m convllava`, and the form in which torchrun starts several processes."""
+"""Run the command line with `python -m convllava`; torchrun starts several processes this way."""
 
 from convllava.cli import main
 

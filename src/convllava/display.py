@@ -1,4 +1,4 @@
-"""What people look at: progress bars in the terminal, boxes on pictures, plots."""
+"""Progress bars in the terminal, boxes on pictures, and plots."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ def export(model: ConvLlavaForConditionalGeneration, path: Path) -> float:
         The largest difference on images of four shapes.
 
     Raises:
-        InputError: if the ending is another one, a package is missing, or the difference is above 1e-4. Then no file is
-            written.
+        InputError: if `path` has another extension, a package is missing, or the difference is above 1e-4. Then no file
+            is written.
     """
     if path.suffix not in (".onnx", ".xml"):
         raise ConfigError(f"`path` {path} must end in .onnx, or in .xml for OpenVINO")

@@ -189,9 +189,9 @@ def native(
 ) -> Placement:
     """Keep the aspect ratio; round both sides to multiples of the stride, within a budget of pixels.
 
-    If the rounded canvas is within the budget, the image keeps its size. Otherwise it is scaled just as far as
-    necessary. So the canvas always is the rounding of some scaling of the image (a side below one stride becomes one
-    stride), and it never shrinks when the image or the budget grows.
+    If the rounded canvas is within the budget, the image keeps its size. Otherwise it is scaled only as far as
+    necessary. So the canvas is always a scaled copy of the image with rounded sides (a side below one stride becomes
+    one stride). It never shrinks when the image or the budget grows.
 
     Both bounds hold if `max_pixels` >= 4 * `min_pixels`, counted in whole stride x stride cells. If they are so close
     that no canvas is between them (2x2 cells, then 3x3), `max_pixels` holds and `min_pixels` does not.
@@ -273,7 +273,7 @@ def unchanged(size: Size, *, stride: int = DEFAULT_STRIDE) -> Placement:
 
     Raises:
         ImageError: if the size is bad (see `check_size`).
-        ConfigError: if a side is no multiple of the stride.
+        ConfigError: if a side is not a multiple of the stride.
     """
     size = check_size(size)
     grid(size, stride)
@@ -295,7 +295,7 @@ def place(
     `side`.
 
     Raises:
-        ConfigError: if the mode is not known, or the `side` of square or crop is no multiple of the stride.
+        ConfigError: if the mode is not known, or the `side` of square or crop is not a multiple of the stride.
         InputError: see the function of the mode.
     """
     match mode:

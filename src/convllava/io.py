@@ -198,7 +198,7 @@ class ResumableJsonl:
                 answers.add([{"id": question.id, "answer": ...}])
 
     The settings are written next to the entries. A later run with other settings is rejected, so that one file never
-    mixes results of two kinds.
+    mixes results of different settings.
 
     Args:
         folder: The folder of both files; None keeps the entries in memory only.
@@ -211,7 +211,7 @@ class ResumableJsonl:
 
     Raises:
         InputError: if the folder holds entries that were made with other settings (the message lists them), is
-            damaged, or cannot be created. The messages speak of the folder as `output`.
+            damaged, or cannot be created. The messages call the folder `output`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Adapters: folders with what LoRA has trained, without the checkpoint that it was trained on (the base).
+"""Adapters: folders with the weights that LoRA has trained, without the checkpoint that they change (the base).
 
 A folder holds PEFT's files (`adapter_config.json`, `adapter_model.safetensors`), our configuration and the processor.
 PEFT's file also contains the parts that were trained as a whole: the projector and stages of the tower.
@@ -90,7 +90,7 @@ def save(adapted: Any, processor: ConvLlavaProcessor, folder: Path, base: str | 
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     path = folder / CONFIG
-    # Both are resolved, because ".." after a symbolic link leads to another folder than the text of the path says.
+    # Both are resolved: after a symbolic link, ".." may lead to another folder than the text of the path suggests.
     name = os.path.relpath(base.resolve(), folder.resolve()) if isinstance(base, Path) else base
     write_json(path, {**read_json(path), _BASE: name})
     model = adapted.get_base_model()

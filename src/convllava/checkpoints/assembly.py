@@ -125,7 +125,7 @@ def build(
         if name.startswith("model.vision_tower.") and not (stage5_depth and ".stages.4." in name):
             raise CheckpointError(f"vision: the encoder lacks {name.removeprefix('model.vision_tower.')}")
     model.load_state_dict(tensors, strict=False)
-    # Only the special tokens: penalties and temperature belong to the conversations that the language model knows.
+    # Keep only the special tokens: penalties and temperature were chosen for the language model's own conversations.
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{key: getattr(causal.generation_config, key) for key in special})
     settings = {"stride": config.vision_config.stride, **statistics, **dict(pixels or {})}

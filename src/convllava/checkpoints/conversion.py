@@ -54,7 +54,7 @@ def convert(
     """
     destination = _new_folder(destination, dtype)
     if to not in ("convllava", "official"):
-        raise ConfigError(f"`to` {to!r} is no layout; choose convllava or official")
+        raise ConfigError(f"`to` {to!r} is not a layout; choose convllava or official")
     source = on_disk(source if Path(source).is_dir() else find(str(source)))
     if adapters.is_adapter(source):
         raise CheckpointError(f"{source} is an adapter; write it and its base as one checkpoint with `convllava merge`")
@@ -63,7 +63,7 @@ def convert(
     elif base is None:
         stored = _open(source, DTYPES[dtype])
     else:
-        raise ConfigError(f"{source} is a whole checkpoint and no LoRA; leave `base` out")
+        raise ConfigError(f"{source} is a whole checkpoint and not a LoRA; leave `base` out")
     with whole_folder(destination) as folder:
         if to == "convllava":
             stored.save(folder, DTYPES[dtype])
@@ -84,13 +84,13 @@ def merge(
         base: The checkpoint that the adapter was trained on, instead of the one that the adapter names.
 
     Raises:
-        CheckpointError: if it is no adapter, or its base is not here.
+        CheckpointError: if it is not an adapter, or its base does not exist here.
         ConfigError: if the destination exists, or `dtype` is not known.
     """
     destination = _new_folder(destination, dtype)
     adapter = find(str(adapter))
     if not adapters.is_adapter(adapter):
-        raise CheckpointError(f"{adapter} is no folder of an adapter; `convllava convert` converts whole checkpoints")
+        raise CheckpointError(f"{adapter} is not an adapter's folder; `convllava convert` converts whole checkpoints")
     model, processor = read(adapter, DTYPES[dtype], base)
     write(model, processor, destination)
 

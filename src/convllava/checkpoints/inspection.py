@@ -103,7 +103,7 @@ def inspect(name: str, sides: Sequence[int] | None = None) -> Report:
         sides: Sides of square images in pixels; by default `SIDES`, rounded to multiples of the stride.
 
     Raises:
-        InputError: if there is no such model, or a side is no multiple of its stride.
+        InputError: if there is no such model, or a side is not a multiple of its stride.
     """
     config = configuration_of(name)
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def inspect_tower(name: str, sides: Sequence[int]) -> TowerReport:
 
     Raises:
         ConfigError: if there is no such tower.
-        InputError: if a side is no multiple of its stride.
+        InputError: if a side is not a multiple of its stride.
     """
     if name not in towers():
         raise ConfigError(f"there is no tower {name!r}; choose one of {', '.join(towers())}")

@@ -175,12 +175,12 @@ def find_parts(folder: str | Path, base: str | Path | None = None) -> Layout:
 
     Raises:
         CheckpointError: if the tower, the base or a file is missing, or a setting is not supported.
-        ConfigError: if there is a `base`, but the checkpoint is no LoRA.
+        ConfigError: if there is a `base`, but the checkpoint is not a LoRA.
     """
     folder = Path(folder)
     adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     if adapter is None and base is not None:
-        raise ConfigError(f"{folder} is a whole checkpoint and no LoRA; leave `base` out")
+        raise ConfigError(f"{folder} is a whole checkpoint and not a LoRA; leave `base` out")
     language = folder
     if adapter is not None:
         language = _downloaded(str(base or adapter.get("base_model_name_or_path") or ""))
@@ -238,8 +238,8 @@ def find_parts(folder: str | Path, base: str | Path | None = None) -> Layout:
 
 
 def _tower_folders(folder: Path, language: Path, config: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
-    """Return the checkpoint's own tower, and another one that its config.json names: the one its training started
-    from."""
+    """Return the folder of the checkpoint's own tower, and of another tower that its config.json names, from which the
+    training started."""
     places = [place / "vision_tower" for place in dict.fromkeys((folder, language))]
     own = next((place for place in places if (place / "config.json").is_file()), None)
     name = config.get("mm_vision_tower") or ""
@@ -262,7 +262,7 @@ def _lora_deltas(folder: Path, adapter: Mapping[str, Any]) -> dict[str, Delta]:
         if adapter.get(setting):
             raise CheckpointError(f"{folder / ADAPTER_CONFIG} sets {setting}, which the original code does not write")
     if not all(isinstance(adapter.get(key), int | float) and adapter[key] > 0 for key in ("r", "lora_alpha")):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} lacks r or lora_alpha, numbers above 0; it is no LoRA")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} lacks r or lora_alpha, numbers above 0; it is not a LoRA")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()]
     if not files:
         raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors or adapter_model.bin")

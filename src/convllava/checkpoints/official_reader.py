@@ -92,7 +92,9 @@ def configuration(layout: Layout) -> ConvLlavaConfig:
             image_token_id=config["vocab_size"],
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"the settings in {layout.folder} make no model: {one_line(error)}") from None
+        raise CheckpointError(
+            f"the settings in {layout.folder} do not fit a ConvLLaVA model: {one_line(error)}"
+        ) from None
 
 
 def _depths_and_widths(layout: Layout, configured_depths: list[int]) -> tuple[list[int], list[int]]:
@@ -208,8 +210,8 @@ def _tensors(
 
 
 def _is_dropped_block(name: str, expected: Mapping[str, torch.Size], layout: Layout) -> bool:
-    """Return whether a tensor belongs to the block that `mm_vision_select_layer` -2 removes: the first one after its
-    stage's last."""
+    """Return whether a tensor belongs to the block that `mm_vision_select_layer` -2 removes: the block after the last
+    one that our stage has."""
     match = LAYER.search(name)
     if match is None or not _drops_last_block(layout):
         return False

@@ -31,7 +31,7 @@ def find(name: str) -> str:
     """Return the folder of a model in the package; folders and hub ids are returned as they are.
 
     Raises:
-        CheckpointError: if `name` is no model in the package, no folder with a config.json and no hub id.
+        CheckpointError: if `name` is neither a model in the package, nor a folder with a config.json, nor a hub id.
     """
     shipped = sorted(folder.name for folder in SHIPPED.iterdir()) if SHIPPED.exists() else []
     if name in shipped:
@@ -64,7 +64,8 @@ def read(
     path = on_disk(path)
     if quantization is not None and (adapters.is_adapter(path) or is_official(path)):
         raise CheckpointError(
-            f"{path} cannot be quantised: an adapter or in the official layout; use `convllava merge` or `convert`"
+            f"{path} cannot be quantised, because it is an adapter or in the official layout; use `convllava merge` "
+            "or `convllava convert`"
         )
     if adapters.is_adapter(path):
         # Half precision would round the small changes of the adapter away.
@@ -118,7 +119,7 @@ def processor(path: str | Path) -> ConvLlavaProcessor:
 
 @contextmanager
 def loading(path: str | Path) -> Iterator[None]:
-    """Turn the errors that transformers raises for a folder that is no model of ours into one line."""
+    """Turn the errors that transformers raises for a folder without a ConvLLaVA model into one line."""
     try:
         yield
     except InputError:

@@ -19,9 +19,9 @@ from convllava.io import one_line, read_json, write_json
 
 VOCABULARY = "tokenizer.model"
 SHARD_BYTES = 512 * 2**20
-"""Size of a shard: tensors of this size are in memory before they are written."""
+"""Size of a shard. The tensors of one shard are in memory at the same time."""
 _DIGEST_SAMPLES = 1024
-"""Numbers of each tensor that `weights_digest` reads."""
+"""How many numbers of each tensor `weights_digest` reads at most."""
 
 
 def tensor_files(folder: Path, required: bool = True) -> list[Path]:
@@ -142,7 +142,7 @@ def weights_digest(model: nn.Module) -> str:
     """Return the precision of a model's weights and a digest of them, which does not depend on their files.
 
     The digest reads at most 1024 evenly spaced numbers of each tensor, so that a model of many gigabytes is not read as
-    a whole. Training changes nearly all numbers of what trains, so the digest changes too.
+    a whole. Training changes nearly all numbers of the trained tensors, so the digest changes too.
     """
     content, precisions = hashlib.blake2b(digest_size=8), set()
     for name, weight in model.named_parameters():

@@ -51,7 +51,7 @@ def write(
 
 
 def write_adapter(adapted: Any, processor: ConvLlavaProcessor, path: Path, base: str | Path, **texts: str) -> None:
-    """Save what a `PeftModel` has learnt, without its base; see `adapters.save` and `write`.
+    """Save the trained weights of a `PeftModel`, without its base; see `adapters.save` and `write`.
 
     Raises:
         CheckpointError: if the folder cannot be written.

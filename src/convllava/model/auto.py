@@ -1,4 +1,4 @@
-"""Registers the model with the Auto classes of transformers when imported."""
+"""Register the model with the Auto classes of transformers when this module is imported."""
 
 from __future__ import annotations
 

@@ -93,7 +93,9 @@ def _settings_errors() -> Iterator[None]:
         StrictDataclassError,
     ) as error:
         reason = repr(error) if isinstance(error, KeyError) else one_line(error)
-        raise ConfigError(f"model: the settings of vision, language and pixels make no model: {reason}") from error
+        raise ConfigError(
+            f"model: no model can have these settings of vision, language and pixels: {reason}"
+        ) from error
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The depthwise convolution with a fast weight gradient on CPUs.
 
-Each of the 49 weights has as its gradient a sum over all pixels of neighbour times gradient. torch needs more than ten
-times as long for it as for the convolution itself. Here rows of pixels are multiplied and added to 49 running sums,
-with all channels and columns in memory order, and the columns are summed once at the end.
+The gradient of each of the 49 weights is a sum over all pixels: a neighbour times the pixel's gradient. torch needs
+more than ten times as long for it as for the convolution itself. Here rows of pixels are multiplied and added to 49
+running sums, with all channels and columns in memory order, and the columns are summed once at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _is_ours_faster(maps: Tensor, weight: Tensor) -> bool:
 
 
 class _Depthwise(torch.autograd.Function):
-    """Runs in float32 under autocast too: in bfloat16 torch's gradient takes as long as in float32."""
+    """The convolution with our gradient. It runs in float32 under autocast too: in bfloat16 torch's gradient takes as
+    long as in float32."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)

@@ -139,7 +139,7 @@ class ConvLlavaImageProcessorPil(PilBackend):
         return self.side**2 if self.mode in SQUARE else self.max_pixels
 
     def within(self, pixels: int | None) -> dict[str, int]:
-        """Return settings for a call or `placement` that limit a canvas to `pixels`; none if `pixels` is None.
+        """Return settings that limit a canvas to `pixels`, for a call or for `placement`; {} if `pixels` is None.
 
         Raises:
             ConfigError: if `pixels` is less than one visual token.

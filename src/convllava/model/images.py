@@ -32,7 +32,7 @@ _EXIF_TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _CONTAINERS = ("BLP", "ICNS", "IPTC")
-"""Formats that contain an image of another format. Their own header may state a wrong size of it."""
+"""Formats that contain an image of another format. Their own header may state a wrong size for that image."""
 _ICO_START = b"\0\0\1\0"
 """First bytes of ICO, another container."""
 
@@ -131,7 +131,7 @@ def _read_header(file: BinaryIO) -> Image.Image:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 return Image.open(file)
         except Image.DecompressionBombError:
-            # Our limit may be higher than Pillow's, which is a variable of the whole process.
+            # Our limit may be higher than Pillow's. Pillow's limit is one variable for the whole process.
             with _LIMIT_LOCK:
                 limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
                 try:
@@ -173,7 +173,7 @@ def _decode(image: Image.Image, max_image_pixels: int) -> Image.Image:
             orientation = 1
         if orientation in _EXIF_TRANSPOSE:
             upright = upright.transpose(_EXIF_TRANSPOSE[orientation])
-        # With the metadata the next reader would turn it again.
+        # Without this, the next reader would use the metadata to turn the image again.
         upright.info = {}
         return upright
     except ImageError:

@@ -177,9 +177,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         else:
             embeddings: Any = self.get_input_embeddings()
             if self.config.image_token_id >= len(embeddings.weight):
-                raise InputError(
-                    "the image placeholder has no embedding to find in `inputs_embeds`; give `input_ids` instead"
-                )
+                raise InputError("image placeholders cannot be found in `inputs_embeds`; give `input_ids` instead")
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         if int(mask.sum()) != image_features.shape[0]:
@@ -190,7 +188,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         return mask.unsqueeze(-1)
 
     def _with_image_side(self, inputs_embeds: Tensor) -> Tensor:
-        """Return the same values, but make them depend on the tower's and projector's weights that train.
+        """Return the same values, but let them depend on the trainable weights of tower and projector.
 
         Without this a batch of text alone would have no gradient if only these weights train, and its process would not
         take part when several processes add up their gradients. If the processes shard the weights, this process must
@@ -322,8 +320,8 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             logits_to_keep: Compute logits for the last positions only, this many (0: all).
 
         Raises:
-            InputError: if placeholders and visual tokens differ in number, or a side of an image is no multiple of the
-                stride.
+            InputError: if placeholders and visual tokens differ in number, or a side of an image is not a multiple of
+                the stride.
         """
         outputs = self.model(
             input_ids=input_ids,

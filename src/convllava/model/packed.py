@@ -14,7 +14,7 @@ from convllava.geometry import Size
 Grids = tuple[Size, ...]
 """Rows and columns of each image's map."""
 SMALL_WEIGHT = 2**17
-"""Numbers in a weight (half a megabyte) whose copy costs nothing compared to the maps that it is multiplied with."""
+"""Largest weight, in numbers (half a megabyte), whose copy takes almost no time compared with the product."""
 
 
 def rectangles(pixels: Tensor, grids: Grids) -> list[Tensor]:

@@ -130,7 +130,7 @@ class ConvLlavaProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _check_text(self, text: str, role: str) -> None:
-        # No tokenizer takes half a character.
+        # A tokenizer cannot encode half of a surrogate pair.
         if half := _SURROGATE.search(text):
             raise InputError(
                 f"the text of a {role} message is not UTF-8 at its character {half.start() + 1}; write it again"

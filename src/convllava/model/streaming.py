@@ -1,10 +1,10 @@
-"""The tower band by band: the memory depends on the width of an image only, not on its height. The numbers are equal.
+"""The tower in bands of rows: the memory depends on the width of an image, not on its height. The results are equal.
 
-A 7x7 convolution sees three rows up and down. A block that keeps the last six rows it received can therefore turn every
-further rows into as many finished ones, three rows late: no row is computed twice, and no neighbour is missing. A stage
-passes its finished rows to the next stage. The last stages have large weights and few pixels, so rows wait until there
-are enough of them to be worth reading the weights. If a whole map is smaller than the rows that its blocks would keep,
-the stage keeps the whole map instead. A band may have any height: it is cut into slices of a few rows.
+A 7x7 convolution sees three rows up and down. So a block keeps the last six rows that it received. For each new row it
+can then finish one row, three rows late: no row is computed twice, and no neighbour is missing. A stage passes its
+finished rows to the next stage. The last stages have large weights and few pixels, so rows wait until there are enough
+of them to be worth reading the weights. If a whole map is smaller than the rows that its blocks would keep, the stage
+keeps the whole map instead. A band may have any height: it is cut into slices of a few rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WHOLE_PIXELS = 2**22
 _BAND_PIXELS = 2**20
 """Pixels in a band of a larger image."""
 _SLICE_BYTES = {"cpu": 2**20}
-"""Size of the rows after the stem that go on together."""
+"""Size of a slice, the rows after the stem that are processed together."""
 _MIN_PIXELS = 512
 """Pixels of a stage's map that make it worth reading the weights of the stage."""
 
@@ -45,14 +45,14 @@ def encode(
         band_rows: Rows of pixels in a band, for images of every size; None streams only large images.
 
     Raises:
-        InputError: if `band_rows` is no positive multiple of the stride.
+        InputError: if `band_rows` is not a positive multiple of the stride.
     """
     stride = _stride(stem, stages)
     banded = band_rows is not None
     if band_rows is not None and (band_rows < stride or band_rows % stride):
         nearest = max(stride, round(band_rows / stride) * stride)
         raise InputError(
-            f"`band_rows` {band_rows} is too small or no multiple of the tower's stride {stride} (the rows of pixels "
+            f"`band_rows` {band_rows} is too small or not a multiple of the tower's stride {stride} (the rows of pixels "
             f"of one row of tokens); give {nearest}"
         )
     parts: list[Tensor] = []
@@ -90,7 +90,7 @@ def stream(
     """Check `height` and encode one image that is given in bands; see `ConvLlavaVisionModel.stream`."""
     stride = _stride(stem, stages)
     if height is not None and (height < 1 or height % stride):
-        raise InputError(f"`height` {height} is no multiple of the tower's stride {stride}; resize the image")
+        raise InputError(f"`height` {height} is not a multiple of the tower's stride {stride}; resize the image")
     return _stream(stem, stages, bands, height)
 
 
@@ -172,7 +172,7 @@ def _streamed_stages(
 
 
 class _StreamedStage:
-    """One stage between slices.
+    """The state of one stage between two slices.
 
     Args:
         stage: The layers.
@@ -225,7 +225,8 @@ class _StreamedStage:
 
 
 class _StreamedBlock:
-    """One block between slices. It keeps the last six rows it received; the last three of them are not finished."""
+    """The state of one block between two slices. It keeps the last six rows it received; the last three of them are not
+    finished."""
 
     def __init__(self, layer: ConvLlavaVisionLayer) -> None:
         self.layer = layer

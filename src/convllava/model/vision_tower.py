@@ -132,7 +132,7 @@ class ConvLlavaVisionModel(PreTrainedModel):
             band_rows: Rows of pixels in a band, for images of every size; without gradients only.
 
         Raises:
-            InputError: if there is no image, a side is no multiple of the stride, or `band_rows` is not usable.
+            InputError: if there is no image, a side is not a multiple of the stride, or `band_rows` is not usable.
         """
         if isinstance(pixel_values, ConvLlavaStageFeatures):
             pixels, grids = pixel_values.pixels, pixel_values.grids
@@ -157,7 +157,7 @@ class ConvLlavaVisionModel(PreTrainedModel):
         return ConvLlavaVisionOutput(*self.encoder(*self.embeddings(images)))
 
     def stream(self, bands: Iterable[Tensor], height: int | None = None) -> Iterator[Tensor]:
-        """Encode one image that never is in memory as a whole.
+        """Encode one image that is never in memory as a whole.
 
         Args:
             bands: The rows of the image from the top: (channels, rows, width) each; the number of rows is a multiple of
@@ -168,7 +168,7 @@ class ConvLlavaVisionModel(PreTrainedModel):
             The last feature map from the top: (rows, columns, channels) each.
 
         Raises:
-            InputError: if the width or the number of all rows is no multiple of the stride; or if the tower has
+            InputError: if the width or the number of all rows is not a multiple of the stride; or if the tower has
                 adapters, hooks or quantised layers, or runs under autocast.
         """
         with torch.no_grad():
@@ -182,7 +182,7 @@ def check_multiples(sizes: Iterable[Size], stride: int) -> None:
     """Check that the tower can halve images of these sizes (in pixels) in every stage.
 
     Raises:
-        InputError: if a side is no positive multiple of the stride; the message names the nearest size.
+        InputError: if a side is not a positive multiple of the stride; the message names the nearest size.
     """
     for height, width in sizes:
         if height % stride or width % stride or not height or not width:
