@@ -107,7 +107,7 @@ def test_every_problem_is_reported_with_its_row(folder):
     assert "200.0 megapixels" in details["undecodable image"]
     assert details["marks and images differ"] == "2 <image> marks for 1 images"
     assert "tokens, and the answer begins after 60" in details["too long"]
-    assert "of which the last" in details["cut"]
+    assert "tokens; the last" in details["cut"]
     (source,) = summary["sources"]
     assert source["problems"]["undecodable image"] == 2
     assert sum(source["problems"].values()) == len(expected)

@@ -151,7 +151,7 @@ def test_compiles_without_a_graph_break(gradients):
 def test_invalid_band_height_is_rejected_with_a_valid_one(rows):
     with (
         torch.no_grad(),
-        pytest.raises(InputError, match=f"`band_rows` {rows} is too small or no multiple.*; give (64|128)"),
+        pytest.raises(InputError, match=f"`band_rows` {rows} is too small or not a multiple.*; give (64|128)"),
     ):
         tower()(images(), band_rows=rows)
 
@@ -178,7 +178,7 @@ def test_bands_that_contradict_the_height_are_rejected(height, message):
 
 @pytest.mark.parametrize("height", [0, 40, 96])
 def test_height_off_the_stride_is_rejected_before_reading(height):
-    with pytest.raises(InputError, match=f"`height` {height} is no multiple of the tower's stride 64"):
+    with pytest.raises(InputError, match=f"`height` {height} is not a multiple of the tower's stride 64"):
         tower().stream(iter(()), height)
 
 

@@ -32,9 +32,9 @@ CAPTION = "caption"
 Cells = frozenset[tuple[int, int]]
 """Visual tokens as (row, column) of the grid."""
 FIRST_POSITION = (-1, -1)
-"""Stands for the first position of the sequence, the target if the answer to "How many" is none."""
+"""Represents the first position of the sequence, the target if there are no objects to count."""
 _MAX_OCCURRENCES = 4
-"""A text that is printed more often than this, such as "1", says nothing about where to look."""
+"""A text that is printed more often than this, such as "1", does not show where to look."""
 _MAX_EQUAL_WORDS = 2
 _SPACE = "\u2581"
 _SPACES = _SPACE + "\u0120"
@@ -108,8 +108,8 @@ class PageCells:
         return [after + start for start in found]
 
     def characters(self, text: str, starts: Sequence[int]) -> list[Cells]:
-        """Return the cells of each character of `text`, printed at all of `starts`; a space has those of the character
-        after it."""
+        """Return the cells of each character of `text`, which is printed at every index in `starts`. A space gets the
+        cells of the character after it."""
         cells: list[Cells] = []
         step = len(text.replace(" ", ""))
         last = step - 1
@@ -127,7 +127,7 @@ def answer_cells(page: PageCells, turn: Turn) -> list[Cells]:
         width, height = page.sample.image.size
         cells = page.cells((box[0] * width, box[1] * height, box[2] * width, box[3] * height))
     elif turn.task == "count":
-        # The number of objects is the position label of the last one that is counted.
+        # The number of objects is the position label of the last counted object.
         cells = page.cells(turn.evidence[-1]) if turn.evidence else frozenset([FIRST_POSITION])
     elif turn.task in ("shape", "colour", "position"):
         text = f"{turn.question} {turn.answer}"
@@ -135,7 +135,7 @@ def answer_cells(page: PageCells, turn: Turn) -> list[Cells]:
         positions = sorted((position for position in POSITIONS if position in text), key=len)
         cells = page.objects(named & set(SHAPES), named & set(COLOURS), positions[-1] if positions else None)
     else:
-        # Whole words if there are any; if the world says where the answer is read, only there.
+        # Prefer whole words. If the turn has evidence, use only the texts that begin in it.
         starts, length = page.find(answer), len(answer.replace(" ", ""))
         starts = [start for start in starts if {start, start + length} <= page.word_bounds] or starts
         starts = [start for start in starts if not turn.evidence or page.sample.glyphs[start].box in turn.evidence]
@@ -161,8 +161,8 @@ def spelled_cells(page: PageCells, question: str) -> list[Cells]:
 
 
 def _cells_by_word(page: PageCells, question: str, pick: Callable[[list[Word], int], list[Glyph]]) -> list[Cells]:
-    """Return for each character the cells of the glyphs that `pick` chooses from the printed words with the text of its
-    own word and from the character's index in that word."""
+    """Return the cells for each character of the question. `pick` chooses their glyphs: it gets the printed words that
+    equal the character's word, and the index of the character in that word."""
     cells: list[Cells] = [frozenset()] * len(question)
     for match in re.finditer(r"[\w']+", question):
         words = page.words.get(match[0].lower(), [])
@@ -259,7 +259,7 @@ def attention_targets(
             for cells in (whole_word_cells(page, turn.question), spelled_cells(page, turn.question))
         )
         add("mention", before + begin, words)
-        # The page does not predict the first token of a word: any word could be named.
+        # The page does not determine the first token of a word, because the question could name any word.
         continues = [one == other != frozenset() for one, other in pairwise(words)]
         following = [cells if same else frozenset() for same, cells in zip(continues, characters[1:], strict=True)]
         add("answer", before + begin, following)

@@ -22,7 +22,7 @@ from convllava.errors import ConfigError, DataError
 _STEPS_PER_GROUP = 50
 """A group has the samples of 50 steps, as in LLaVA's trainer, but at most a quarter of an epoch."""
 UNUSABLE = -1
-"""The number of tokens of a sample that training skips."""
+"""This number of tokens marks a sample that training skips."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class MicroBatchPlan:
         return found
 
     def steps_of(self, samples: int) -> int:
-        """Return the number of steps that contain so many samples. The last step is filled up."""
+        """Return the number of steps that contain this many samples. The last step is filled up."""
         for number, step in enumerate(self._steps(), start=1):
             samples -= sum(map(len, step))
             if samples <= 0:
@@ -130,7 +130,7 @@ class MicroBatchPlan:
             # Samples without images first, then by tokens and pixels.
             in_order = sorted(costs, key=lambda position: (costs[position][1] > 0, costs[position]))
             batches = self.budget.cut(in_order, costs)
-            # The leftover is taken from a random place. Otherwise the largest samples would be left each time.
+            # The samples that are left over come from a random place. Otherwise they would always be the largest ones.
             leftover = len(batches) % per_step
             begin = per_step * int(rng.integers(len(batches) // per_step + 1))
             left = [position for batch in batches[begin : begin + leftover] for position in batch]

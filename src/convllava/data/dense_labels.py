@@ -109,7 +109,7 @@ def spelling_labels(printed: Sequence[Word], placement: Placement, stride: int) 
     """Return (characters, 4): the cell of each visible character, the glyph classes of the two characters before it in
     its word, and its own class.
 
-    Class 0 stands for the start of a word. It also follows the last character of a word, in the cell of that character.
+    Class 0 marks the start of a word. It also follows the last character of a word, in the cell of that character.
     """
     cells = grid(placement.canvas, stride)
     rows = []
@@ -189,7 +189,7 @@ def paint(labels: Tensor, box: Box, value: int) -> None:
     """Write a label into the cells of a map under a box, which is given in fractions of the canvas."""
     if under := cells_under(box, Size(*labels.shape)):
         rows, columns = zip(*under, strict=True)
-        labels[list(rows), list(columns)] = value  # at once: writing cell by cell was a fifth of a page's cost
+        labels[list(rows), list(columns)] = value  # writing cell by cell took a fifth of the time of a page
 
 
 def collate_dense(items: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:

@@ -40,8 +40,8 @@ class Mixture:
     """The samples of all epochs, each epoch in another random order.
 
     Records that can only be read in row groups (`Records.row_groups`) keep together: the row groups of all sources are
-    shuffled, and the rows of as many as `WINDOW_BYTES` hold are mixed with each other. Their positions among the other
-    samples are random.
+    shuffled, and the rows of as many groups as fit into `WINDOW_BYTES` are mixed with each other. Their positions among
+    the other samples are random.
 
     Args:
         sources: The sources.

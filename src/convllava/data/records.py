@@ -70,7 +70,7 @@ def conversation_of(record: dict[str, Any], number: int, images: str) -> Convers
 
     Args:
         record: A record of a data file.
-        number: Number of the record, its name if it has no id.
+        number: Number of the record; it replaces a missing id.
         images: Folder that image paths are relative to.
 
     Raises:

@@ -35,7 +35,7 @@ def exists(address: str) -> bool:
     """Return whether there is a file or a folder.
 
     Raises:
-        DataError: if the remote file system cannot be asked.
+        DataError: if the remote file system does not answer.
     """
     if not is_remote(address):
         return Path(address).exists()

@@ -102,7 +102,7 @@ class ChatDataset(Dataset):
     def messages(self, sample: Sample, turns: list[Turn]) -> list[dict[str, Any]]:
         """Return the conversation for the chat template; the image is the first part of the first user message."""
         messages: list[dict[str, Any]] = []
-        # A generator of its own: with that of `turns`, only samples with a caption would get an opening.
+        # A separate random generator: with the one of `turns`, only samples with a caption would get an opening.
         draw = random.Random(f"openings/{sample.index}")
         for turn in turns:
             opened = turn.task != CAPTION and draw.random() < self.casual / 2

@@ -51,7 +51,7 @@ class Finding:
 
     @property
     def is_usable(self) -> bool:
-        """Whether training uses the sample."""
+        """True if training uses the sample."""
         return self.problem in (None, "cut")
 
 
@@ -93,7 +93,7 @@ class SourceCheck(Dataset):
         lost = tokens - kept
         if not lost:
             return Finding(index, sample.id, tokens, 0, images, pixels=pixels)
-        detail = f"{tokens} tokens, of which the last {lost} are cut"
+        detail = f"{tokens} tokens; the last {lost} are cut"
         return Finding(index, sample.id, tokens, lost, images, "cut", detail, pixels)
 
 

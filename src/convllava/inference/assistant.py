@@ -31,7 +31,7 @@ from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.model.processing import ConvLlavaProcessor
 
 SLOTS, STEP_TOKENS = 16, 512
-"""With more slots, fewer prompts find a prefix that is read already. With fewer slots or shorter steps, the processor
+"""With more slots, fewer prompts find a prefix that is in the cache. With fewer slots or shorter steps, the processor
 idles."""
 
 
@@ -115,7 +115,7 @@ class Assistant:
         """Answer like `ask`, in pieces of text. Closing the iterator ends the answer.
 
         Raises:
-            InputError: as `ask`, at once.
+            InputError: as `ask`; the call itself raises it, before the first piece.
         """
         return self.stream_chat([Message(role="user", content=question)], [image], **sampling)
 
@@ -147,7 +147,7 @@ class Assistant:
         """Answer like `chat`, in pieces of text. Closing the iterator ends the answer.
 
         Raises:
-            InputError: as `chat`, at once.
+            InputError: as `chat`; the call itself raises it, before the first piece.
         """
         events = self.write(self.prompt(messages, images), Sampling(**sampling))
 
@@ -166,7 +166,7 @@ class Assistant:
     ) -> Iterator[list[str]]:
         """Answer (image, question) pairs greedily, one list of answers per batch.
 
-        The tower encodes an image once, and the language model reads it once, for all successive questions about it.
+        For successive questions about one image, the tower and the language model process the image only once.
         """
         sampling = Sampling(max_new_tokens)
         encoded: dict[int, EncodedImage] = {}
@@ -262,10 +262,10 @@ class Assistant:
 
         Args:
             keep_cache: Reuse the keys and values of earlier answers if the prompts begin with the same tokens, and
-                keep those of this one. The weights must not change between.
+                keep those of this one. The weights must not change between these calls.
 
         Raises:
-            InputError: if prompt and answer do not fit into the context; at once.
+            InputError: if prompt and answer do not fit into the context; the call itself raises it.
         """
         engine = self._engine_for([prompt], sampling, keep_cache)
 

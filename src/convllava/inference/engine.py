@@ -4,8 +4,8 @@
     engine.start()
     engine.submit(build_prompt(...), Sampling(), print)
 
-A step is one pass of the language model. It contains one token of each answer that is written and a bounded number of
-tokens of prompts that are read. So nobody waits for more than one step because of the long prompt of another user.
+A step is one pass of the language model. It processes one token of each answer that is being written, and a limited
+number of prompt tokens. So the long prompt of one user delays the others by at most one step.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Engine:
         return answer
 
     def cancel(self, answer: Answer) -> None:
-        """Give up an answer: the next step frees its slot, and no event follows the step that runs now."""
+        """Cancel an answer: the next step frees its slot, and there are no events after the current step."""
         with self._changed:
             answer.is_cancelled = True
             self._changed.notify()
@@ -123,7 +123,7 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step that runs now; unfinished answers fail."""
+        """Stop after the current step; unfinished answers fail."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -166,7 +166,7 @@ class Engine:
         if not plan:
             return False
         spans = [Span(slot.index, len(slot.held), count) for slot, count in plan]
-        # The plan lists the answers that are written first: their input is the token that was picked last.
+        # In the plan, answers come before prompts. The input of an answer is the token that was picked last.
         busy = [(slot, slot.answer, count) for slot, count in plan if slot.answer is not None]
         picked = torch.tensor([answer.last for slot, answer, _ in busy if not slot.unread], dtype=torch.long)
         read = [
@@ -209,7 +209,7 @@ class SequentialEngine:
         return self._waiting[-1]
 
     def cancel(self, answer: Answer) -> None:
-        """Give up an answer."""
+        """Cancel an answer."""
         answer.is_cancelled = True
 
     def forget(self) -> None:

@@ -15,7 +15,8 @@ from convllava.errors import InputError
 from convllava.inference.types import EncodedImage
 
 ON_CPU = {"batch_pixels": 400_000, "workers": 2}
-"""Larger images fill a core one by one. Encoded together, the first would wait for the last, and the engine for all."""
+"""A larger image keeps a core busy alone. If several were encoded together, the first one would wait for the last
+one."""
 
 
 def digest_of(data: bytes) -> str:
@@ -126,7 +127,7 @@ class ImageEncoder:
         return future
 
     def close(self) -> None:
-        """Stop after the passes that run now; waiting images are cancelled."""
+        """Stop after the current passes; waiting images are cancelled."""
         with self._changed:
             self._is_closed = True
             for job in self._jobs:

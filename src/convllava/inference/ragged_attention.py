@@ -1,7 +1,7 @@
 """Attention over tokens of many sequences in one pass: each sequence attends only to its own keys and values.
 
-If several sequences in neighbouring slots have one token each in the pass, as while answers are written, they share one
-call. For a short sequence a call costs more than its computation.
+If several sequences in neighbouring slots have one token each in the pass, as they do while answers are written, they
+share one call. For a short sequence a call costs more than its computation.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class RaggedBatch:
         Args:
             window: Number of tokens that a token attends to; None means all.
             group: Query heads per key head.
-            like: A tensor with the type of the scores.
+            like: A tensor with the dtype of the scores.
 
         Returns:
             None if every token attends to all these keys.

@@ -15,7 +15,7 @@ from convllava.inference.prompts import Prompt
 Finish = Literal["stop", "length", "error"]
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""Appears in decoded text in place of a character whose bytes are not complete."""
+"""Appears in decoded text instead of a character whose bytes are incomplete."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -88,7 +88,7 @@ class Event:
 
 
 class Sampler:
-    """Draws the tokens of one answer with a random generator of its own, so that other answers change nothing."""
+    """Draws the tokens of one answer with its own random generator, so that other answers do not affect it."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling

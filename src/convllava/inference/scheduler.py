@@ -117,8 +117,8 @@ class Scheduler:
         target.held, target.answer, answer.cached = list(keys[:count]), answer, count
 
     def plan(self) -> list[tuple[Slot, int]]:
-        """Return slots with the tokens that each adds: first one for each answer that is written, then equal shares of
-        the rest for the prompts that are read."""
+        """Return the slots of the next step with their numbers of tokens: first one token for each answer that is being
+        written; then unread prompts share the remaining tokens equally."""
         busy = [slot for slot in self.slots if slot.answer is not None]
         plan = [(slot, 1) for slot in busy if not slot.unread]
         reading = sorted((slot for slot in busy if slot.unread), key=lambda slot: slot.unread)

@@ -1,4 +1,4 @@
-"""Messages, encoded images and reports: what goes into an `Assistant` and what comes out."""
+"""Messages, encoded images and reports: the inputs and outputs of an `Assistant`."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def encode(
     if band_rows is not None and (band_rows < stride or band_rows % stride):
         nearest = max(stride, round(band_rows / stride) * stride)
         raise InputError(
-            f"`band_rows` {band_rows} is too small or not a multiple of the tower's stride {stride} (the rows of pixels "
-            f"of one row of tokens); give {nearest}"
+            f"`band_rows` {band_rows} is too small or not a multiple of the tower's stride {stride} (the rows of "
+            f"pixels of one row of tokens); give {nearest}"
         )
     parts: list[Tensor] = []
     together: list[Tensor] = []

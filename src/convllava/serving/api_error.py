@@ -10,7 +10,7 @@ RETRY_SECONDS = 2
 
 
 class ApiError(Exception):
-    """A request that the server does not answer as asked.
+    """A request that the server answers with an error.
 
     Args:
         status: 400 malformed, 401 missing or wrong key, 403 unknown Host, 404 unknown model or path, 408 body too

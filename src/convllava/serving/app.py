@@ -1,4 +1,4 @@
-"""The HTTP application: its paths, the way of a chat request from body to answer, and how errors are sent."""
+"""The HTTP application: its paths, the steps from the body of a chat request to the answer, and error responses."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def create_app(service: Service, api_key: str | None = None, ui: bool = False) -
         arrived = time.perf_counter()
         deadline = asyncio.get_running_loop().time() + service.limits.seconds
         with service.metrics.count_errors():
-            async with AsyncExitStack() as stack:  # on leaving: free the engine's slots, then count the request out
+            async with AsyncExitStack() as stack:  # at the end: free the slots, then end the request's count
                 try:
                     async with asyncio.timeout_at(deadline):
                         try:

@@ -169,7 +169,8 @@ class _Connection(http.client.HTTPConnection):
             self.sock.do_handshake()
 
     def abort(self) -> None:
-        """End a read that waits. `sock` may be None already: a response without a length takes it over."""
+        """End a read that waits. `sock` may already be None, because a response without a length takes the socket
+        over."""
         if self._opened is not None:
             with suppress(OSError):  # closed already, by either side
                 socket.socket.shutdown(self._opened, socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""The web page at /ui/: static files that call the server's own API, the example images, and what images cost."""
+"""The web page at /ui/: static files that call the server's own API, the example images, and the cost of an image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""The browser loads and sends nothing outside this server, and shows the page in no frame of another one."""
+"""The browser contacts only this server, and no other page may show this page in a frame."""
 
 
 def add_page(app: FastAPI, service: Service, check_key: Callable[[Request], None]) -> None:
@@ -88,7 +88,7 @@ def _budgets(service: Service, size: Size) -> list[dict[str, Any]]:
 
 
 def pixel_budgets(assistant: Assistant, size: Size) -> list[dict[str, Any]]:
-    """Return what an image costs at each pixel budget, smallest first; the last budget is the server's own.
+    """Return the cost of an image at each pixel budget, smallest first; the last budget is the server's own.
 
     Args:
         assistant: The model.

@@ -100,7 +100,7 @@ def make_server(
     """Return a server of one model; call its `run`.
 
     Args:
-        assistant: The model. The server needs it for itself from now on.
+        assistant: The model. Nothing else may use it while the server runs.
         name: Name of the model in the API.
         host, port: Address to listen at; port 0 takes a free one.
         api_key: Key that clients must send.

@@ -42,7 +42,7 @@ class Prepared:
 
 
 class Service:
-    """One model and everything that answers requests to it.
+    """One model, with the engine and the image encoder that answer requests to it.
 
     Args:
         assistant: The model.

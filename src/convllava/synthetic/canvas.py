@@ -98,7 +98,8 @@ class Canvas:
         self.numbers.append((region, numbers))
 
     def number_words(self, lines: Sequence[str], regions: Sequence[Region], through: bool = False) -> None:
-        """Number lines, and the words of each line, or with `through` the words of all lines together."""
+        """Number the lines and the words of each line; with `through`, number the words of all lines as one
+        sequence."""
         place = 0
         for row, (line, region) in enumerate(zip(lines, regions, strict=True), start=1):
             place = place if through else 0

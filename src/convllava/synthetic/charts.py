@@ -1,4 +1,4 @@
-"""Bar charts and line charts: values under labels, printed or to be read off the axis."""
+"""Bar charts and line charts: labelled values that are printed or must be read from the axis."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _finish(
         piece: "bar" or "point".
         canvas, context, data, layout: The chart.
         drawn: The bars or points.
-        printed: Their printed values, or None for values to be read off the axis.
+        printed: Their printed values, or None if the values must be read from the axis.
     """
     rng = context.rng
     for place, (value, *regions) in enumerate(zip(data.values, drawn, printed, strict=True), start=1):

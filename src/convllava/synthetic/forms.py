@@ -178,7 +178,8 @@ def _cell(rng: random.Random, column: str) -> str:
 def _fit_table(
     canvas: Canvas, context: Context, rows: list[list[str]], edge: int, top: float
 ) -> tuple[Grid, tuple[Font, Font]]:
-    """Return cells that fit the page, and the regular and bold faces: of a random size, or smaller if necessary."""
+    """Choose a random text size, or a smaller one if the table does not fit. Return the cells and the regular and bold
+    faces."""
     rng = context.rng
     size = min(rng.uniform(17, 34), (canvas.height - edge - top) / len(rows) / 1.5 * 384 / context.size)
     while True:

@@ -69,7 +69,7 @@ def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int
 
 
 def _shape(canvas: Canvas, context: Context, corner: tuple[int, int], height: int, paper: Colour) -> int:
-    """Draw a shape in a band if there is room. Return the width to move on."""
+    """Draw a shape in a band if there is room. Return the width that it takes."""
     rng = context.rng
     side = round((height - 4) * rng.uniform(0.6, 1.0))
     x, y = corner[0], corner[1] + (height - side) // 2

@@ -115,7 +115,8 @@ def _bill(context: Context, quantity: str) -> Bill:
 
 
 def _print(canvas: Canvas, context: Context, rows: list[Row], edge: int, ink: Colour) -> list[Region]:
-    """Print the rows so that they fit the paper. Return the region of each row's value, or of its label without one."""
+    """Print the rows so that they fit the paper. Return the region of each row's value, or of its label if it has no
+    value."""
     left, right, room = edge, canvas.width - edge, canvas.height - 2 * edge
     share = sum(_HEIGHTS[row.style] for row in rows)
     most = min(30.0, room / share / 1.3 * 384 / context.size) * context.rng.uniform(0.8, 1.0)

@@ -1,4 +1,4 @@
-"""Readers of data files. The format is found by the file's name; all readers are `base.Records`."""
+"""Readers of data files. The file's name selects the format; all readers are `base.Records`."""
 
 from __future__ import annotations
 

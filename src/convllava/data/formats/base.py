@@ -42,7 +42,7 @@ class Records(ABC):
     name: str
     """Name in reports."""
     embeds_images = True
-    """Whether the images are inside the data file, not in files of their own."""
+    """True if the images are inside the data file instead of in separate files."""
 
     @abstractmethod
     def __len__(self) -> int: ...

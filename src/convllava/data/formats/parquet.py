@@ -25,9 +25,9 @@ from convllava.io import one_line
 class RowGroupCache:
     """The row groups that were used last, shared by all files of a process.
 
-    A row group is dropped, oldest use first, if the others besides the largest exceed a number of bytes. A window of
-    the training order obeys the same bound, so a window never reads a row group twice. The caches of functools and
-    cachetools have no bound that leaves out the largest item.
+    If all row groups except the largest exceed a number of bytes, the least recently used one is dropped. A window of
+    the training order has the same limit, so it never reads a row group twice. The caches of functools and cachetools
+    have no limit that leaves out the largest item.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -45,7 +45,7 @@ class TarRecords(Records):
     """The samples of an uncompressed tar file.
 
     Raises:
-        DataError: if the file is no plain tar file or is cut short, a member is not a regular file or leads outside
+        DataError: if the file is not a plain tar file or is cut short, a member is not a regular file or leads outside
             the archive, or there is no text at all.
     """
 
