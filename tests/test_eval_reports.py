@@ -14,8 +14,7 @@ from convllava.cli import app, with_options
 from convllava.evaluation.perturbations import PERTURBATIONS, SEVERITIES, reworded
 from convllava.evaluation.report import plot_results
 from convllava.evaluation.results import Result, compare, read_result
-from convllava.evaluation.robustness import robustness
-from convllava.evaluation.sweep import sweep
+from convllava.evaluation.studies import robustness, sweep
 from convllava.inference import Assistant
 from convllava.synthetic import World
 from convllava.synthetic.questions import TEMPLATES
@@ -187,7 +186,7 @@ class Reader:
 
 
 def test_sweep_groups_answers_by_text_height_in_the_tower(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("convllava.evaluation.sweep.FEWEST", 1)
+    monkeypatch.setattr("convllava.evaluation.studies.FEWEST", 1)
     world = World("heldout", seed=3, size=256, kinds={"sign": 1})
     reader = Reader(parts, world, 6)
     report = sweep(reader, world, 6, [128, 256], tmp_path)  # type: ignore[arg-type]

@@ -99,8 +99,7 @@ def axes_on(path: Path, title: str, dpi: int = 150) -> Iterator[Any]:
         yield axes
         axes.grid(alpha=0.25, which="both")
         axes.set_title(title, loc="left", fontsize=8, color=MUTED)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         with replacing(path) as partial:
             figure.savefig(partial, format="png")

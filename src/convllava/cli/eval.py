@@ -200,7 +200,7 @@ def sweep(
 ) -> None:
     """Measure reading by the height of the text, at several resolutions."""
     from convllava.evaluation.report import rows_table
-    from convllava.evaluation.sweep import sweep as run_sweep
+    from convllava.evaluation.studies import sweep as run_sweep
 
     report = run_sweep(model, _world(seed, size, simple), samples, squares(sides), output)
     measured = ("n", "accuracy", "low", "high")
@@ -220,7 +220,7 @@ def robustness(
 ) -> None:
     """Measure the loss on perturbed pages and reworded questions."""
     from convllava.evaluation.report import rows_table
-    from convllava.evaluation.robustness import robustness as run_robustness
+    from convllava.evaluation.studies import robustness as run_robustness
 
     report = run_robustness(model, _world(seed, size, simple), samples, output)
     columns = ("kind", "value", "accuracy", "low", "high", "lost", "lost_low", "lost_high")

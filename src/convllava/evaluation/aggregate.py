@@ -189,7 +189,6 @@ def interval(
         statistic: Indices of drawn units -> the number. Units are questions, or groups of questions that belong
             together. They are drawn with replacement within each stratum.
         strata: The part of the benchmark of each unit; all equal if there are no parts.
-        seed: Seed of the draws.
         resamples: Number of draws.
         level: Share of the draws inside the interval.
 

@@ -73,8 +73,7 @@ def load_questions(
     #2, #3, ...
 
     Args:
-        benchmark: The benchmark.
-        data: Its file, or a folder with it.
+        data: The benchmark's file, or a folder with it.
         images: Folder of images that are files of their own; by default the folder of the data.
         split: Part of the names of the files to read, such as validation.
         categories: Keep only questions of these categories.
@@ -84,7 +83,22 @@ def load_questions(
         DataError: if there is no such file, or several that do not belong together; if a category is unknown; if a
             column or an answer is missing or wrong. The message names the row.
     """
-    family, paths = benchmark.family or benchmark.name, find_tables(benchmark, data, split)
+    if not data.is_file() and not data.is_dir():
+        raise DataError(f"`data` {data}: there is no such file or folder")
+    paths = [data]
+    if data.is_dir():
+        found = sorted(path for path in data.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        paths = [path for path in found if split is None or split in path.stem]
+        if not paths:
+            what = f"with {split!r} in its name" if split else f"that ends in {', '.join(SUFFIXES)}"
+            raise DataError(f"{data} holds no file {what}")
+        # Shards of one table (test-00000-of-00002.parquet) are read in their order.
+        tables = sorted({re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) for path in paths})
+        is_whole = benchmark.name in _PARTS_OF_A_WHOLE and all(path.suffix in (".json", ".jsonl") for path in paths)
+        if len(tables) > 1 and not is_whole:
+            raise DataError(f"{data} holds {', '.join(tables[:8])}; choose one with `split`, or give the file")
+
+    family = benchmark.family or benchmark.name
     folder = images or (data if data.is_dir() else data.parent)
     questions: list[Question] = []
     for path in paths:
@@ -106,24 +120,6 @@ def load_questions(
     groups = [(bool(item.group), item.group or item.id) for item in chosen]
     kept = set(list(dict.fromkeys(groups))[:limit])
     return [item for item, group in zip(chosen, groups, strict=True) if group in kept]
-
-
-def find_tables(benchmark: Benchmark, data: Path, split: str | None) -> list[Path]:
-    """Return the files of a benchmark; shards of one table (test-00000-of-00002.parquet) in their order."""
-    if data.is_file():
-        return [data]
-    if not data.is_dir():
-        raise DataError(f"`data` {data}: there is no such file or folder")
-    found = sorted(path for path in data.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    chosen = [path for path in found if split is None or split in path.stem]
-    if not chosen:
-        what = f"with {split!r} in its name" if split else f"that ends in {', '.join(SUFFIXES)}"
-        raise DataError(f"{data} holds no file {what}")
-    tables = sorted({re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) for path in chosen})
-    is_whole = benchmark.name in _PARTS_OF_A_WHOLE and all(path.suffix in (".json", ".jsonl") for path in chosen)
-    if len(tables) > 1 and not is_whole:
-        raise DataError(f"{data} holds {', '.join(tables[:8])}; choose one with `split`, or give the file")
-    return chosen
 
 
 def _question(family: str, row: Row, images: Path, number: int) -> Question:
@@ -191,11 +187,7 @@ def _pictures(row: Row, images: Path) -> tuple[Picture, ...]:
 
 
 def _refined(family: str, question: Question, row: Row, part: str) -> Question:
-    """Add what is special in one benchmark.
-
-    Args:
-        part: Name of the file without its ending if there are several files, else empty.
-    """
+    """Add what is special in one benchmark; `part` is the file's name without ending if there are several files."""
     kind = part.split("_")[-1]  # of coco_pope_random, test_human
     match family:
         case "mmbench" | "seedbench" if not question.options:

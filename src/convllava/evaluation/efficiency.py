@@ -43,8 +43,7 @@ def measure_efficiency(
     """Ask questions one at a time and measure them; the first is asked once before as a warm-up.
 
     Args:
-        assistant: The model.
-        questions: The questions; those that cannot be asked are skipped.
+        questions: Those that cannot be asked are skipped.
         templates: See `questions.prompt`.
         max_new_tokens: Longest answer.
     """

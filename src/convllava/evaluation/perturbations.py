@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageEnhance, ImageFilter
 
-_WHITE = (255, 255, 255)
 _REWORDINGS = (
     (r"\bcolour\b", "color"),
     (r"\bpicture\b", "image"),
@@ -42,8 +41,7 @@ class Perturbation:
 
 def rotated(image: Image.Image, severity: int) -> Image.Image:
     """Rotate counter-clockwise about the centre; the new corners are white."""
-    degrees = (2, 5, 10, 20)[severity - 1]
-    return image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=_WHITE)
+    return image.rotate((2, 5, 10, 20)[severity - 1], Image.Resampling.BICUBIC, fillcolor="white")
 
 
 def blurred(image: Image.Image, severity: int) -> Image.Image:

@@ -101,7 +101,6 @@ def prompt(question: Question, templates: Mapping[str, str]) -> str:
     """Return the text that is asked. Each option is a line such as "A. a dog"; the hint is a line before the question.
 
     Args:
-        question: The question.
         templates: "open" for questions without options, "choice" for those with options.
     """
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(question.letters, question.options, strict=True))

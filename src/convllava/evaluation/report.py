@@ -157,8 +157,7 @@ def plot_results(results: Mapping[str, Mapping[str, Any]], output: Path) -> None
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             ticks("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=8)
-        axes.set_xlabel("seconds to the first token")
-        axes.set_ylabel(next(iter(results.values()))["primary"])
+        axes.set(xlabel="seconds to the first token", ylabel=next(iter(results.values()))["primary"])
         axes.legend(frameon=False, fontsize=7, loc="lower right")
 
 
@@ -169,9 +168,8 @@ def plot_heights(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
         for side in sorted({row["side"] for row in rows}):
             points = [(row["height"], row["accuracy"]) for row in rows if row["side"] == side]
             axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=str(side))
-        axes.set_xlabel("height of the answer's tallest character, pixels that the tower sees")
-        axes.set_ylabel("accuracy")
-        axes.set_ylim(0, 1)
+        label = "height of the answer's tallest character, pixels that the tower sees"
+        axes.set(xlabel=label, ylabel="accuracy", ylim=(0, 1))
         if rows:
             axes.legend(frameon=False, fontsize=7, title="resolution", title_fontsize=7)
 
@@ -185,8 +183,5 @@ def plot_severities(clean: float, rows: Sequence[Mapping[str, Any]], output: Pat
             points = [(0, clean), *((row["severity"], row["accuracy"]) for row in found)]
             label = f"{kind} ({', '.join(str(row['value']) for row in found)})"
             axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
-        axes.set_xticks(range(5))
-        axes.set_xlabel("severity")
-        axes.set_ylabel("accuracy")
-        axes.set_ylim(bottom=0)
+        axes.set(xticks=range(5), xlabel="severity", ylabel="accuracy", ylim=(0, None))
         axes.legend(frameon=False, fontsize=6)

@@ -117,8 +117,7 @@ def score_answers(
     """Grade answers by the benchmark's rule and sum up.
 
     Args:
-        benchmark: The benchmark.
-        questions: All its questions.
+        questions: All questions of the benchmark.
         answers: At most one per question.
         context: See `rules.GradingContext`.
         progress: Called with the share of graded questions, 0 to 1.

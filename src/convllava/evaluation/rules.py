@@ -137,10 +137,5 @@ def by_llm_judge(question: Question, answer: str, context: GradingContext) -> Gr
 
 def matches_task(task: str, answer: str, truth: str) -> bool:
     """Return whether an answer to a generated question of a task is right (`by_task`)."""
-    match task:
-        case "chart":
-            return metrics.relaxed_match(answer, truth)
-        case "ground":
-            return metrics.box_match(answer, truth)
-        case _:
-            return metrics.exact_match(answer, truth)
+    matchers: dict[str, Callable[[str, str], bool]] = {"chart": metrics.relaxed_match, "ground": metrics.box_match}
+    return matchers.get(task, metrics.exact_match)(answer, truth)

@@ -18,7 +18,7 @@ import yaml
 import convllava
 from convllava import checkpoints
 from convllava.checkpoints.tensors import weights_digest
-from convllava.display import check_can_draw, progress_bar
+from convllava.display import progress_bar
 from convllava.errors import ConfigError, InputError
 from convllava.evaluation import metrics, rules
 from convllava.evaluation.benchmarks import benchmark_named, find_benchmarks
@@ -290,7 +290,6 @@ def answer_all(
 
     Args:
         journal: Receives {"id", "answer"} or {"id", "error"} for each question.
-        assistant, questions: Who answers what.
         templates: See `questions.prompt`.
         max_new_tokens, choices, batch_size: See `evaluate`.
         progress: Called with the share of answered questions, 0 to 1.
@@ -350,27 +349,6 @@ def remember_grades(judge: LLMJudge, journal: ResumableJsonl) -> LLMJudge:
         return journal.entries[name]["score"]
 
     return grade
-
-
-def open_study(
-    kind: str, model: Assistant | str | os.PathLike[str], world: World, samples: int, folder: Path
-) -> tuple[Assistant, ResumableJsonl, dict[str, Any]]:
-    """Return the model, the journal KIND.jsonl, and the beginning of the report of a study on generated pages.
-
-    Raises:
-        InputError: if the model or the folder cannot be used, or matplotlib, which will draw the plot, is missing.
-    """
-    check_can_draw("eval")
-    name, assistant = open_model(model)
-    settings = {
-        "kind": kind,
-        "model": name,
-        WEIGHTS: weights_digest(assistant.model),
-        "samples": samples,
-        "world": describe_world(world),
-    }
-    journal = ResumableJsonl(folder, settings, f"{kind}.jsonl")
-    return assistant, journal, settings | {"model": describe_model(name, assistant), "versions": versions()}
 
 
 def describe_model(name: str, assistant: Assistant) -> dict[str, Any]:
