@@ -11,10 +11,9 @@ from typer.testing import CliRunner
 
 from convllava import InputError
 from convllava.cli import app, with_options
-from convllava.evaluation.perturbations import PERTURBATIONS, SEVERITIES, reworded
 from convllava.evaluation.report import plot_results
 from convllava.evaluation.results import Result, compare, read_result
-from convllava.evaluation.studies import robustness, sweep
+from convllava.evaluation.studies import PERTURBATIONS, SEVERITIES, reworded, robustness, sweep
 from convllava.inference import Assistant
 from convllava.synthetic import World
 from convllava.synthetic.questions import TEMPLATES

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,8 @@ def draw_answers(answered: Sequence[AnsweredImage]) -> Image.Image:
             draw.text((margin, top), line, fill="black" if number % 2 == 0 else (20, 80, 170), font=font)
         panels.append(panel)
     sheet = Image.new("RGB", (sum(panel.width for panel in panels), max(panel.height for panel in panels)), "white")
-    left = 0
-    for panel in panels:
+    for left, panel in zip(accumulate((panel.width for panel in panels), initial=0), panels, strict=False):
         sheet.paste(panel, (left, 0))
-        left += panel.width
     return sheet
 
 

@@ -222,7 +222,6 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], *, seed: int =
 
     Args:
         a, b: Results of one benchmark: files or folders.
-        seed: Seed of the bootstrap.
 
     Returns:
         `benchmark`, the paths `a` and `b`, `overall`, and `categories` by name. The last two have `n`, the mean scores

@@ -35,7 +35,6 @@ from convllava.io import JUDGEMENTS, RESULT, WEIGHTS, ResumableJsonl
 from convllava.synthetic import World
 
 CHOICES = ("generate", "likelihood")
-Conversation = tuple[Sequence[Message], Sequence[EncodedImage]]
 
 
 def evaluate(
@@ -300,7 +299,7 @@ def answer_all(
         if any(question.id not in journal.entries for question in batch):
             encoded = {picture: encoded[picture] for item in batch for picture in item.pictures if picture in encoded}
             replies: dict[str, str | InputError] = {question.id: "" for question in batch}
-            together: dict[str, Conversation] = {}
+            together: dict[str, tuple[Sequence[Message], Sequence[EncodedImage]]] = {}
             for question in batch:
                 try:
                     messages, pictures = conversation(question, templates)
