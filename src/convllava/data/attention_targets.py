@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -49,12 +48,27 @@ class PageCells:
         sample: The generated page.
         placement: How the image processor places the page on its canvas.
         stride: Side of a visual token in pixels.
+
+    Attributes:
+        grid: The visual tokens of the page.
+        printed: All printed characters.
+        words: The printed words by their text in lower case, each as its characters without punctuation around them.
+        word_bounds: Indices in `printed` at which a word begins or ends, with and without its punctuation.
     """
 
     def __init__(self, sample: Sample, placement: Placement, stride: int) -> None:
         self.sample, self.placement, self.grid = sample, placement, grid(placement.canvas, stride)
         self.printed = "".join(glyph.char for glyph in sample.glyphs)
         self._cells: dict[Box, Cells] = {}
+        self.words: dict[str, list[Word]] = {}
+        self.word_bounds: set[int] = set()
+        start = 0
+        for word in printed_words(sample):
+            text = word_text(word)
+            begin = "".join(glyph.char for glyph in word).index(text)
+            self.words.setdefault(text.lower(), []).append(word[begin : begin + len(text)])
+            self.word_bounds |= {start, start + begin, start + begin + len(text), start + len(word)}
+            start += len(word)
 
     def cells(self, box: Box) -> Cells:
         """Return the cells under a box in pixels of the image."""
@@ -78,28 +92,6 @@ class PageCells:
                 and (position is None or position_of(thing.box, width, height) == position)
             )
         )
-
-    @cached_property
-    def words(self) -> dict[str, list[Word]]:
-        """The printed words by their text in lower case, each as its characters without punctuation around them."""
-        found: dict[str, list[Word]] = {}
-        for word in printed_words(self.sample):
-            text = word_text(word)
-            begin = "".join(glyph.char for glyph in word).index(text)
-            found.setdefault(text.lower(), []).append(word[begin : begin + len(text)])
-        return found
-
-    @cached_property
-    def word_bounds(self) -> set[int]:
-        """Indices of printed characters at which a word begins or ends, with and without its punctuation."""
-        found: set[int] = set()
-        start = 0
-        for word in printed_words(self.sample):
-            text = word_text(word)
-            begin = start + "".join(glyph.char for glyph in word).index(text)
-            found |= {start, begin, begin + len(text), start + len(word)}
-            start += len(word)
-        return found
 
     def find(self, text: str, after: int = 0) -> list[int]:
         """Return the indices at which `text`, without its spaces, is printed, from index `after` on."""
