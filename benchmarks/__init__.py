@@ -1,4 +1,4 @@
-"""Measurements of speed and memory, each next to a named baseline: `python -m benchmarks SUITE`."""
+"""Measurements of speed and memory, each compared with a named baseline: `python -m benchmarks SUITE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost of one decoding step: the engine next to `generate`, a plain loop, and reading the weights."""
+"""Cost of one decoding step: the engine compared with `generate`, a plain loop, and reading the weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BATCHES = (1, 2, 4, 8)
 def decoding(settings: Settings) -> list[Row]:
     """Measure milliseconds of a step that writes one token of each text, and compare with reading all weights once.
 
-    All ways write the same tokens after the same prompt. `generate` also reads the prompt of a few tokens. `rows` and
-    `columns` are the engine with its weights stored by rows and by columns.
+    All of them write the same tokens after the same prompt. `generate` also reads the prompt of a few tokens. `rows`
+    and `columns` are the engine with its weights stored by rows and by columns.
     """
     config = LlamaConfig(**language_models()[settings.language])
     torch.manual_seed(0)
@@ -38,8 +38,8 @@ def decoding(settings: Settings) -> list[Row]:
         **{("columns", texts): _engine(by_columns, prompts[:texts]) for texts in BATCHES},
     }
     first_answers = [work()[0] for work in works.values()]
-    # The least that a step can do is to read each weight once (a tied head is the embedding). A matrix-vector product
-    # reads as fast as anything does.
+    # A step must read at least each weight once (a tied head is the embedding). A matrix-vector product reads memory as
+    # fast as possible.
     weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
     matrix, vector = torch.zeros(weights // 512, 512), torch.randn(512)
     seconds = side_by_side({("floor", 1): lambda: matrix @ vector} | works, settings.repeats)

@@ -110,7 +110,8 @@ def _cpu_seconds(work: Work) -> float:
 
 
 def matrix_product() -> tuple[Work, float]:
-    """Return a matrix product that fits no cache, and its GFLOP: the yardstick for the speed of the machine."""
+    """Return a matrix product that is too large for any cache, and its GFLOP: the reference for the speed of the
+    machine."""
     rows, inner, columns = 2048, 1024, 4096
     one, other = torch.randn(rows, inner), torch.randn(inner, columns)
     return (lambda: one @ other), 2 * rows * inner * columns / 1e9

@@ -1,4 +1,4 @@
-"""Time in which a server answers many clients at once, next to `generate` and to other servers."""
+"""Time in which a server answers many clients at once, compared with `generate` and with other servers."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ def batching(side: int, settings: Settings) -> list[Row]:
     """Compare padded micro-batches of eight samples with micro-batches that are filled up to a budget.
 
     The bundled model trains on generated pages and on text alone. The budget is the positions and the pixels of the
-    largest fixed micro-batch: the memory must hold that one anyway. `side` is the square root of a page's area.
+    largest fixed micro-batch: memory must be large enough for that one in any case. `side` is the square root of a
+    page's area.
     """
     model, processor = checkpoints.read(checkpoints.find("tiny"))
     model.train()
@@ -127,7 +128,7 @@ def batching(side: int, settings: Settings) -> list[Row]:
 
 
 class _Numbers(Records):
-    """As many records as there are samples."""
+    """Records for the mixture, one number for each sample."""
 
     name = "samples"
 

@@ -1,4 +1,5 @@
-"""`transformers serve` for our model: registers the classes, which that command looks up in transformers alone.
+"""Run `transformers serve` for our model. It registers our classes first, because the command searches only
+transformers.
 
 python -m benchmarks.transformers_server serve MODEL --port 8000
 """
@@ -17,6 +18,6 @@ if __name__ == "__main__":
     name = ConvLlavaForConditionalGeneration.__name__
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["convllava"] = name
     setattr(transformers, name, ConvLlavaForConditionalGeneration)
-    # That server passes addresses of images to the processor. Ours fetches none; the one of transformers does.
+    # That server passes URLs of images to the processor. Our processor fetches none, so use the method of transformers.
     ConvLlavaImageProcessorPil.fetch_images = PilBackend.fetch_images  # type: ignore[method-assign]
     main()

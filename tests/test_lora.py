@@ -143,7 +143,7 @@ def test_four_bit_adapter_merges_into_the_whole_model(tmp_path):
     [
         ({"adapter": Adapter(parts=["projector"])}, "projector takes no adapter"),
         ({"adapter": Adapter(parts=["language_model", "stage3"])}, "give stage3 a learning rate"),
-        ({"adapter": Adapter(parts=["stage4"])}, "parts must have language_model, or learning_rates must not"),
+        ({"adapter": Adapter(parts=["stage4"])}, "add language_model to parts, or remove it from learning_rates"),
     ],
 )
 def test_invalid_adapters_are_rejected_before_writing(tmp_path, changes, message):

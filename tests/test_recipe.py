@@ -172,11 +172,11 @@ def test_only_the_limit_of_gradients_may_be_infinite(tmp_path):
     ("override", "message"),
     [
         ("steps", "write it as key=value"),
-        ("stages.b.steps=1", "b is none of a"),
-        ("stages.5.steps=1", "5 is none of a"),
+        ("stages.b.steps=1", "b is not one of a"),
+        ("stages.5.steps=1", "5 is not one of a"),
         ("name.x.y=1", "name is not a section"),
         ("stages.a.lr=1", "unknown key 'lr'"),
-        ("stages.²=1", "² is none of a"),
+        ("stages.²=1", "² is not one of a"),
         ("name=2026-02-30", "the value is not YAML"),
     ],
 )

@@ -50,7 +50,7 @@ def ask(
         else:
             print("{output}: {answered} answered, {errors} with errors, {seconds} s".format(**summary))
     else:
-        raise ConfigError("give IMAGE and QUESTION, or --input and --output: both of one pair and none of the other")
+        raise ConfigError("give either IMAGE and QUESTION, or --input and --output")
 
 
 def demo(

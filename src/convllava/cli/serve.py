@@ -16,7 +16,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="CONVLLAVA_API_KEY", help="Key that clients must send; better set the variable."),
+        typer.Option(envvar="CONVLLAVA_API_KEY", help="Key that clients must send; setting the variable is safer."),
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a web page at /ui/.")] = False,
     allow_hosts: Annotated[

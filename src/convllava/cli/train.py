@@ -1,4 +1,4 @@
-"""Train, and look at what a training would do and see."""
+"""The commands `train`, `data check` and `data preview`."""
 
 from __future__ import annotations
 

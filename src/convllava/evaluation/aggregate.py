@@ -38,7 +38,7 @@ class Graded:
         id, categories, group: From the question.
         truth: Its first right answer.
         score: 0 to 1.
-        parsed: What was read in the answer; None if nothing was.
+        parsed: The value that was read from the answer; None if it could not be read.
     """
 
     id: str
@@ -113,7 +113,7 @@ def worst(groups: Groups) -> list[Graded]:
 
 
 def seen(groups: Groups) -> list[Graded]:
-    """Return the questions as units, without those asked blind."""
+    """Return each question that was not asked blind as one unit of a comparison."""
     return [_original(group) for group in groups]
 
 

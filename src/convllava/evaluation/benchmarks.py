@@ -33,10 +33,10 @@ class Benchmark:
             which the published numbers of ConvLLaVA were measured.
         summarise: Grades -> measures, of all questions or of one category.
         primary: The measure that is the benchmark's score.
-        parts: Categories whose sum the score is. Each bootstrap draw keeps the number of questions of each.
+        parts: Categories that the score adds up. Each bootstrap draw keeps the number of questions of each.
         units: The units that a comparison of two models pairs.
         max_new_tokens: Longest answer.
-        family: The benchmark whose file format it has, if not its own.
+        family: The benchmark that defines its file format, if that is another one.
         needs_judge: An LLM judge must grade the answers.
         is_generated: The questions are about generated pages, so there is no data file.
         aliases: Other names; in lower case, they may begin the names of its files too.

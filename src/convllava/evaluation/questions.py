@@ -1,4 +1,4 @@
-"""Questions about pictures, whatever file they come from, and the prompts they become."""
+"""Questions about pictures, in one form for all file formats, and their prompts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Files of benchmarks as rows: TSV, Parquet, JSON and JSON lines.
 
-Images stay in the file until they are needed, so a benchmark of gigabytes takes the memory of its texts.
+Images stay in the file until they are needed, so even for a benchmark of many gigabytes only its texts are in memory.
 """
 
 from __future__ import annotations

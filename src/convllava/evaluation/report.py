@@ -43,7 +43,7 @@ def tables_of(result: Mapping[str, Any]) -> Iterator[Table | str]:
     kinds = {
         "unparsed": "could not be read and count as wrong",
         "missing": "have no answer and count as wrong",
-        "unknown": "are ids of no question",
+        "unknown": "do not belong to a question",
         "absent": "have no questions and add nothing to the sum",
     }
     for kind, meaning in kinds.items():

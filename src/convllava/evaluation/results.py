@@ -37,7 +37,7 @@ class Result(Mapping[str, Any]):
         asked; they count as wrong. `broken` has objects with `id` and `reason`.
     unknown: Ids of answers that belong to no question.
     absent: Categories that the score sums up, but that have no questions here.
-    units: Scores of what a comparison pairs: objects with `id`, `categories`, `score`.
+    units: The scores that a comparison pairs: objects with `id`, `categories`, `score`.
     model, versions, settings, prompts, efficiency, seconds: Only of a run, not of answers made elsewhere.
     tasks, overall, samples: Only of generated pages: accuracy, accuracy of blind answers, and number of questions.
     """

@@ -17,7 +17,7 @@ from convllava.geometry import Placement, Size, parse_box
 
 
 class Grade(NamedTuple):
-    """The score of an answer, 0 to 1, and what was read in it; None if nothing could be read."""
+    """The score of an answer, 0 to 1, and the value that was read from it; None if it could not be read."""
 
     score: float
     parsed: str | None
@@ -29,11 +29,11 @@ LLMJudge = Callable[[str, str, str], float | None]
 
 @dataclass(frozen=True)
 class GradingContext:
-    """Further input of some rules, besides the question and the answer.
+    """Further input of some rules, in addition to the question and the answer.
 
     Attributes:
-        placement: Maps an image size to its place in the canvas whose fractions boxes are; None if boxes are fractions
-            of the image.
+        placement: Maps an image size to its placement on the canvas, if boxes are fractions of the canvas; None if they
+            are fractions of the image.
         llm_judge: Grades free answers.
     """
 

@@ -239,7 +239,7 @@ def score_file(
 
     Args:
         answers: JSON lines; see `results.read_answers`.
-        model: The model whose canvas boxes are fractions of; by default they are fractions of the image.
+        model: Boxes are fractions of this model's canvas; by default, of the image.
         benchmark, data, images, split, categories, limit, judge_url, judge_model: As for `evaluate`.
 
     Raises:

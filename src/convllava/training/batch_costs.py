@@ -3,7 +3,7 @@
     RUNS/.cache/costs/DIGEST.npy    next to the output folder RUNS/NAME: (records, 2) tokens and pixels of one source
 
 The digest covers everything that the costs depend on: size and time of the source's files, the tokenizer with its
-template, the image processor, the longest sequence; not images in files of their own.
+template, the image processor, the longest sequence. It does not cover images in separate files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from convllava.training.recipe import Recipe, Source
 from convllava.training.stage import StageRun
 
 _POLL_SECONDS = 1.0
-"""Seconds between two looks of a process at whether the first one is done."""
+"""A process checks this often, in seconds, whether the first process is done."""
 _START_SECONDS = 300.0
 """Seconds after which the first process must have started to measure."""
 

@@ -38,7 +38,8 @@ def calibrate(model: ConvLlavaForConditionalGeneration, images: list[Tensor]) ->
 
 
 def _standardise(layer: nn.Linear, inputs: Tensor, rms: float) -> None:
-    """Change the layer so that on these inputs each output has mean zero and all outputs have this root mean square."""
+    """Change the layer so that each output has mean zero on these inputs, and the outputs have this root mean
+    square."""
     outputs = layer(inputs) - layer.bias
     outputs -= outputs.mean(0)
     layer.weight *= rms / _rms(outputs)

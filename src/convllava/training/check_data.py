@@ -3,8 +3,8 @@
     convllava data check recipe.yaml --workers 8 --output runs/check
 
 Writes `report.jsonl`, one line for each problem; `summary.json`, the counts; and `sizes.png`, the sizes of images and
-sequences. An interrupted check of the same recipe continues, unless a data file has changed since. Images in files of
-their own are not looked at for that.
+sequences. An interrupted check of the same recipe continues, unless a data file has changed since. Changed images in
+separate files are not noticed.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def check_all(sources: Sequence[SourceCheck], log: FindingsLog, workers: int, do
         sources: Samples to check.
         log: The findings, which are added to it.
         workers: Processes that read; 0 reads in this process.
-        doing: Word in front of the bar.
+        doing: Text in front of the progress bar.
     """
     done = Counter(number for number, _ in log)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

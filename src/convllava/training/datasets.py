@@ -101,7 +101,7 @@ def make_world(data: Data, seed: int, split: str = "train") -> World:
 
 def make_collator(stage: Stage, processor: Any) -> Collator:
     """Return the function that makes a batch from a list of a dataset's items. With a budget, an item of the training
-    samples is a whole micro-batch, while held-out samples come one by one."""
+    samples is a whole micro-batch, but an item of the held-out samples is one sample."""
     if stage.objective != "chat":
         return collate_dense
     rounded = stage.precision == "bfloat16" and stage.budget is None and not torch.accelerator.is_available()
@@ -204,7 +204,7 @@ def image_of(item: dict[str, Tensor]) -> Tensor:
 
 
 def count_steps(recipe: Recipe) -> Recipe:
-    """Return the recipe with steps instead of epochs, for which the samples of its files are counted. Stages with a
+    """Count the samples of the recipe's files, and return the recipe with steps instead of epochs. Stages with a
     budget are left as they are (see `batch_costs.plan_steps`).
 
     Raises:
@@ -249,7 +249,7 @@ def check_files(recipe: Recipe) -> None:
 
 
 def missing_image_folders(recipe: Recipe, samples: int = 1000) -> list[Path]:
-    """Return the folders of images that do not exist, from about so many samples spread over each file."""
+    """Return the folders of images that do not exist. About `samples` samples, spread over each file, are checked."""
     found: dict[Path, None] = {}
     for source in {source.name: source for stage in recipe.stages for source in stage.all_sources}.values():
         folder = images_of(recipe, source)

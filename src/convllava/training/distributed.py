@@ -28,7 +28,7 @@ def is_first_process() -> bool:
 
 
 def wait_for_all() -> None:
-    """Wait until every process has come to this point."""
+    """Wait until every process has reached this point."""
     if process_count() > 1:
         from accelerate import PartialState  # imported late: `data check` and `--dry-run` do not need it
 

@@ -44,7 +44,7 @@ class HeldOutLoss:
         self.total = self.weight = 0.0
 
     def add(self, loss: Tensor, weight: int) -> None:
-        """Add the mean loss of a batch with so many tokens; a batch with none does not count."""
+        """Add the mean loss of a batch with this number of tokens; a batch without tokens does not count."""
         if weight:
             self.total += float(loss) * weight
             self.weight += weight
@@ -82,7 +82,7 @@ class BestWeights(TrainerCallback):
 class SampleAnswers(TrainerCallback):
     """Answers the first question of some held-out samples, and draws the answers in TensorBoard.
 
-    A sample that cannot be asked, for example because its prompt leaves no room for an answer, is left out.
+    A sample whose question cannot be asked, for example because its prompt leaves no room for an answer, is left out.
 
     Args:
         assistant: The model that trains.
@@ -160,7 +160,7 @@ class AverageWeights(TrainerCallback):
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Give the model the averages as weights inside the block."""
+        """Use the averages as the model's weights inside the block."""
         self.swap()
         try:
             yield

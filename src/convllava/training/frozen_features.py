@@ -4,9 +4,9 @@ With `feature_cache_gb` the features of an image are kept in a file:
 
     RUNS/.cache/features/DIGEST/ab/abcd....safetensors    next to the output folder RUNS/NAME, one file per image
 
-DIGEST is that of the frozen weights and of how they run. The file's name is a digest of the pixels that the tower gets.
-Features are computed from each image alone, so they do not depend on the other images of a batch: a run gets the same
-numbers, whatever this run, another process or a killed run has cached before.
+DIGEST identifies the frozen weights, their number of stages and their precision. The file's name is a digest of the
+pixels that the tower gets. Features are computed from each image alone, so they do not depend on the other images of a
+batch: a run gets the same numbers, whatever this run, another process or a killed run has cached before.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def feature_name(image: Tensor) -> str:
 
 
 class FrozenStages:
-    """The first stages of a tower, none of which trains.
+    """The first stages of a tower, all of them frozen.
 
     Args:
         tower: The tower; its later stages may train.
@@ -159,7 +159,7 @@ def count_frozen_stages(stage: Stage, stages: int) -> int:
 def make_frozen_stages(recipe: Recipe, stage: Stage, tower: ConvLlavaVisionModel, output: Path) -> FrozenStages | None:
     """Return the frozen stages of a tower if they should run outside of the training path; else None.
 
-    They do on a CPU, where saving memory traffic saves time, and if `feature_cache_gb` asks for a cache.
+    They run outside of it on a CPU, because less memory traffic saves time there, and if `feature_cache_gb` is set.
     """
     count = 0 if stage.objective == "dense" else count_frozen_stages(stage, tower.config.num_stages)
     precision = getattr(torch, stage.precision) if tower.device.type == "cpu" else tower.dtype

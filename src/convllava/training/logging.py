@@ -1,4 +1,4 @@
-"""What a training shows: the table of parts, the progress bar, and one JSON line per step."""
+"""Output of a training: the table of parts, the progress bar, and one JSON line per step."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class ProgressBar(TrainerCallback):
             self.console.print(f"{self.title} step {state.global_step}: eval_loss {logs['eval_loss']:.3f}")
         if "loss" not in (logs or {}):
             return
-        # A moving average with corrected bias, as in Adam: the first steps count no more than the others.
+        # A moving average with bias correction, as in Adam, so that the first steps do not count more than the others.
         self.loss_sum = _SMOOTHING * self.loss_sum + (1 - _SMOOTHING) * logs["loss"]
         self.loss_weight = _SMOOTHING * self.loss_weight + (1 - _SMOOTHING)
         loss = self.loss_sum / self.loss_weight

@@ -88,4 +88,4 @@ def check_adaptable(stage: Stage) -> None:
         if part not in stage.learning_rates:
             raise ConfigError(f"stage {stage.name}: adapter: give {part} a learning rate in learning_rates")
     if "language_model" in stage.learning_rates and "language_model" not in stage.adapter.parts:
-        raise ConfigError(f"stage {stage.name}: adapter: parts must have language_model, or learning_rates must not")
+        raise ConfigError(f"stage {stage.name}: adapter: add language_model to parts, or remove it from learning_rates")

@@ -14,7 +14,7 @@ from convllava.training.recipe import Stage
 
 
 def train_only(model: nn.Module, names: Iterable[str]) -> None:
-    """Freeze all parts of the model but the named ones.
+    """Freeze all parts of the model except the named ones.
 
     Raises:
         ConfigError: if the model has no such part.

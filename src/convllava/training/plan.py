@@ -46,7 +46,7 @@ class StagePlan(TypedDict):
 
 
 class Plan(TypedDict):
-    """A whole run. `image` has the side of the square and its number of visual tokens, if images become squares."""
+    """A whole run. If images become squares, `image` has the side of the square and its number of visual tokens."""
 
     name: str
     processes: int

@@ -39,12 +39,13 @@ class Source:
     split: str = "train"
     """Split for `datasets.load_dataset`."""
     limit: int | None = None
-    """Use only the first samples, at most this many."""
+    """Use only the first samples, up to this number."""
     repeat: float = 1.0
     """How often an epoch uses each sample; 1.5 uses the first half twice."""
     weight: float | None = None
     """Share of an epoch, relative to the weights of the stage's other sources; replaces `repeat`. Either all sources of
-    a stage have one or none. An epoch is as long as all sources together; samples left out of it come in the next."""
+    a stage have one or none. An epoch is as long as all sources together; samples that do not fit into it are used in
+    the next epoch."""
 
     def __post_init__(self) -> None:
         if self.repeat <= 0 or (self.limit is not None and self.limit < 1):
@@ -76,7 +77,7 @@ class Data:
     max_tokens: int | None = None
     """Longest sequence of a sample from files, visual tokens included; None: the language model's context."""
     overlong: Literal["truncate", "skip"] = "truncate"
-    """What happens to longer samples. A sample is skipped if the cut would go through an image."""
+    """Treatment of longer samples. A sample is skipped if the cut would go through an image."""
     max_skipped: float = 0.05
     """Bad samples of files are skipped and listed in `skipped.jsonl`; a larger share than this stops the run."""
     size: int = 384
@@ -125,9 +126,9 @@ class ModelSpec:
     pixels: dict[str, Any] = field(default_factory=dict)
     """Settings of a new image processor: mode, min_pixels, max_pixels, side."""
     row_separator: bool | None = None
-    """Whether a learned token ends each row of visual tokens. None: only if the parts are not pretrained."""
+    """If True, a learned token ends each row of visual tokens. None: only if the parts are not pretrained."""
     coordinate_embedding: bool | None = None
-    """Whether a learned projection of their coordinates is added to visual tokens. None: as `row_separator`."""
+    """If True, a learned projection of their coordinates is added to visual tokens. None: as `row_separator`."""
 
     def __post_init__(self) -> None:
         settings = self.vision or self.language
@@ -288,8 +289,8 @@ class Stage:
     answer_length_weighting: float = 0.0
     """0: every supervised token has the same weight; 1: every answer has, however long; values between interpolate."""
     attention_supervision: float = 0.0
-    """Weight of a loss on the language model's attention: it should look at the place of the answer and of what a
-    question names. Only for the generated world."""
+    """Weight of a loss that moves the language model's attention to the answer and to the things that a question names.
+    Only for the generated world."""
     position_label_weight: float = 0.0
     """Weight of a loss on auxiliary heads, which are not part of the model: each visual token predicts, in the lower
     layers of the language model, its line, word, bar ... and box. `learning_rates` then needs the part `head`."""
@@ -319,7 +320,7 @@ class Stage:
         return [*self.data.sources, *(self.evaluation.sources if self.evaluation else [])]
 
     def _problems(self) -> Iterator[str]:
-        """Say what is wrong with the settings, one by one."""
+        """Yield a message for each wrong setting."""
         for key, value in flattened(dataclasses.asdict(self)).items():
             if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("max_grad_norm", math.inf):
                 yield f"{key} must be a finite number; got {value}"
@@ -366,7 +367,7 @@ class Stage:
                     yield f"{name}: {part} must be between 0 and 1; got {decay}"
 
     def _problems_of_objective(self) -> Iterator[str]:
-        """Say which settings do not fit the objective or the data."""
+        """Yield a message for each setting that does not fit the objective or the data."""
         is_chat, needs_pages = self.objective == "chat", self.attention_supervision != 0 or self.calibrate
         for key in ("prompt_loss_weight", "attention_supervision", "position_label_weight", "character_label_weight"):
             if getattr(self, key) < 0:
@@ -407,7 +408,7 @@ class Stage:
             yield "give evaluation.sources if the stage has data.sources, and only then"
 
     def _problems_of_memory(self) -> Iterator[str]:
-        """Say which settings of the feature cache and of the budget do not fit the rest."""
+        """Yield a message for each setting of the feature cache or the budget that does not fit the other settings."""
         if self.feature_cache_gb < 0:
             yield "feature_cache_gb must be 0 or more"
         if self.feature_cache_gb > 0:

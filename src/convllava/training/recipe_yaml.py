@@ -111,7 +111,7 @@ def _override(kind: Any, content: Any, key: str, value: Any, old: dict[str, str]
             elif part.isdecimal() and int(part) < len(content):
                 index = int(part)
             else:
-                raise ConfigError(f"{where}: {part} is none of {', '.join(map(str, names))}")
+                raise ConfigError(f"{where}: {part} is not one of {', '.join(map(str, names))}")
         elif not isinstance(content, dict):
             raise ConfigError(f"{where}: {'.'.join(done)} is not a section of the recipe")
         elif part in getattr(kind, "OLD_KEYS", {}):

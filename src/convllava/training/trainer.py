@@ -48,7 +48,7 @@ from convllava.training.optim import parameter_groups
 from convllava.training.stage import StageRun
 
 COUNTS = ("samples", "images", "tokens", "positions", "padded", "waited")
-"""What a stage counts (see `StageTrainer._count`): its samples, and the seconds that this process waited for them."""
+"""Counts of a stage (see `StageTrainer._count`): its samples, and the seconds that this process waited for them."""
 _DECAY_SHARE = 0.2
 """Share of the steps, at the end, in which the learning rates of the schedule `stable` fall."""
 
@@ -106,7 +106,8 @@ def training_arguments(run: StageRun) -> TrainingArguments:
 
 
 class SavesAsAsked(TrainerCallback):
-    """Saves as often as the recipe says now; the Trainer would read that from the checkpoint of a resumed run."""
+    """Saves as often as the current recipe says. The Trainer would use the number in a resumed run's checkpoint
+    instead."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.save_steps = int(args.save_steps)
@@ -144,7 +145,7 @@ class StageTrainer(Trainer):
         self.supervised_layers = supervised_layers(model) if self.stage.attention_supervision else {}
         super().__init__(model=model, args=training_arguments(run), **keywords)
         self.add_callback(SavesAsAsked())
-        # Only now, when the Trainer has moved the weights to their device.
+        # Only here, because the Trainer has now moved the weights to their device.
         self.average = AverageWeights(model, self.stage.ema) if self.stage.ema else None
         if self.average is not None:
             self.add_callback(self.average)

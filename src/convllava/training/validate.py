@@ -1,4 +1,4 @@
-"""Checks of a recipe before anything is written: what would stop a later stage stops the run now."""
+"""Checks of a recipe before anything is written: an error that would stop a later stage stops the run now."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ A projector before a pretrained language model learns from captions which direct
 without pretraining has no such directions yet, so it would treat the output of the new fifth stage and the projector
 mostly as noise. Here each visual token predicts the words of the objects and characters in its cell, by its products
 with the word embeddings of the language model. Heads that are discarded later predict the character over each cell of 8
-pixels, and the character that follows given ones. Afterwards the embedding of "square" in a question matches the visual
-token of a square, and the text in a token can be spelled, before the language model is trained.
+pixels, and the character that follows two given characters. Afterwards the embedding of "square" in a question matches
+the visual token of a square, and the text in a token can be spelled, before the language model is trained.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 To answer "Which word is the second on line 3?" a model needs the line and the number of each word. They are printed
 nowhere: they follow from what comes before, and a visual token sees most of that in the language model. Answers alone
 teach this only after very many steps. With a head on every visual token (see `data.position_labels`) a model learns
-lines, words of a line and boxes in hundreds of steps. It did not learn in that time which of the objects of its colour
-an object is, or the values of charts. Attention supervision then has labels by which to find an answer.
+lines, words of a line and boxes in hundreds of steps. In that time it did not learn the number of an object among those
+of its colour, or the values of charts. Attention supervision can use the learned labels to find an answer.
 
 Answers also spell only a small share of the printed text, and each of their letters reaches the tower through the whole
-language model. The character heads ask the visual tokens for all letters of the page at once. Without them, a tower
+language model. The character heads let the visual tokens predict all letters of the page at once. Without them, a tower
 that trains on answers alone reads letters less well than after alignment.
 
 The output layers start as zeros, so that the heads do not change the model before they have learned something. If the
@@ -102,7 +102,7 @@ class AuxiliaryHeads(nn.Module):
 
         Args:
             tokens: (visual tokens, width), hidden states of a batch.
-            labels: What `data.position_labels.position_labels` returns for each page.
+            labels: The result of `data.position_labels.position_labels` for each page.
             entering: As `tokens`, before the first layer of the language model.
 
         Returns:
@@ -183,7 +183,7 @@ def detach_heads(model: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def _run_heads(model: Any, args: tuple[Any, ...], inputs: Mapping[str, Any], outputs: Any) -> Any:
-    """Run the heads inside the model's forward, so that processes that share gradients wait for those of the heads."""
+    """Run the heads inside the model's forward, so that DDP also shares the gradients of the heads."""
     supervision = inputs.get("attention_supervision")
     if supervision is None or not supervision.position_labels:
         return outputs
