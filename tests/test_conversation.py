@@ -91,7 +91,7 @@ def questions_of(dataset: ChatDataset) -> list[str]:
 
 
 def answers_and_targets(item: dict) -> list[tuple]:
-    """Of each answer its tokens, and where on the page its positions are to look."""
+    """Return for each answer its tokens and its attention targets."""
     found = []
     for start, stop in answer_spans(item["labels"]):
         pairs = [item[f"{kind}_targets"].tolist() for kind in TARGET_KINDS]

@@ -32,11 +32,7 @@ Cells = frozenset[tuple[int, int]]
 """Visual tokens as (row, column) of the grid."""
 FIRST_POSITION = (-1, -1)
 """Represents the first position of the sequence, the target if there are no objects to count."""
-_MAX_OCCURRENCES = 4
-"""A text that is printed more often than this, such as "1", does not show where to look."""
-_MAX_EQUAL_WORDS = 2
-_SPACE = "\u2581"
-_SPACES = _SPACE + "\u0120"
+_SPACE, _OTHER_SPACE = "\u2581", "\u0120"
 """How tokenizers write a space before a word."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -131,7 +127,7 @@ def answer_cells(page: PageCells, turn: Turn) -> list[Cells]:
         starts, length = page.find(answer), len(answer.replace(" ", ""))
         starts = [start for start in starts if {start, start + length} <= page.word_bounds] or starts
         starts = [start for start in starts if not turn.evidence or page.sample.glyphs[start].box in turn.evidence]
-        if 0 < len(starts) <= _MAX_OCCURRENCES:
+        if 0 < len(starts) <= 4:  # a text that is printed more often, such as "1", does not show where to look
             return page.characters(answer, starts)
         cells = frozenset().union(*map(page.cells, turn.evidence)) or mentioned_cells(page, turn.question)
     return [cells] * len(answer)
@@ -158,9 +154,7 @@ def _cells_by_word(page: PageCells, question: str, pick: Callable[[list[Word], i
     cells: list[Cells] = [frozenset()] * len(question)
     for match in re.finditer(r"[\w']+", question):
         words = page.words.get(match[0].lower(), [])
-        if len(words) > _MAX_EQUAL_WORDS:
-            continue
-        for index in range(len(match[0])):
+        for index in range(len(match[0]) if len(words) <= 2 else 0):
             glyphs = pick(words, index)
             cells[match.start() + index] = frozenset().union(*(page.cells(glyph.box) for glyph in glyphs))
     return cells
@@ -191,20 +185,13 @@ def caption_cells(page: PageCells, caption: str) -> list[Cells]:
 
 
 def token_cells(pieces: Sequence[str], cells: Sequence[Cells], start: int = -1) -> list[Cells]:
-    """Return the cells of each token of a text from those of its characters.
+    """Return the cells of each token (given as text) from those of each character.
 
-    Args:
-        pieces: The tokens as text.
-        cells: The cells of each character.
-        start: Index of the character with which the first token begins; -1 is a space before the text.
+    `start` is the index of the character with which the first token begins; -1 is a space before the text.
     """
-    found = []
-    for piece in pieces:
-        length = 1 if _BYTE.fullmatch(piece) else len(piece)
-        own = cells[max(start, 0) : max(start + length, 0)]
-        found.append(frozenset().union(*own))
-        start += length
-    return found
+    lengths = (1 if _BYTE.fullmatch(piece) else len(piece) for piece in pieces)
+    bounds = pairwise(accumulate(lengths, initial=start))
+    return [frozenset().union(*cells[max(begin, 0) : max(end, 0)]) for begin, end in bounds]
 
 
 def attention_targets(
@@ -265,7 +252,7 @@ def question_span(pieces: Sequence[str], question: str) -> tuple[int, int, int]:
     normalises the text.
     """
     marked = question.replace(" ", _SPACE)
-    written = [_BYTE.sub("?", piece).replace(_SPACES[1], _SPACE) for piece in pieces]
+    written = [_BYTE.sub("?", piece).replace(_OTHER_SPACE, _SPACE) for piece in pieces]
     place = "".join(written).rfind(marked)
     starts = [0, *accumulate(map(len, written))]
     if place < 0 or place + len(marked) not in starts:

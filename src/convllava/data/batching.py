@@ -9,6 +9,7 @@ The plan depends only on the seed, the costs and the budget. A resumed run draws
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,6 @@ from torch.utils.data import Dataset
 from convllava.data.mixture import Integers, Mixture
 from convllava.errors import ConfigError, DataError
 
-_STEPS_PER_GROUP = 50
-"""A group has the samples of 50 steps, as in LLaVA's trainer, but at most a quarter of an epoch."""
 UNUSABLE = -1
 """This number of tokens marks a sample that training skips."""
 
@@ -44,11 +43,9 @@ class MicroBatchBudget:
     packed: bool = False
 
     def cut(self, positions: Sequence[int], costs: dict[int, tuple[int, int]]) -> list[list[int]]:
-        """Cut positions, in their order, into micro-batches that are as full as the budget allows.
+        """Cut positions of the stream, in their order, into micro-batches that are as full as the budget allows.
 
-        Args:
-            positions: Positions in the stream of samples.
-            costs: Tokens and pixels of the sample at each position.
+        `costs` holds the tokens and the pixels of the sample at each position.
         """
         found: list[list[int]] = []
         longest = total = pixels = 0
@@ -90,7 +87,8 @@ class MicroBatchPlan:
         self.mixture, self.budget = mixture, budget
         self.costs = np.concatenate(costs)
         self.firsts = np.cumsum([0, *map(len, costs)])[:-1]
-        self.group = min(_STEPS_PER_GROUP * budget.micro_batches * budget.samples, max(1, len(mixture) // 4))
+        # A group has the samples of 50 steps, as in LLaVA's trainer, but at most a quarter of an epoch.
+        self.group = min(50 * budget.micro_batches * budget.samples, max(1, len(mixture) // 4))
         if (self.costs[:, 0] == UNUSABLE).all():
             raise DataError("none of the samples can be used; `convllava data check` lists the reasons")
         for source, found in zip(mixture.sources, costs, strict=True):
@@ -104,28 +102,33 @@ class MicroBatchPlan:
 
     def first(self, steps: int) -> list[list[int]]:
         """Return the micro-batches of the first steps."""
-        found: list[list[int]] = []
-        for step in self._steps():
-            found += step
-            if len(found) == steps * self.budget.micro_batches:
-                break
-        return found
+        return [batch for step in itertools.islice(self._steps(), steps) for batch in step]
 
     def steps_of(self, samples: int) -> int:
         """Return the number of steps that contain this many samples. The last step is filled up."""
-        for number, step in enumerate(self._steps(), start=1):
-            samples -= sum(map(len, step))
-            if samples <= 0:
-                return number
-        raise AssertionError("the stream of steps has no end")
+        totals = itertools.accumulate(sum(map(len, step)) for step in self._steps())
+        return next(number for number, total in enumerate(totals, start=1) if total >= samples)
 
     def _steps(self) -> Iterator[list[list[int]]]:
         """Yield steps without end. Samples that do not fill a step of their group join the next group."""
-        per_step = self.budget.micro_batches
+        per_step, length = self.budget.micro_batches, len(self.mixture)
+        count = -(-length // self.group)
         left: list[int] = []
         costs: dict[int, tuple[int, int]] = {}
-        for number, (positions, found) in enumerate(self._groups()):
-            costs = {position: costs[position] for position in left} | dict(zip(positions, found, strict=True))
+        for number in itertools.count():
+            epoch, part = divmod(number, count)
+            if not part:
+                sources, records = self.mixture.epoch(epoch)
+                found = self.costs[self.firsts[sources] + records]
+                # The cost of the next usable sample of the epoch. The last samples can be replaced by one of the next
+                # epoch, so they get the largest cost of all.
+                at = np.where(found[:, 0] != UNUSABLE, np.arange(length), length)
+                at = np.minimum.accumulate(at[::-1])[::-1]
+                found = np.concatenate([found, self.costs.max(0, keepdims=True)])[at]
+            start, stop = part * length // count, (part + 1) * length // count
+            costs = {position: costs[position] for position in left}
+            for position, (tokens, pixels) in enumerate(found[start:stop].tolist(), start=epoch * length + start):
+                costs[position] = (tokens, pixels)
             rng = np.random.default_rng([self.mixture.seed, 1, number])
             # Samples without images first, then by tokens and pixels.
             in_order = sorted(costs, key=lambda position: (costs[position][1] > 0, costs[position]))
@@ -138,33 +141,9 @@ class MicroBatchPlan:
             for step in rng.permutation(len(batches) // per_step).tolist():
                 yield batches[step * per_step : (step + 1) * per_step]
 
-    def _groups(self) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-        """Yield neighbouring positions of one epoch, and the tokens and pixels of the sample at each."""
-        length = len(self.mixture)
-        count = -(-length // self.group)
-        epoch = 0
-        while True:
-            sources, records = self.mixture.epoch(epoch)
-            found = self.costs[self.firsts[sources] + records]
-            # The cost of the next usable sample of the epoch. The last samples can be replaced by one of the next
-            # epoch, so they get the largest cost of all.
-            at = np.where(found[:, 0] != UNUSABLE, np.arange(length), length)
-            at = np.minimum.accumulate(at[::-1])[::-1]
-            tokens, pixels = np.concatenate([found, self.costs.max(0, keepdims=True)])[at].T
-            positions = range(epoch * length, (epoch + 1) * length)
-            for number in range(count):
-                own = slice(number * length // count, (number + 1) * length // count)
-                yield list(positions[own]), list(zip(tokens[own].tolist(), pixels[own].tolist(), strict=True))
-            epoch += 1
-
 
 class MicroBatchDataset(Dataset):
-    """The items of a dataset, one micro-batch at a time, for a loader with batch size 1.
-
-    Args:
-        samples: Items by their position.
-        micro_batches: The positions of each micro-batch.
-    """
+    """The items of `samples`, one micro-batch at a time, each given by its positions; for loaders of batch size 1."""
 
     def __init__(self, samples: Any, micro_batches: Sequence[Sequence[int]]) -> None:
         self.samples = samples

@@ -18,10 +18,7 @@ from convllava.data.collate import IGNORE, SKIPPED
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.processing import ConvLlavaProcessor
 
-_WIDTH, _MARGIN, _LINE, _TEXT = 460, 16, 20, 15
-_TALLEST = 460
-"""Largest height of a drawn image in pixels."""
-_MOST_LINES = 18
+_WIDTH, _MARGIN, _LINE = 460, 16, 20
 _PROMPT, _SUPERVISED, _GRID = (90, 96, 110), (20, 80, 200), (255, 0, 120, 70)
 TextRun = tuple[str, bool]
 """A piece of text, and whether it is supervised."""
@@ -50,14 +47,32 @@ def sheet_sample(item: dict[str, Any], processor: ConvLlavaProcessor, stride: in
     if "image_sizes" in item:
         sizes = zip(item["pixel_values"], item["image_sizes"].tolist(), strict=True)
         pixels = [values[:, :height, :width] for values, (height, width) in sizes]
-    images = [_with_grid(picture_of(values, processor.image_processor), stride) for values in pixels]
+    images: list[Image.Image] = []
+    for values in pixels:
+        image = picture_of(values, processor.image_processor)
+        scale = min(1.0, (_WIDTH - 2 * _MARGIN) / image.width, 460 / image.height)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        images.append(image.resize((width, height), Image.Resampling.LANCZOS))
+        draw = ImageDraw.Draw(images[-1], "RGBA")
+        for x in range(stride, image.width, stride):
+            draw.line((x * scale, 0, x * scale, height), fill=_GRID)
+        for y in range(stride, image.height, stride):
+            draw.line((0, y * scale, width, y * scale), fill=_GRID)
     if "input_ids" not in item:
         return SheetSample(f"sample {number}: labels of cells", images, [])
     ids, supervised = item["input_ids"], item["labels"] != IGNORE
     visual = int((ids == processor.image_token_id).sum())
     title = f"sample {number}: {len(ids)} tokens, {visual} visual, {int(supervised.sum())} supervised"
     title += f" ({len(item[SKIPPED])} bad before it)" if SKIPPED in item else ""
-    return SheetSample(title, images, list(_runs(ids, supervised, processor)))
+    # Pieces of text that are supervised or not; visual tokens are written as their number.
+    kind = 2 * (ids == processor.image_token_id).long() + supervised.long()
+    text: list[TextRun] = []
+    for stretch in torch.tensor_split(torch.arange(len(ids)), (kind.diff() != 0).nonzero()[:, 0] + 1):
+        if int(kind[stretch[0]]) >= 2:
+            text.append((f"[{len(stretch)} visual tokens]", False))
+        else:
+            text.append((processor.tokenizer.decode(ids[stretch]), bool(supervised[stretch[0]])))
+    return SheetSample(title, images, text)
 
 
 def picture_of(pixels: Tensor, processor: ConvLlavaImageProcessorPil) -> Image.Image:
@@ -70,32 +85,29 @@ def picture_of(pixels: Tensor, processor: ConvLlavaImageProcessorPil) -> Image.I
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
 
 
-def _with_grid(image: Image.Image, stride: int) -> Image.Image:
-    """Draw the grid on the image, scaled down to fit the sheet."""
-    scale = min(1.0, (_WIDTH - 2 * _MARGIN) / image.width, _TALLEST / image.height)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    drawn = image.resize((width, height), Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(drawn, "RGBA")
-    for x in range(stride, image.width, stride):
-        draw.line((x * scale, 0, x * scale, height), fill=_GRID)
-    for y in range(stride, image.height, stride):
-        draw.line((0, y * scale, width, y * scale), fill=_GRID)
-    return drawn
-
-
-def _runs(ids: Tensor, supervised: Tensor, processor: ConvLlavaProcessor) -> Iterator[TextRun]:
-    """Yield pieces of text that are supervised or not. Visual tokens are written as their number."""
-    kind = 2 * (ids == processor.image_token_id).long() + supervised.long()
-    for stretch in torch.tensor_split(torch.arange(len(ids)), (kind.diff() != 0).nonzero()[:, 0] + 1):
-        if int(kind[stretch[0]]) >= 2:
-            yield f"[{len(stretch)} visual tokens]", False
-        else:
-            yield processor.tokenizer.decode(ids[stretch]), bool(supervised[stretch[0]])
-
-
 def draw_sheet(samples: Sequence[SheetSample]) -> Image.Image:
     """Draw the samples in columns. Each one goes to the column that is shortest so far."""
-    panels = [_panel(sample) for sample in samples]
+    font = ImageFont.load_default(15)
+    panels = []
+    for sample in samples:
+        lines = list(_wrapped(sample.text, font))
+        if len(lines) > 18:
+            lines = [*lines[:18], [("...", False)]]
+        height = 2 * _MARGIN + (1 + len(lines)) * _LINE + sum(image.height + _MARGIN for image in sample.images)
+        panel = Image.new("RGB", (_WIDTH, height), "white")
+        draw = ImageDraw.Draw(panel)
+        draw.text((_MARGIN, _MARGIN), sample.title, fill="black", font=font)
+        top = _MARGIN + _LINE + _MARGIN // 2
+        for image in sample.images:
+            panel.paste(image, (_MARGIN, top))
+            top += image.height + _MARGIN
+        for number, line in enumerate(lines):
+            left = float(_MARGIN)
+            for text, supervised in line:
+                colour = _SUPERVISED if supervised else _PROMPT
+                draw.text((left, top + number * _LINE), text, fill=colour, font=font)
+                left += font.getlength(text)
+        panels.append(panel)
     tops = [_MARGIN] * max(1, min(len(panels), round(len(panels) ** 0.5 + 0.5)))
     places = []
     for panel in panels:
@@ -108,49 +120,22 @@ def draw_sheet(samples: Sequence[SheetSample]) -> Image.Image:
     return sheet
 
 
-def _panel(sample: SheetSample) -> Image.Image:
-    font = ImageFont.load_default(_TEXT)
-    lines = list(_wrapped(sample.text, font))
-    if len(lines) > _MOST_LINES:
-        lines = [*lines[:_MOST_LINES], [("...", False)]]
-    height = 2 * _MARGIN + (1 + len(lines)) * _LINE + sum(image.height + _MARGIN for image in sample.images)
-    panel = Image.new("RGB", (_WIDTH, height), "white")
-    draw = ImageDraw.Draw(panel)
-    draw.text((_MARGIN, _MARGIN), sample.title, fill="black", font=font)
-    top = _MARGIN + _LINE + _MARGIN // 2
-    for image in sample.images:
-        panel.paste(image, (_MARGIN, top))
-        top += image.height + _MARGIN
-    for number, line in enumerate(lines):
-        left = float(_MARGIN)
-        for text, supervised in line:
-            colour = _SUPERVISED if supervised else _PROMPT
-            draw.text((left, top + number * _LINE), text, fill=colour, font=font)
-            left += font.getlength(text)
-    return panel
-
-
 def _wrapped(runs: Sequence[TextRun], font: Any) -> Iterator[list[TextRun]]:
     """Yield lines that are not wider than a panel. Words that are wider are broken."""
     line: list[TextRun] = []
     width = 0.0
     for text, supervised in runs:
-        for piece in _pieces(text):
-            length = font.getlength(piece)
-            if line and (piece == "\n" or width + length > _WIDTH - 2 * _MARGIN):
-                yield line
-                line, width = [], 0.0
-            if piece != "\n":
-                line.append((piece, supervised))
-                width += length
+        for number, row in enumerate(text.split("\n")):
+            words = [f"{word} " for word in row.split(" ")]
+            # A very long word is broken into parts.
+            parts = [word[start : start + 40] for word in words for start in range(0, len(word), 40)]
+            for part in ["\n", *parts] if number else parts:
+                length = font.getlength(part)
+                if line and (part == "\n" or width + length > _WIDTH - 2 * _MARGIN):
+                    yield line
+                    line, width = [], 0.0
+                if part != "\n":
+                    line.append((part, supervised))
+                    width += length
     if line:
         yield line
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Yield words with the blank after them, line breaks, and very long words in parts."""
-    for number, row in enumerate(text.split("\n")):
-        if number:
-            yield "\n"
-        for word in row.split(" "):
-            yield from (f"{word} "[start : start + 40] for start in range(0, len(word) + 1, 40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from convllava.model.processing import ConvLlavaProcessor
 _MAX_BAD_IN_A_ROW = 100
 
 
+@dataclass(eq=False, repr=False)
 class FileDataset(Dataset):
     """The samples of a mixture of sources, every epoch in another order.
 
@@ -31,18 +33,15 @@ class FileDataset(Dataset):
         truncate: Whether longer samples are cut; otherwise they are skipped.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        processor: ConvLlavaProcessor,
-        length: int,
-        *,
-        max_tokens: int | None = None,
-        truncate: bool = True,
-    ) -> None:
-        self.mixture, self.processor, self.length = mixture, processor, length
-        self.max_tokens = max_tokens or processor.tokenizer.model_max_length
-        self.truncate = truncate
+    mixture: Mixture
+    processor: ConvLlavaProcessor
+    length: int
+    _: KW_ONLY
+    max_tokens: int | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        self.longest = self.max_tokens or self.processor.tokenizer.model_max_length
 
     def __len__(self) -> int:
         return self.length
@@ -108,16 +107,15 @@ class FileDataset(Dataset):
             SampleError: if it must not be cut, the cut would go through an image, or no answer would be left.
         """
         ids = item["input_ids"]
-        if len(ids) <= self.max_tokens:
+        if len(ids) <= self.longest:
             return item
         if not self.truncate:
-            raise SampleError(name, "too long", f"{len(ids)} tokens, more than {self.max_tokens}")
-        if (ids[self.max_tokens :] == self.processor.image_token_id).any():
-            detail = f"{len(ids)} tokens, and a cut at {self.max_tokens} would go through an image"
-            raise SampleError(name, "too long", detail)
-        cut = item | {key: item[key][: self.max_tokens] for key in ("input_ids", "labels")}
+            raise SampleError(name, "too long", f"{len(ids)} tokens, more than {self.longest}")
+        if (ids[self.longest :] == self.processor.image_token_id).any():
+            raise SampleError(name, "too long", f"{len(ids)} tokens; a cut at {self.longest} would go through an image")
+        cut = item | {key: item[key][: self.longest] for key in ("input_ids", "labels")}
         if (cut["labels"] == IGNORE).all():
-            raise SampleError(name, "too long", f"{len(ids)} tokens, and the answer begins after {self.max_tokens}")
+            raise SampleError(name, "too long", f"{len(ids)} tokens, and the answer begins after {self.longest}")
         return cut
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ _LABELS = {
 }
 
 
+@dataclass(eq=False, repr=False)
 class DenseDataset(Dataset):
     """Generated pages as pixels and label maps.
 
@@ -46,11 +48,12 @@ class DenseDataset(Dataset):
         stride: The tower's stride; 32 is that of four stages.
     """
 
-    def __init__(
-        self, world: World, processor: ConvLlavaProcessor, length: int, *, sheets: float = 1.0, stride: int = 32
-    ) -> None:
-        self.world, self.processor, self.length = world, processor, length
-        self.sheets, self.stride = sheets, stride
+    world: World
+    processor: ConvLlavaProcessor
+    length: int
+    _: KW_ONLY
+    sheets: float = 1.0
+    stride: int = 32
 
     def __len__(self) -> int:
         return self.length
@@ -142,9 +145,8 @@ def word_token_labels(printed: Sequence[Word], placement: Placement, stride: int
 
 def object_boxes(sample: Sample) -> list[Box]:
     """Return the boxes of the printed words and of the drawn objects, in pixels of the image."""
-    return [union(glyph.box for glyph in word) for word in printed_words(sample)] + [
-        thing.box for thing in sample.things
-    ]
+    words = [union(glyph.box for glyph in word) for word in printed_words(sample)]
+    return words + [thing.box for thing in sample.things]
 
 
 def box_labels(boxes: Sequence[Box], placement: Placement, stride: int) -> Tensor:

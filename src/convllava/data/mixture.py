@@ -78,45 +78,42 @@ class Mixture:
 
     def epoch(self, number: int) -> tuple[Integers, Integers]:
         """Return the sources and the records at all positions of an epoch, in order."""
-        if self._last_epoch[0] != number:
-            drawn = self._order(number)
-            sources = np.searchsorted(self.ends, drawn, side="right")
-            offsets = np.array([self._offset(source, number) for source in range(len(self.sources))])
-            lengths = np.array([len(source.records) for source in self.sources])
-            taken = drawn - (self.ends - self.counts)[sources] + offsets[sources]
-            self._last_epoch = (number, sources, taken % lengths[sources])
-        return self._last_epoch[1], self._last_epoch[2]
-
-    def _offset(self, source: int, epoch: int) -> int:
-        """Return how many samples earlier epochs took of a source with a weight; 0 for other sources."""
-        return epoch * self.counts[source] if self.sources[source].weight is not None else 0
-
-    def _order(self, epoch: int) -> Integers:
-        """Draw the order of an epoch."""
-        rng = np.random.default_rng([self.seed, epoch])
+        if self._last_epoch[0] == number:
+            return self._last_epoch[1:]
+        rng = np.random.default_rng([self.seed, number])
         order = rng.permutation(len(self))
-        group, sizes = self._row_groups(epoch)
-        positions = np.flatnonzero(group[order] >= 0)
-        if len(positions):
-            # Sort these samples by the window of their row group, and randomly within a window.
-            numbers = np.flatnonzero(group >= 0)
-            shuffled = rng.permutation(len(sizes))
-            window = np.empty_like(shuffled)
-            window[shuffled] = (np.cumsum(sizes[shuffled]) - sizes[shuffled]) // WINDOW_BYTES
-            order[positions] = numbers[np.lexsort((rng.random(len(numbers)), window[group[numbers]]))]
-        return order
+        lengths = np.array([len(source.records) for source in self.sources])
+        # Earlier epochs took so many samples of a source with a weight.
+        offsets = np.array(
+            [
+                count * number if source.weight is not None else 0
+                for source, count in zip(self.sources, self.counts, strict=True)
+            ]
+        )
 
-    def _row_groups(self, epoch: int) -> tuple[Integers, Integers]:
-        """Return the row group of each sample of an epoch (-1 for none), and the bytes of each row group."""
-        found, sizes, known = [], [], 0
-        for number, (source, count) in enumerate(zip(self.sources, self.counts, strict=True)):
+        # The row group of each sample (-1 for none), and the bytes of each row group.
+        found, sizes, known = [], [np.empty(0, dtype=np.int64)], 0
+        for source, count, offset, length in zip(self.sources, self.counts, offsets, lengths, strict=True):
             if (groups := source.records.row_groups) is None:
                 found.append(np.full(count, -1))
                 continue
-            repeats, record = np.divmod(np.arange(count) + self._offset(number, epoch), len(source.records))
+            repeats, record = np.divmod(np.arange(count) + offset, length)
             own = np.searchsorted(groups.starts, record, side="right") - 1 + len(groups.starts) * repeats
             distinct, own = np.unique(own, return_inverse=True)
             found.append(known + own)
             sizes.append(groups.sizes[distinct % len(groups.starts)])
             known += len(distinct)
-        return np.concatenate(found), np.concatenate([np.empty(0, dtype=np.int64), *sizes])
+        group, size = np.concatenate(found), np.concatenate(sizes)
+        positions = np.flatnonzero(group[order] >= 0)
+        if len(positions):
+            # Sort these samples by the window of their row group, and randomly within a window.
+            numbers = np.flatnonzero(group >= 0)
+            shuffled = rng.permutation(len(size))
+            window = np.empty_like(shuffled)
+            window[shuffled] = (np.cumsum(size[shuffled]) - size[shuffled]) // WINDOW_BYTES
+            order[positions] = numbers[np.lexsort((rng.random(len(numbers)), window[group[numbers]]))]
+
+        drawn = np.searchsorted(self.ends, order, side="right")
+        taken = order - (self.ends - self.counts)[drawn] + offsets[drawn]
+        self._last_epoch = (number, drawn, taken % lengths[drawn])
+        return self._last_epoch[1:]

@@ -19,8 +19,6 @@ from convllava.synthetic import Sample
 
 LABEL_CELL = 16
 """Side of one cell of the maps in pixels: a visual token can hold several lines and words."""
-_VALUE_STEP = 5
-"""Values of charts are rounded to a multiple of this, the precision at which their axes can be read."""
 POSITION_CLASSES = {"row": 10, "place": 10, "letter": 13, "value": 21, "of_shape": 8, "of_colour": 8}
 """Classes of each map; 0 is none, and the last class holds all larger numbers."""
 BOXES = "boxes"
@@ -68,5 +66,5 @@ def position_labels(
 
 
 def value_class(value: int) -> int:
-    """Return the class of a chart's value; 0 is none."""
-    return max(1, round(value / _VALUE_STEP)) if value else 0
+    """Return the class of a chart's value; 0 is none. Axes can be read to a multiple of 5."""
+    return max(1, round(value / 5)) if value else 0

@@ -81,14 +81,33 @@ def conversation_of(record: dict[str, Any], number: int, images: str) -> Convers
     if not isinstance(turns, list) or not turns:
         raise SampleError(name, "no conversation", "no conversations")
     pictures = _pictures(record, name, images)
-    messages = [_message(turn, name) for turn in turns]
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(turn.get("value"), str):
+            detail = f"a turn needs from, one of {', '.join(_ROLES)}, and value; got {turn!r}"
+            raise SampleError(name, "malformed turn", detail[:200])
+        role, text = _ROLES[speaker], turn["value"]
+        if role == "assistant" and not text.strip():
+            raise SampleError(name, "empty answer", "an empty answer")
+        pieces = [text] if role == "assistant" else text.split(IMAGE_MARK)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if len(pieces) > 1:
+            # As in LLaVA, blanks at both ends of a text with marks are removed.
+            filled = [number for number, piece in enumerate(pieces) if piece.strip()]
+            if filled:
+                pieces[filled[0]] = pieces[filled[0]].lstrip()
+                pieces[filled[-1]] = pieces[filled[-1]].rstrip()
+            parts = []
+            for number, piece in enumerate(pieces):
+                parts += [{"type": "image"}] if number else []
+                parts += [{"type": "text", "text": piece}] if piece.strip() else []
+        messages.append({"role": role, "content": parts})
     roles = [message["role"] for message in messages]
     roles = roles[1:] if roles[0] == "system" else roles
     if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-        detail = (
-            f"turns must alternate, human first and gpt last, after an optional system turn; got {', '.join(roles)}"
-        )
-        raise SampleError(name, "unbalanced roles", detail)
+        detail = "turns must alternate, human first and gpt last, after an optional system turn"
+        raise SampleError(name, "unbalanced roles", f"{detail}; got {', '.join(roles)}")
     marks = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if pictures and not marks:
         first = next(message for message in messages if message["role"] == "user")
@@ -113,12 +132,10 @@ def _pictures(record: dict[str, Any], name: str, folder: str) -> list[str | Embe
         raise SampleError(name, "unreadable record", f"image must be a path or a list of paths; got {given!r}"[:200])
     home = Path(folder)
     homes = () if storage.is_remote(folder) else (home.absolute(), home.resolve())
-    for image in given:
-        if isinstance(image, Embedded):
-            continue
+    for image in (image for image in given if not isinstance(image, Embedded)):
         if storage.is_remote(image):
-            detail = f"{image[:120]} is an address; addresses inside the data are not fetched"
-            raise SampleError(name, "missing image", detail)
+            detail = "is an address; addresses inside the data are not fetched"
+            raise SampleError(name, "missing image", f"{image[:120]} {detail}")
         path = Path(image)
         if ".." in path.parts or (path.is_absolute() and not any(map(path.is_relative_to, homes))):
             detail = (
@@ -127,31 +144,6 @@ def _pictures(record: dict[str, Any], name: str, folder: str) -> list[str | Embe
             )
             raise SampleError(name, "missing image", detail)
     return [image if isinstance(image, Embedded) else storage.within(folder, image) for image in given]
-
-
-def _message(turn: Any, name: str) -> dict[str, Any]:
-    speaker = turn.get("from") if isinstance(turn, dict) else None
-    if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(turn.get("value"), str):
-        detail = f"a turn needs from, one of {', '.join(_ROLES)}, and value; got {turn!r}"
-        raise SampleError(name, "malformed turn", detail[:200])
-    role, text = _ROLES[speaker], turn["value"]
-    if role == "assistant":
-        if not text.strip():
-            raise SampleError(name, "empty answer", "an empty answer")
-        return {"role": role, "content": [{"type": "text", "text": text}]}
-    pieces = text.split(IMAGE_MARK)
-    if len(pieces) == 1:
-        return {"role": role, "content": [{"type": "text", "text": text}]}
-    # As in LLaVA, blanks at both ends of a text with marks are removed.
-    filled = [number for number, piece in enumerate(pieces) if piece.strip()]
-    if filled:
-        pieces[filled[0]] = pieces[filled[0]].lstrip()
-        pieces[filled[-1]] = pieces[filled[-1]].rstrip()
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        parts += [{"type": "image"}] if number else []
-        parts += [{"type": "text", "text": piece}] if piece.strip() else []
-    return {"role": role, "content": parts}
 
 
 def with_images(sample: Conversation) -> list[dict[str, Any]]:

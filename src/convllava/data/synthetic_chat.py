@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -15,8 +15,6 @@ from convllava.geometry import Size
 from convllava.model.processing import ConvLlavaProcessor
 from convllava.synthetic import Sample, Turn, World
 
-_CAPTION_FIRST = 0.25
-"""Share of the captions that come before the other turns."""
 _OPENINGS = (
     "Look at the page.",
     "One question:",
@@ -28,6 +26,7 @@ _OPENINGS = (
 """Words that people write before a question."""
 
 
+@dataclass(eq=False, repr=False)
 class ChatDataset(Dataset):
     """Generated pages as supervised conversations: the turns of a page, and for a share of the pages its caption.
 
@@ -46,23 +45,16 @@ class ChatDataset(Dataset):
         character_labels: Add the character labels to the position labels.
     """
 
-    def __init__(
-        self,
-        world: World,
-        processor: ConvLlavaProcessor,
-        length: int,
-        *,
-        captions: float = 1.0,
-        casual: float = 0.0,
-        images: bool = True,
-        attention_targets: bool = False,
-        position_labels: bool = False,
-        character_labels: bool = False,
-    ) -> None:
-        self.world, self.processor, self.length = world, processor, length
-        self.captions, self.casual, self.images = captions, casual, images
-        self.attention_targets, self.position_labels = attention_targets, position_labels
-        self.character_labels = character_labels
+    world: World
+    processor: ConvLlavaProcessor
+    length: int
+    _: KW_ONLY
+    captions: float = 1.0
+    casual: float = 0.0
+    images: bool = True
+    attention_targets: bool = False
+    position_labels: bool = False
+    character_labels: bool = False
 
     def __len__(self) -> int:
         return self.length
@@ -87,17 +79,18 @@ class ChatDataset(Dataset):
     def turns(self, sample: Sample) -> list[Turn]:
         """Return the sample's turns, perhaps with its caption.
 
-        The caption mostly comes last: it contains the answers, and the model would copy them instead of reading the
-        page.
+        Only a quarter of the captions come first: a caption contains the answers, and the model would copy them
+        instead of reading the page.
         """
         draw = random.Random(sample.index)
         turns = list(sample.turns)
         if not turns or draw.random() < self.captions:
-            place = 0 if draw.random() < _CAPTION_FIRST else len(turns)
+            place = 0 if draw.random() < 0.25 else len(turns)
             turns.insert(place, Turn(CAPTION, draw.choice(CAPTION_REQUESTS), sample.caption))
-        return (
-            [casual_form(turn) if draw.random() < self.casual / 2 else turn for turn in turns] if self.casual else turns
-        )
+        for place, turn in enumerate(turns if self.casual else ()):
+            if draw.random() < self.casual / 2:
+                turns[place] = replace(turn, question=turn.question.lower().rstrip("?."))
+        return turns
 
     def messages(self, sample: Sample, turns: list[Turn]) -> list[dict[str, Any]]:
         """Return the conversation for the chat template; the image is the first part of the first user message."""
@@ -112,8 +105,3 @@ class ChatDataset(Dataset):
         if self.images:
             messages[0]["content"].insert(0, {"type": "image", "image": sample.image})
         return messages
-
-
-def casual_form(turn: Turn) -> Turn:
-    """Return the turn with its question in lower case and without the final mark."""
-    return replace(turn, question=turn.question.lower().rstrip("?."))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.image_processing_utils import BatchFeature
 
@@ -21,9 +20,6 @@ from convllava.display import ACCENT, INK, MUTED
 from convllava.geometry import Size
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.processing import ConvLlavaProcessor
-
-_CHUNK = 32
-"""Neighbouring samples that a worker checks at a time; they often share a row group."""
 
 
 @dataclass(frozen=True)
@@ -91,33 +87,17 @@ class SourceCheck(Dataset):
             return Finding(index, error.name, tokens, tokens, images, error.problem, error.detail)
         pixels = int(item["image_sizes"].prod(-1).sum()) if "image_sizes" in item else 0
         lost = tokens - kept
-        if not lost:
-            return Finding(index, sample.id, tokens, 0, images, pixels=pixels)
-        detail = f"{tokens} tokens; the last {lost} are cut"
-        return Finding(index, sample.id, tokens, lost, images, "cut", detail, pixels)
+        problem: Problem | None = "cut" if lost else None
+        detail = f"{tokens} tokens; the last {lost} are cut" if lost else ""
+        return Finding(index, sample.id, tokens, lost, images, problem, detail, pixels)
 
 
 def check_source(check: SourceCheck, workers: int, first: int = 0) -> Iterator[list[Finding]]:
-    """Yield the findings in order from record `first` on, in lists of several.
-
-    Args:
-        check: The source to check.
-        workers: Processes that read; 0 reads in this process.
-        first: Number of the first record.
-    """
-    loader: DataLoader[Any] = DataLoader(
-        check,
-        batch_size=_CHUNK,
-        sampler=range(first, len(check)),
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_use_one_thread,  # there are as many workers as cores
-    )
+    """Yield the findings in order from record `first` on, in lists of several; with 0 workers, this process reads."""
+    # Neighbouring samples often share a row group.
+    rest = range(first, len(check))
+    loader: DataLoader[Any] = DataLoader(check, batch_size=32, sampler=rest, num_workers=workers, collate_fn=list)
     return iter(loader)
-
-
-def _use_one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 class _SizesOnly(ConvLlavaImageProcessorPil):

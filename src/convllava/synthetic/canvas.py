@@ -14,7 +14,15 @@ from convllava.synthetic.sample import Box, Glyph, Numbered, Thing, union
 
 Colour = tuple[int, int, int]
 """Red, green and blue, 0-255."""
-_OVERSAMPLING = 4
+_CORNERS: dict[str, list[tuple[float, float]]] = {
+    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+    "triangle": [(0.5, 0), (1, 1), (0, 1)],
+    "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
+    "cross": [
+        (0.32, 0), (0.68, 0), (0.68, 0.32), (1, 0.32), (1, 0.68), (0.68, 0.68),
+        (0.68, 1), (0.32, 1), (0.32, 0.68), (0, 0.68), (0, 0.32), (0.32, 0.32),
+    ],
+}  # fmt: skip
 
 
 class PageFullError(Exception):
@@ -100,12 +108,12 @@ class Canvas:
     def number_words(self, lines: Sequence[str], regions: Sequence[Region], through: bool = False) -> None:
         """Number the lines and the words of each line; with `through`, number the words of all lines as one
         sequence."""
-        place = 0
+        before = 0
         for row, (line, region) in enumerate(zip(lines, regions, strict=True), start=1):
-            place = place if through else 0
-            for word in range(len(line.split(" "))):
-                place += 1
-                self.number(self.word(region, word, line), row=row, place=place)
+            number = len(line.split(" "))
+            for word in range(number):
+                self.number(self.word(region, word, line), row=row, place=before + word + 1)
+            before += number if through else 0
 
     def numbered(self) -> tuple[Numbered, ...]:
         """Return all pieces with a number, with their boxes on the page as it is now."""
@@ -130,19 +138,12 @@ class Canvas:
 @lru_cache(maxsize=1024)
 def shape_mask(shape: str, side: int) -> Image.Image:
     """Return an anti-aliased mask (mode "L", side x side pixels) of one of `SHAPES`, which touches all four sides."""
-    big = side * _OVERSAMPLING
+    big = 4 * side  # reduced at the end, for smooth edges
     mask = Image.new("L", (big, big))
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
         draw.ellipse((0, 0, big - 1, big - 1), fill=255)
-    else:
-        draw.polygon([(x * (big - 1), y * (big - 1)) for x, y in _outline(shape)], fill=255)
-    return mask.reduce(_OVERSAMPLING)
-
-
-@lru_cache
-def _outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """Return the corners of a shape in the unit square, stretched so that they touch its sides."""
+        return mask.reduce(4)
     if shape in _CORNERS:
         points = _CORNERS[shape]
     elif shape == "star":
@@ -154,23 +155,11 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
         points = [(math.cos(math.pi * step / 3), math.sin(math.pi * step / 3)) for step in range(6)]
     else:  # the heart of https://mathworld.wolfram.com/HeartCurve.html
         points = [
-            (
-                16 * math.sin(a) ** 3,
-                -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)),
-            )
+            (16 * math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)))
             for a in (2 * math.pi * step / 60 for step in range(60))
         ]
     left, top = min(x for x, _ in points), min(y for _, y in points)
     width, height = max(x for x, _ in points) - left, max(y for _, y in points) - top
-    return tuple(((x - left) / width, (y - top) / height) for x, y in points)
-
-
-_CORNERS: dict[str, list[tuple[float, float]]] = {
-    "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
-    "triangle": [(0.5, 0), (1, 1), (0, 1)],
-    "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
-    "cross": [
-        (0.32, 0), (0.68, 0), (0.68, 0.32), (1, 0.32), (1, 0.68), (0.68, 0.68),
-        (0.68, 1), (0.32, 1), (0.32, 0.68), (0, 0.68), (0, 0.32), (0.32, 0.32),
-    ],
-}  # fmt: skip
+    # Stretched so that the corners touch all sides.
+    draw.polygon([((x - left) / width * (big - 1), (y - top) / height * (big - 1)) for x, y in points], fill=255)
+    return mask.reduce(4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convllava.synthetic.canvas import Canvas, Colour, Region
@@ -119,25 +119,22 @@ def draw_line_chart(context: Context) -> Drawing:
 
 
 def _data(context: Context, title: str, values: str) -> Data:
+    """Choose values, and as labels months, days, quarters, years, letters or short words, in their natural order."""
     rng = context.rng
     number = rng.randint(2, 3) if context.simple else rng.randint(3, 6)
     numbers = [rng.randint(1, 20) * 5 if values == "axis" else rng.randint(3, 99) for _ in range(number)]
-    return Data(_labels(context, number), numbers, rng.choice(CHART_TITLES) if title == "top" else "")
-
-
-def _labels(context: Context, count: int) -> list[str]:
-    """Return months, days, quarters, years, letters or short words, in their natural order."""
-    rng = context.rng
     series: list[tuple[str, ...]] = [MONTHS, DAYS]
     if not context.simple:
         first = rng.randint(1990, 2024)
         series += [tuple(str(first + step) for step in range(8)), tuple("ABCDEFGH")]
-        series += [QUARTERS] if count <= 4 else []
+        series += [QUARTERS] if number <= 4 else []
     if not context.simple and rng.random() < 0.5:
-        return context.words(count, rng.choice(("item", "name", "noun")), longest=4 if count > 4 else 5)
-    chosen = rng.choice(series)
-    start = rng.randint(0, len(chosen) - count)
-    return list(chosen[start : start + count])
+        labels = context.words(number, rng.choice(("item", "name", "noun")), longest=4 if number > 4 else 5)
+    else:
+        chosen = rng.choice(series)
+        start = rng.randint(0, len(chosen) - number)
+        labels = list(chosen[start : start + number])
+    return Data(labels, numbers, rng.choice(CHART_TITLES) if title == "top" else "")
 
 
 def _frame(
@@ -195,13 +192,9 @@ def _finish(
     printed: Sequence[Region | None],
     layout: tuple[str, ...],
 ) -> Drawing:
-    """Add numbers, questions and a caption to a chart.
+    """Add numbers, questions and a caption to a chart whose `drawn` pieces are bars ("bar") or points ("point").
 
-    Args:
-        piece: "bar" or "point".
-        canvas, context, data, layout: The chart.
-        drawn: The bars or points.
-        printed: Their printed values, or None if the values must be read from the axis.
+    `printed` holds the printed value of each piece, or None if it must be read from the axis.
     """
     rng = context.rng
     for place, (value, *regions) in enumerate(zip(data.values, drawn, printed, strict=True), start=1):
@@ -214,12 +207,8 @@ def _finish(
         ask(rng, "chart.value", str(value), label=label).read_from(region)
         for label, value, region in zip(data.labels, data.values, shown, strict=True)
     ]
-    extremes: tuple[tuple[str, str, Callable[[list[int]], int]], ...] = (
-        ("highest", "maximum", max),
-        ("lowest", "minimum", min),
-    )
-    for name, key, pick in extremes:
-        extreme = pick(data.values)
+    most, least = max(data.values), min(data.values)
+    for name, key, extreme in (("highest", "maximum", most), ("lowest", "minimum", least)):
         extremes_at = [region for value, region in zip(data.values, shown, strict=True) if value == extreme]
         drafts.append(ask(rng, f"chart.{key}", str(extreme)).read_from(*extremes_at))
         if data.values.count(extreme) == 1:

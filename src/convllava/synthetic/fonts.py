@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,40 +26,24 @@ class Typeface(NamedTuple):
     bold: str
 
 
-FAMILIES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "Roboto": (
-        "font_roboto",
-        (
-            ("Roboto-Regular.ttf", "Roboto-Bold.ttf"),
-            ("Roboto-Medium.ttf", "Roboto-Black.ttf"),
-            ("Roboto-Italic.ttf", "Roboto-BoldItalic.ttf"),
-        ),
-    ),
-    "Source Sans Pro": (
-        "font_source_sans_pro",
-        (
-            ("SourceSansPro-Regular.ttf", "SourceSansPro-Bold.ttf"),
-            ("SourceSansPro-Semibold.ttf", "SourceSansPro-Black.ttf"),
-        ),
-    ),
+FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "Roboto": ("font_roboto", "Roboto-{}.ttf", ("Regular Bold", "Medium Black", "Italic BoldItalic")),
+    "Source Sans Pro": ("font_source_sans_pro", "SourceSansPro-{}.ttf", ("Regular Bold", "Semibold Black")),
     "Source Serif Pro": (
         "font_source_serif_pro",
-        (
-            ("SourceSerifPro-Regular.ttf", "SourceSerifPro-Bold.ttf"),
-            ("SourceSerifPro-Semibold.ttf", "SourceSerifPro-Black.ttf"),
-            ("SourceSerifPro-It.ttf", "SourceSerifPro-BoldIt.ttf"),
-        ),
+        "SourceSerifPro-{}.ttf",
+        ("Regular Bold", "Semibold Black", "It BoldIt"),
     ),
-    "Manrope": ("font_manrope", (("Manrope-Medium.ttf", "Manrope-Bold.ttf"),)),
-    "Hanken Grotesk": ("font_hanken_grotesk", (("HankenGrotesk-Medium.otf", "HankenGrotesk-Bold.otf"),)),
-    "Fjalla One": ("font_fjallaone", (("FjallaOne-Regular.ttf", "FjallaOne-Regular.ttf"),)),
-    "Fredoka One": ("font_fredoka_one", (("FredokaOne-Regular.ttf", "FredokaOne-Regular.ttf"),)),
-    "Intuitive": ("font_intuitive", (("Intuitive.ttf", "Intuitive.ttf"),)),
-    "Lato": ("font_lato", (("Lato-Regular.ttf", "Lato-Bold.ttf"), ("Lato-Bold.ttf", "Lato-Black.ttf"))),
-    "Caladea": ("font_caladea", (("Caladea-Regular.ttf", "Caladea-Bold.ttf"),)),
-    "Red Hat Display": ("font_rhd", (("RedHatDisplay-Medium.ttf", "RedHatDisplay-Bold.ttf"),)),
+    "Manrope": ("font_manrope", "Manrope-{}.ttf", ("Medium Bold",)),
+    "Hanken Grotesk": ("font_hanken_grotesk", "HankenGrotesk-{}.otf", ("Medium Bold",)),
+    "Fjalla One": ("font_fjallaone", "FjallaOne-{}.ttf", ("Regular Regular",)),
+    "Fredoka One": ("font_fredoka_one", "FredokaOne-{}.ttf", ("Regular Regular",)),
+    "Intuitive": ("font_intuitive", "{}.ttf", ("Intuitive Intuitive",)),
+    "Lato": ("font_lato", "Lato-{}.ttf", ("Regular Bold", "Bold Black")),
+    "Caladea": ("font_caladea", "Caladea-{}.ttf", ("Regular Bold",)),
+    "Red Hat Display": ("font_rhd", "RedHatDisplay-{}.ttf", ("Medium Bold",)),
 }
-"""For each family its Python package, and pairs of a regular and a bold file in it."""
+"""For each family its Python package, the names of its files, and pairs of a regular and a bold style."""
 HELDOUT_FAMILIES = ("Lato", "Caladea", "Red Hat Display")
 CLEAN_FAMILIES = ("Roboto", "Source Sans Pro", "Lato")
 SYSTEM_FOLDERS = ("/usr/share/fonts", "~/Library/Fonts", "/Library/Fonts", "C:\\Windows\\Fonts")
@@ -81,10 +66,10 @@ def typefaces(split: str, clean: bool = False, system: bool = False) -> tuple[Ty
 
 
 def _packaged(family: str) -> tuple[Typeface, ...]:
-    package, pairs = FAMILIES[family]
+    package, name, pairs = FAMILIES[family]
     spec = importlib.util.find_spec(package)
     folders = [Path(folder) / "files" for folder in (spec.submodule_search_locations or () if spec else ())]
-    paths = [[folder / name for name in pair] for folder in folders[:1] for pair in pairs]
+    paths = [[folder / name.format(style) for style in pair.split()] for folder in folders[:1] for pair in pairs]
     if not paths or not all(path.exists() for pair in paths for path in pair):
         raise ConfigError(f'synthetic world: font {family} is not installed; run pip install "convllava[synthetic]"')
     return tuple(Typeface(family, str(regular), str(bold)) for regular, bold in paths)
@@ -92,28 +77,28 @@ def _packaged(family: str) -> tuple[Typeface, ...]:
 
 @lru_cache
 def _system() -> tuple[Typeface, ...]:
-    folders = [Path(folder).expanduser() for folder in SYSTEM_FOLDERS]
-    paths = sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("*.[to]tf"))
-    found = [Typeface(family, str(path), str(path)) for path in paths if (family := _legible_family(path))]
-    # A family of the packages keeps its split, even if this machine has copies of it.
-    return tuple(typeface for typeface in found if not typeface.family.startswith(tuple(FAMILIES)))
-
-
-def _legible_family(path: Path) -> str:
-    """Return the family of a font file, or "" if the font has no glyph for one of `CHARACTERS`."""
+    """Return the fonts of this machine that have a glyph for each of `CHARACTERS`."""
 
     def picture(char: str) -> bytes:
         image = Image.new("L", (48, 48))
         ImageDraw.Draw(image).text((4, 36), char, 255, face, anchor="ls")
         return image.tobytes()
 
-    try:
-        face = ImageFont.truetype(str(path), 24, layout_engine=ImageFont.Layout.BASIC)
-        pictures = [picture(char) for char in CHARACTERS]
-        is_complete = picture("\U000f0000") not in pictures and all(map(any, pictures))  # the glyph for missing ones
-    except OSError:
-        return ""
-    return str(face.getname()[0]) if is_complete else ""
+    found: list[Typeface] = []
+    for path in sorted(path for folder in SYSTEM_FOLDERS for path in Path(folder).expanduser().rglob("*.[to]tf")):
+        try:
+            face = ImageFont.truetype(str(path), 24, layout_engine=ImageFont.Layout.BASIC)
+            pictures = [picture(char) for char in CHARACTERS]
+            is_complete = picture("\U000f0000") not in pictures and all(
+                map(any, pictures)
+            )  # the glyph for missing ones
+        except OSError:
+            continue
+        family = str(face.getname()[0])
+        # A family of the packages keeps its split, even if this machine has copies of it.
+        if is_complete and family and not family.startswith(tuple(FAMILIES)):
+            found.append(Typeface(family, str(path), str(path)))
+    return tuple(found)
 
 
 class Font:
@@ -150,10 +135,8 @@ class Font:
 
     def origins(self, text: str) -> list[float]:
         """Return the start of each character and the end of the text, in pixels from its start."""
-        places = [0.0]
-        for char, following in zip(text, text[1:] + " ", strict=True):
-            places.append(places[-1] + self.step(char, following))
-        return places
+        pairs = zip(text, text[1:] + " ", strict=True)
+        return list(accumulate((self.step(*pair) for pair in pairs), initial=0.0))
 
     def width(self, text: str) -> float:
         """Return the width of `text` in pixels."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-
-from convllava.synthetic.canvas import Canvas, Colour
+from convllava.synthetic.canvas import Canvas
 from convllava.synthetic.fonts import font, typefaces
 from convllava.synthetic.questions import SIMPLE_ITEMS
 from convllava.synthetic.sample import CHARACTERS, COLOURS
@@ -36,48 +34,47 @@ def draw_sheet(context: Context) -> Drawing:
     y, used = 0, set()
     while canvas.height - y >= max(20, 1.4 * sizes[0]):
         size = rng.choice([size for size in sizes if size * 1.4 <= canvas.height - y])
-        face = rng.choice(faces)
-        used.add(face.family)
-        y += _band(canvas, context, y, size, rng.choice((face.regular, face.bold)))
+        typeface = rng.choice(faces)
+        used.add(typeface.family)
+        face = font(rng.choice((typeface.regular, typeface.bold)), size)
+        height = min(round(size * rng.uniform(1.3, 1.7)), canvas.height - y)
+        if context.simple:
+            paper, ink = rng.choice(PAPERS), rng.choice(INKS)
+        elif (chance := rng.random()) < 0.55:
+            paper, ink = jitter(rng, rng.choice(PAPERS)), rng.choice(INKS)
+        elif chance < 0.75:
+            paper, ink = jitter(rng, rng.choice(INKS)), rng.choice(PAPERS)
+        else:
+            paper = jitter(rng, rng.choice(VIVID))
+            ink = contrasting(paper)
+        canvas.draw.rectangle((0, y, canvas.width, y + height), fill=paper)
+
+        x = rng.randint(3, 10)
+        while x < canvas.width - size:
+            if rng.random() < 0.12:  # a shape, if there is room
+                side = round((height - 4) * rng.uniform(0.6, 1.0))
+                top = y + (height - side) // 2
+                if x + side > canvas.width - 4 or top + side > canvas.height - 1:
+                    x += height
+                    continue
+                colour = rng.choice([name for name in COLOURS if is_visible(name, paper)])
+                canvas.shape(rng.choice(context.shapes), colour, paint(rng, colour), (x, top, x + side, top + side))
+                x += side + rng.randint(3, 12)
+                continue
+            text = _text(context)
+            if x + face.width(text) > canvas.width - 6:
+                # Do not cut words: a part of a word could be a word of the other split.
+                text = "".join(rng.choices("0123456789" if context.simple else CHARACTERS, k=len(text)))
+            while text and x + face.width(text) > canvas.width - 6:
+                text = text[:-1].rstrip(" ")
+            if not text:
+                break
+            if rng.random() < 0.15:
+                ink = rng.choice(INKS) if contrasting(paper) == BLACK else rng.choice(PAPERS)
+            canvas.text(text, x, y + height / 2, face, ink)
+            x += round(face.width(text) + size * rng.uniform(0.25, 1.0))
+        y += height
     return Drawing(canvas, "sheet", [], (), fonts=tuple(sorted(used)))
-
-
-def _band(canvas: Canvas, context: Context, y: int, size: int, path: str) -> int:
-    """Fill one band from left to right and return its height."""
-    rng, face = context.rng, font(path, size)
-    height = min(round(size * rng.uniform(1.3, 1.7)), canvas.height - y)
-    paper, ink = _colours(rng, context.simple)
-    canvas.draw.rectangle((0, y, canvas.width, y + height), fill=paper)
-    x = rng.randint(3, 10)
-    while x < canvas.width - size:
-        if rng.random() < 0.12:
-            x += _shape(canvas, context, (x, y), height, paper)
-            continue
-        text = _text(context)
-        if x + face.width(text) > canvas.width - 6:
-            # Do not cut words: a part of a word could be a word of the other split.
-            text = "".join(rng.choices("0123456789" if context.simple else CHARACTERS, k=len(text)))
-        while text and x + face.width(text) > canvas.width - 6:
-            text = text[:-1].rstrip(" ")
-        if not text:
-            break
-        if rng.random() < 0.15:
-            ink = rng.choice(INKS) if contrasting(paper) == BLACK else rng.choice(PAPERS)
-        canvas.text(text, x, y + height / 2, face, ink)
-        x += round(face.width(text) + size * rng.uniform(0.25, 1.0))
-    return height
-
-
-def _shape(canvas: Canvas, context: Context, corner: tuple[int, int], height: int, paper: Colour) -> int:
-    """Draw a shape in a band if there is room. Return the width that it takes."""
-    rng = context.rng
-    side = round((height - 4) * rng.uniform(0.6, 1.0))
-    x, y = corner[0], corner[1] + (height - side) // 2
-    if x + side > canvas.width - 4 or y + side > canvas.height - 1:
-        return height
-    colour = rng.choice([name for name in COLOURS if is_visible(name, paper)])
-    canvas.shape(rng.choice(context.shapes), colour, paint(rng, colour), (x, y, x + side, y + side))
-    return side + rng.randint(3, 12)
 
 
 def _text(context: Context) -> str:
@@ -91,22 +88,8 @@ def _text(context: Context) -> str:
         word = context.word(rng.choice(_ROLES))
         return rng.choice((word, word, word.upper(), word.title()))
     if chance < 0.6:
-        return rng.choice(
-            (money(cents(rng)), date(rng), code(rng), str(rng.randint(0, 9999)), f"{rng.randint(0, 100)}%")
-        )
+        texts = (money(cents(rng)), date(rng), code(rng), str(rng.randint(0, 9999)), f"{rng.randint(0, 100)}%")
+        return rng.choice(texts)
     if chance < 0.7:
         return rng.choice(CHARACTERS)
     return "".join(rng.choices(CHARACTERS, k=rng.randint(2, 9)))
-
-
-def _colours(rng: random.Random, simple: bool) -> tuple[Colour, Colour]:
-    """Choose the background and the ink of a band."""
-    if simple:
-        return rng.choice(PAPERS), rng.choice(INKS)
-    chance = rng.random()
-    if chance < 0.55:
-        return jitter(rng, rng.choice(PAPERS)), rng.choice(INKS)
-    if chance < 0.75:
-        return jitter(rng, rng.choice(INKS)), rng.choice(PAPERS)
-    vivid = jitter(rng, rng.choice(VIVID))
-    return vivid, contrasting(vivid)

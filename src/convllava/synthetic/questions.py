@@ -21,17 +21,8 @@ TOTALS = ("Total", "TOTAL", "Amount due", "Sum", "Total due", "SUM", "AMOUNT DUE
 RECEIPT_LABELS = ("Date", "No.", "Receipt", "Cash", "Card", "Tax", "VAT")
 FORM_TITLES = ("Form", "Application", "Registration", "Order form", "Request", "Record", "Booking", "Report")
 CHART_TITLES = (
-    "Sales",
-    "Visitors",
-    "Results",
-    "Votes",
-    "Points",
-    "Rainfall",
-    "Orders",
-    "Units sold",
-    "Members",
-    "Profit",
-)
+    "Sales", "Visitors", "Results", "Votes", "Points", "Rainfall", "Orders", "Units sold", "Members", "Profit"
+)  # fmt: skip
 SIMPLE_ITEMS = ("tea", "milk", "cake", "rice", "fish", "soup", "eggs", "bread", "juice", "apple", "nuts", "ham")
 TABLE_TITLES = ("Stock list", "Price list", "Results", "Overview", "Summary", "Schedule", "Inventory")
 

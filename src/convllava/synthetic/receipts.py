@@ -15,32 +15,6 @@ _HEIGHTS = {"plain": 1.0, "shop": 1.5, "bold": 1.1, "large": 1.5, "rule": 0.5}
 
 
 @dataclass(frozen=True)
-class Bill:
-    """The content of a receipt.
-
-    Attributes:
-        shop, date: As printed.
-        number: Number of the receipt, or "".
-        items: For each item its printed label, its name and its price in cents.
-        label, sign: Label of the total, and the currency sign before it, or "".
-        extra: Label and amount of an extra row, such as the tax, or None.
-    """
-
-    shop: str
-    date: str
-    number: str
-    items: list[tuple[str, str, int]]
-    label: str
-    sign: str
-    extra: tuple[str, int] | None
-
-    @property
-    def total(self) -> int:
-        """The sum of the items in cents."""
-        return sum(amount for _, _, amount in self.items)
-
-
-@dataclass(frozen=True)
 class Row:
     """A printed row: `label` at the left (or in the middle, if `centred`), `value` at the right."""
 
@@ -52,7 +26,7 @@ class Row:
 
 def draw_receipt(context: Context) -> Drawing:
     """Draw a narrow till receipt: shop, date, two to five items, total."""
-    layout = paper, header, rule, order, total, quantity = context.layout("receipt")
+    layout = paper, header, rule, order, total_style, quantity = context.layout("receipt")
     rng = context.rng
     white, desk = jitter(rng, rng.choice(PAPERS[:4]), 5), jitter(rng, rng.choice(DESKS), 20)
     canvas = Canvas(*context.extent(1.3, 2.9), white if paper == "full" else desk)
@@ -60,58 +34,48 @@ def draw_receipt(context: Context) -> Drawing:
     if inset:
         canvas.draw.rectangle((inset, inset, canvas.width - inset - 1, canvas.height - inset - 1), fill=white)
     edge, ink = inset + context.pixels(rng.randint(8, 14)), rng.choice(INKS)
-    bill = _bill(context, quantity)
+
+    names = context.words(rng.randint(2, 5), "item")
+    labels = [f"{rng.randint(1, 9)} x {name}" if quantity == "before" else name for name in names]
+    amounts = [cents(rng) for _ in names]
+    total = sum(amounts)
+    extra = rng.choice((("Cash", -(-total // 500) * 500), ("Card", total), ("Tax", total // 5), ("VAT", total // 10)))
+    shop = " ".join(context.words(rng.randint(1, 2), rng.choice(("shop", "surname", "noun")), longest=7))
+    day = date(rng)
+    number = str(rng.randint(100, 99999)) if rng.random() < 0.4 else ""
+    total_label, sign = rng.choice(TOTALS), rng.choice(("", "", "$"))
+    extras = [extra] if rng.random() < 0.35 else []
 
     is_centred = header == "centre"
     is_labelled = rng.random() < 0.4
-    day = Row(rng.choice(("Date", "Date:")), bill.date) if is_labelled else Row(bill.date, centred=is_centred)
+    day_row = Row(rng.choice(("Date", "Date:")), day) if is_labelled else Row(day, centred=is_centred)
     currency = "$" if rng.random() < 0.15 else ""
-    rows = [Row(bill.shop, style="shop", centred=is_centred)]
-    rows += [day] if order == "above" else []
-    rows += [Row(rng.choice(("No.", "Receipt")), bill.number)] if bill.number else []
+    rows = [Row(shop, style="shop", centred=is_centred)]
+    rows += [day_row] if order == "above" else []
+    rows += [Row(rng.choice(("No.", "Receipt")), number)] if number else []
     rows += [Row(rule, style="rule")]
-    rows += [Row(label, currency + money(amount)) for label, _, amount in bill.items]
-    rows += [Row(rule, style="rule"), Row(bill.label, bill.sign + money(bill.total), total)]
-    rows += [Row(bill.extra[0], money(bill.extra[1]))] if bill.extra else []
-    rows += [day] if order == "below" else []
+    rows += [Row(label, currency + money(amount)) for label, amount in zip(labels, amounts, strict=True)]
+    rows += [Row(rule, style="rule"), Row(total_label, sign + money(total), total_style)]
+    rows += [Row(label, money(amount)) for label, amount in extras]
+    rows += [day_row] if order == "below" else []
     regions = _print(canvas, context, rows, edge, ink)
 
-    printed = next(region for row, region in zip(rows, regions, strict=True) if row.style == total)
-    amount = Region(printed.box, printed.start + len(bill.sign), printed.stop)
-    drafts = [ask(rng, "field.price", money(price), item=item) for _, item, price in bill.items]
+    printed = next(region for row, region in zip(rows, regions, strict=True) if row.style == total_style)
+    region = Region(printed.box, printed.start + len(sign), printed.stop)
+    drafts = [ask(rng, "field.price", money(price), item=name) for name, price in zip(names, amounts, strict=True)]
     drafts += [
-        ask(rng, "field.total", money(bill.total)),
-        ask(rng, "field.shop", bill.shop),
-        ask(rng, "field.date", bill.date),
-        ask(rng, "ground.thing", amount, thing="total"),
+        ask(rng, "field.total", money(total)),
+        ask(rng, "field.shop", shop),
+        ask(rng, "field.date", day),
+        ask(rng, "ground.thing", region, thing="total"),
     ]
-    drafts += [ask(rng, "field.number", bill.number)] if bill.number else []
-    drafts += [ask(rng, "field.extra", money(bill.extra[1]), label=bill.extra[0])] if bill.extra else []
+    drafts += [ask(rng, "field.number", number)] if number else []
+    drafts += [ask(rng, "field.extra", money(amount), label=label) for label, amount in extras]
 
-    parts = [f"receipt: {bill.shop}", f"date {bill.date}"]
-    parts += [f"no. {bill.number}"] if bill.number else []
-    parts += [f"{label} {money(price)}" for label, _, price in bill.items]
-    parts += [f"total {money(bill.total)}"]
-    parts += [f"{bill.extra[0]} {money(bill.extra[1])}"] if bill.extra else []
+    parts = [f"receipt: {shop}", f"date {day}", *([f"no. {number}"] if number else [])]
+    priced = [*zip(labels, amounts, strict=True), ("total", total), *extras]
+    parts += [f"{label} {money(amount)}" for label, amount in priced]
     return Drawing(canvas, ". ".join(parts) + ".", drafts, layout)
-
-
-def _bill(context: Context, quantity: str) -> Bill:
-    rng = context.rng
-    names = context.words(rng.randint(2, 5), "item")
-    labels = [f"{rng.randint(1, 9)} x {name}" if quantity == "before" else name for name in names]
-    items = [(label, name, cents(rng)) for label, name in zip(labels, names, strict=True)]
-    total = sum(amount for _, _, amount in items)
-    extra = rng.choice((("Cash", -(-total // 500) * 500), ("Card", total), ("Tax", total // 5), ("VAT", total // 10)))
-    return Bill(
-        shop=" ".join(context.words(rng.randint(1, 2), rng.choice(("shop", "surname", "noun")), longest=7)),
-        date=date(rng),
-        number=str(rng.randint(100, 99999)) if rng.random() < 0.4 else "",
-        items=items,
-        label=rng.choice(TOTALS),
-        sign=rng.choice(("", "", "$")),
-        extra=extra if rng.random() < 0.35 else None,
-    )
 
 
 def _print(canvas: Canvas, context: Context, rows: list[Row], edge: int, ink: Colour) -> list[Region]:

@@ -8,13 +8,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops
 
-from convllava.synthetic.canvas import Canvas, Colour, PageFullError, Region
+from convllava.synthetic.canvas import Canvas, PageFullError, Region
 from convllava.synthetic.questions import Draft, ask, count, plural
 from convllava.synthetic.sample import COLOURS, POSITIONS, Box, position_of
 from convllava.synthetic.style import GROUNDS, LIGHT_GROUNDS, Context, Drawing, blend, is_visible, paint
-
-_CLEAREST = 0.05
-"""Smallest distance of a centre to the lines of the 3x3 grid, as a share of the picture's side."""
 
 
 def draw_scene(context: Context) -> Drawing:
@@ -24,10 +21,52 @@ def draw_scene(context: Context) -> Drawing:
     ground = rng.choice(LIGHT_GROUNDS if context.simple else GROUNDS)
     canvas = Canvas(*context.aspect("square" if context.simple else aspect), ground)
     if not context.simple:
-        _paint_ground(canvas, rng, background)
-    regions = _scatter(canvas, context, ground, spread)
+        size = (canvas.width, canvas.height)
+        if background == "gradient":
+            other = blend(ground, rng.choice(((255, 255, 255), (0, 0, 0), (120, 140, 160))), 0.18)
+            canvas.image.paste(other, (0, 0), _ramp(rng.choice((0, 90, 180, 270)), size))
+        elif background == "texture":
+            weave = _weave(rng.randrange(4), rng.choice((1, 2, 4)))
+            x, y = rng.randrange(-weave.width, 0), rng.randrange(-weave.height, 0)
+            tile = Image.new("RGB", size)
+            for left in range(x, canvas.width, weave.width):
+                for top in range(y, canvas.height, weave.height):
+                    tile.paste(weave, (left, top))
+            canvas.image.paste(ImageChops.add(canvas.image, tile, 1, -128))
+
+    number = rng.randint(1, 3) if context.simple else rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
+    colours = [name for name in COLOURS if is_visible(name, ground)]
+    few = rng.sample(colours, min(len(colours), rng.choice((3, 5, 11))))
+    kinds = rng.sample(context.shapes, min(len(context.shapes), rng.choice((2, 4, 8))))
+    low, high = {"small": (0.1, 0.24), "mixed": (0.1, 0.42), "big": (0.24, 0.45)}[spread]
+    if context.simple:
+        low, high = 0.28, 0.42
+    boxes: list[Box] = []
+    for _ in range(number):
+        for attempt in range(60):
+            length = min(canvas.width, canvas.height) * rng.uniform(low, high) * (1 - attempt / 120)
+            # An even number of pixels from a small set, so that the masks of shapes can be cached.
+            side = round(length) // 2 * 2 if length < 48 else round(length) // 8 * 8
+            x, y = rng.randint(3, canvas.width - side - 3), rng.randint(3, canvas.height - side - 3)
+            centres, gap = ((x + side / 2) / canvas.width, (y + side / 2) / canvas.height), side // 10 + 3
+            # The centre must be clear of the lines between the nine positions, and the square of other squares.
+            if all(abs(centre - line) >= 0.05 for centre in centres for line in (1 / 3, 2 / 3)) and not any(
+                x < x1 + gap and x0 < x + side + gap and y < y1 + gap and y0 < y + side + gap
+                for x0, y0, x1, y1 in boxes
+            ):
+                boxes.append((x, y, x + side, y + side))
+                break
+        else:
+            raise PageFullError
+    # In reading order of the nine positions, the order of the caption.
+    boxes.sort(key=lambda box: POSITIONS.index(position_of(box, canvas.width, canvas.height)))
+    regions: list[Region] = []
+    for box in boxes:
+        colour = rng.choice(few)
+        regions.append(canvas.shape(rng.choice(kinds), colour, paint(rng, colour), box))
     for place, region in enumerate(regions, start=1):
         canvas.number(region, place=place)
+
     parts = [
         f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.shape} "
         f"at the {position_of(thing.box, canvas.width, canvas.height)}"
@@ -35,21 +74,6 @@ def draw_scene(context: Context) -> Drawing:
     ]
     caption = f"{len(parts)} object{'s' if len(parts) > 1 else ''}: {', '.join(parts)}."
     return Drawing(canvas, caption, _drafts(canvas, rng, regions, context.shapes), layout, max_rotation=2.0)
-
-
-def _paint_ground(canvas: Canvas, rng: random.Random, background: str) -> None:
-    size = (canvas.width, canvas.height)
-    if background == "gradient":
-        other = blend(canvas.background, rng.choice(((255, 255, 255), (0, 0, 0), (120, 140, 160))), 0.18)
-        canvas.image.paste(other, (0, 0), _ramp(rng.choice((0, 90, 180, 270)), size))
-    elif background == "texture":
-        weave = _weave(rng.randrange(4), rng.choice((1, 2, 4)))
-        x, y = rng.randrange(-weave.width, 0), rng.randrange(-weave.height, 0)
-        tile = Image.new("RGB", size)
-        for left in range(x, canvas.width, weave.width):
-            for top in range(y, canvas.height, weave.height):
-                tile.paste(weave, (left, top))
-        canvas.image.paste(ImageChops.add(canvas.image, tile, 1, -128))
 
 
 @lru_cache(maxsize=64)
@@ -63,49 +87,6 @@ def _weave(number: int, grain: int) -> Image.Image:
     """Return a faint random pattern around mid-grey with grains of `grain` pixels."""
     grey = np.random.default_rng(number).normal(128, 4, (128, 128)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB").resize((128 * grain, 128 * grain))
-
-
-def _scatter(canvas: Canvas, context: Context, ground: Colour, spread: str) -> list[Region]:
-    """Draw the shapes and return their regions in reading order of the nine positions, the order of the caption."""
-    rng = context.rng
-    number = rng.randint(1, 3) if context.simple else rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
-    colours = [name for name in COLOURS if is_visible(name, ground)]
-    few = rng.sample(colours, min(len(colours), rng.choice((3, 5, 11))))
-    kinds = rng.sample(context.shapes, min(len(context.shapes), rng.choice((2, 4, 8))))
-    boxes: list[Box] = []
-    for _ in range(number):
-        boxes.append(_free_box(canvas, context, spread, boxes))
-    boxes.sort(key=lambda box: POSITIONS.index(position_of(box, canvas.width, canvas.height)))
-    regions: list[Region] = []
-    for box in boxes:
-        colour = rng.choice(few)
-        regions.append(canvas.shape(rng.choice(kinds), colour, paint(rng, colour), box))
-    return regions
-
-
-def _free_box(canvas: Canvas, context: Context, spread: str, taken: list[Box]) -> Box:
-    """Find a square that is clear of `taken` and whose centre is clear of the lines between the nine positions."""
-    rng, shorter = context.rng, min(canvas.width, canvas.height)
-    low, high = {"small": (0.1, 0.24), "mixed": (0.1, 0.42), "big": (0.24, 0.45)}[spread]
-    if context.simple:
-        low, high = 0.28, 0.42
-    for attempt in range(60):
-        length = shorter * rng.uniform(low, high) * (1 - attempt / 120)
-        # An even number of pixels from a small set, so that the masks of shapes can be cached.
-        side = round(length) // 2 * 2 if length < 48 else round(length) // 8 * 8
-        x, y = rng.randint(3, canvas.width - side - 3), rng.randint(3, canvas.height - side - 3)
-        box, gap = (x, y, x + side, y + side), side // 10 + 3
-        is_clear = all(
-            abs(centre - line) >= _CLEAREST
-            for centre in ((x + side / 2) / canvas.width, (y + side / 2) / canvas.height)
-            for line in (1 / 3, 2 / 3)
-        )
-        if is_clear and not any(
-            box[0] < other[2] + gap and other[0] < box[2] + gap and box[1] < other[3] + gap and other[1] < box[3] + gap
-            for other in taken
-        ):
-            return box
-    raise PageFullError
 
 
 def _drafts(canvas: Canvas, rng: random.Random, regions: list[Region], shapes: tuple[str, ...]) -> list[Draft]:

@@ -9,59 +9,44 @@ from functools import lru_cache
 SPLITS = ("train", "heldout")
 HELDOUT_PERCENT = 18
 
+
+def _choices(**names: str) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(choices.split()) for name, choices in names.items()}
+
+
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "scene": {
-        "background": ("plain", "gradient", "texture"),
-        "aspect": ("tall", "square", "wide"),
-        "spread": ("small", "mixed", "big"),
-    },
-    "sign": {
-        "board": ("full", "border", "round", "double"),
-        "align": ("left", "centre"),
-        "tone": ("light", "dark", "vivid"),
-        "lines": ("1", "2", "3"),
-    },
-    "paragraph": {
-        "align": ("left", "centre", "right"),
-        "title": ("none", "bold", "large"),
-        "aspect": ("tall", "square", "wide"),
-        "leading": ("tight", "loose"),
-    },
-    "receipt": {
-        "paper": ("full", "sheet"),
-        "header": ("left", "centre"),
-        "rule": ("none", "dashed", "solid"),
-        "date": ("above", "below"),
-        "total": ("bold", "large"),
-        "quantity": ("none", "before"),
-    },
-    "form": {
-        "labels": ("left", "above", "boxed"),
-        "title": ("none", "left", "centre"),
-        "colon": ("colon", "bare"),
-        "line": ("none", "underline"),
-    },
-    "table": {
-        "ruling": ("grid", "rows", "striped", "open"),
-        "header": ("bold", "filled", "dark"),
-        "align": ("left", "centre", "right"),
-        "title": ("none", "top"),
-    },
-    "bar_chart": {
-        "bars": ("vertical", "slim", "horizontal"),
-        "values": ("outside", "inside", "axis"),
-        "title": ("none", "top"),
-        "grid": ("grid", "ticks"),
-        "colours": ("one", "many"),
-    },
-    "line_chart": {
-        "marker": ("circle", "square", "diamond"),
-        "values": ("above", "boxed", "axis"),
-        "title": ("none", "top"),
-        "grid": ("grid", "ticks"),
-        "frame": ("open", "closed"),
-    },
-    "ticket": {"align": ("left", "spread"), "gap": ("narrow", "even", "wide"), "rule": ("none", "solid")},
+    "scene": _choices(background="plain gradient texture", aspect="tall square wide", spread="small mixed big"),
+    "sign": _choices(board="full border round double", align="left centre", tone="light dark vivid", lines="1 2 3"),
+    "paragraph": _choices(
+        align="left centre right", title="none bold large", aspect="tall square wide", leading="tight loose"
+    ),
+    "receipt": _choices(
+        paper="full sheet",
+        header="left centre",
+        rule="none dashed solid",
+        date="above below",
+        total="bold large",
+        quantity="none before",
+    ),
+    "form": _choices(labels="left above boxed", title="none left centre", colon="colon bare", line="none underline"),
+    "table": _choices(
+        ruling="grid rows striped open", header="bold filled dark", align="left centre right", title="none top"
+    ),
+    "bar_chart": _choices(
+        bars="vertical slim horizontal",
+        values="outside inside axis",
+        title="none top",
+        grid="grid ticks",
+        colours="one many",
+    ),
+    "line_chart": _choices(
+        marker="circle square diamond",
+        values="above boxed axis",
+        title="none top",
+        grid="grid ticks",
+        frame="open closed",
+    ),
+    "ticket": _choices(align="left spread", gap="narrow even wide", rule="none solid"),
 }
 """The discrete choices of each kind of page. A combination of choices is a layout, which one split owns."""
 

@@ -17,18 +17,10 @@ STRIDE = 64
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (20, 20, 20)
 PAINTS: dict[str, Colour] = {
-    "red": (215, 30, 35),
-    "orange": (250, 135, 20),
-    "yellow": (250, 220, 40),
-    "green": (35, 155, 60),
-    "blue": (35, 85, 215),
-    "purple": (125, 40, 165),
-    "pink": (250, 140, 190),
-    "brown": (115, 65, 30),
-    "black": (18, 18, 18),
-    "grey": (128, 128, 128),
-    "white": (252, 252, 252),
-}
+    "red": (215, 30, 35), "orange": (250, 135, 20), "yellow": (250, 220, 40), "green": (35, 155, 60),
+    "blue": (35, 85, 215), "purple": (125, 40, 165), "pink": (250, 140, 190), "brown": (115, 65, 30),
+    "black": (18, 18, 18), "grey": (128, 128, 128), "white": (252, 252, 252),
+}  # fmt: skip
 INKS: tuple[Colour, ...] = (
     (15, 15, 15), (30, 35, 45), (20, 40, 90), (90, 20, 30),
     (20, 70, 40), (70, 30, 90), (60, 60, 60), (110, 50, 10),
@@ -53,8 +45,6 @@ GROUNDS: tuple[Colour, ...] = (
     *LIGHT_GROUNDS, (245, 220, 220), (185, 205, 220), (200, 190, 165),
     (25, 30, 50), (40, 40, 40), (20, 50, 45), (60, 30, 60),
 )  # fmt: skip
-
-_LEAST_CONTRAST = 95.0
 
 
 def jitter(rng: random.Random, colour: Colour, amount: int = 8) -> Colour:
@@ -89,7 +79,7 @@ def contrasting(background: Colour) -> Colour:
 def is_visible(colour: str, ground: Colour) -> bool:
     """Return whether something painted in the named colour is easy to see on `ground`."""
     red, green, blue = (a - b for a, b in zip(PAINTS[colour], ground, strict=True))
-    return math.sqrt(0.8 * red * red + 1.4 * green * green + 0.8 * blue * blue) > _LEAST_CONTRAST
+    return math.sqrt(0.8 * red * red + 1.4 * green * green + 0.8 * blue * blue) > 95
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from convllava.synthetic.canvas import Canvas, Colour, Region
+from convllava.synthetic.canvas import Canvas, Region
 from convllava.synthetic.fonts import Font
 from convllava.synthetic.questions import ORDINALS, Draft, ask, count
 from convllava.synthetic.style import VIVID, WALLS, Context, Drawing, contrasting, jitter
@@ -21,10 +21,22 @@ def draw_sign(context: Context) -> Drawing:
         ink = contrasting(paint)
     else:
         paint, ink = context.colours(dark=1.0 if tone == "dark" else 0.0)
-    edge = _paint_board(canvas, context, board, paint, ink)
-    words = [_sign_line(context) for _ in range(rows)]
-    lines = [" ".join(line) for line in words]
+    gap, thick = context.pixels(rng.randint(6, 16)), context.pixels(rng.randint(2, 6))
+    if board == "full":
+        canvas.background = paint
+        canvas.draw.rectangle((0, 0, canvas.width, canvas.height), fill=paint)
+        edge = gap + thick
+    else:
+        radius, outline = context.pixels(24) if board == "round" else 0, ink if board != "double" else None
+        frame = (gap, gap, canvas.width - gap - 1, canvas.height - gap - 1)
+        canvas.draw.rounded_rectangle(frame, radius, paint, outline, thick)
+        edge = gap + 3 * thick + context.pixels(6)
+    if board == "double":
+        inset = gap + 2 * thick
+        inner = (inset, inset, canvas.width - inset - 1, canvas.height - inset - 1)
+        canvas.draw.rectangle(inner, outline=ink, width=max(1, thick // 2))
 
+    lines = [_sign_line(context) for _ in range(rows)]
     # All lines in one size, or each as large as it fits.
     step = (canvas.height - 2 * edge) / rows
     ideal = min(88.0, 0.75 * step * 384 / context.size) * rng.uniform(0.7, 1.0)
@@ -39,31 +51,32 @@ def draw_sign(context: Context) -> Drawing:
         for row, (line, face) in enumerate(zip(lines, faces, strict=True))
     ]
     canvas.number_words(lines, regions, through=True)
-    return Drawing(canvas, f"sign: {' '.join(lines)}.", _sign_drafts(canvas, rng, words, regions), layout)
+
+    words = " ".join(lines).split(" ")
+    drafts = [ask(rng, "read.sign", " ".join(words))]
+    if "&" not in words:  # it is not clear whether "&" counts as a word
+        drafts += [ask(rng, "read.sign_word", word, ordinal=ORDINALS[place]) for place, word in enumerate(words)]
+        drafts.append(ask(rng, "read.sign_word", words[-1], ordinal="last"))
+        counted = [
+            canvas.word(region, number, line)
+            for line, region in zip(lines, regions, strict=True)
+            for number in range(len(line.split(" ")))
+        ]
+        drafts.append(count(rng, "count.words", counted))
+    if rows > 1:
+        drafts += [
+            ask(rng, "read.sign_line", line, number=str(row), ordinal=ORDINALS[row - 1])
+            for row, line in enumerate(lines, start=1)
+        ]
+    drafts += _word_drafts(canvas, rng, lines, regions)
+    return Drawing(canvas, f"sign: {' '.join(lines)}.", drafts, layout)
 
 
-def _paint_board(canvas: Canvas, context: Context, board: str, paint: Colour, ink: Colour) -> int:
-    """Paint the board and return the distance that text must keep from the picture's edge."""
-    gap, thick = context.pixels(context.rng.randint(6, 16)), context.pixels(context.rng.randint(2, 6))
-    frame = (gap, gap, canvas.width - gap - 1, canvas.height - gap - 1)
-    if board == "full":
-        canvas.background = paint
-        canvas.draw.rectangle((0, 0, canvas.width, canvas.height), fill=paint)
-        return gap + thick
-    radius = context.pixels(24) if board == "round" else 0
-    canvas.draw.rounded_rectangle(frame, radius, paint, ink if board != "double" else None, thick)
-    if board == "double":
-        inner = (frame[0] + 2 * thick, frame[1] + 2 * thick, frame[2] - 2 * thick, frame[3] - 2 * thick)
-        canvas.draw.rectangle(inner, outline=ink, width=max(1, thick // 2))
-    return gap + 3 * thick + context.pixels(6)
-
-
-def _sign_line(context: Context) -> list[str]:
+def _sign_line(context: Context) -> str:
     """Return one to three words, sometimes with a number, a code or a symbol."""
     rng = context.rng
-    words = [
-        context.word(rng.choice(("adjective", "noun", "noun", "surname"))) for _ in range(rng.choice((1, 1, 2, 2, 3)))
-    ]
+    roles = ("adjective", "noun", "noun", "surname")
+    words = [context.word(rng.choice(roles)) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
     words = [context.cased(word) for word in words]
     chance = rng.random()
     if chance < 0.08 and len(words) > 1:
@@ -72,28 +85,9 @@ def _sign_line(context: Context) -> list[str]:
         words[0] += "'s"
     elif chance < 0.25:
         number = rng.randint(1, 999)
-        words[-1] = rng.choice(
-            (str(number), f"{number % 90 + 10}%", f"${number}", f"#{number}", f"+{number}", code(rng))
-        )
-    return words
-
-
-def _sign_drafts(canvas: Canvas, rng: random.Random, lines: list[list[str]], regions: list[Region]) -> list[Draft]:
-    words = [word for line in lines for word in line]
-    drafts = [ask(rng, "read.sign", " ".join(words))]
-    if "&" not in words:  # it is not clear whether "&" counts as a word
-        drafts += [ask(rng, "read.sign_word", word, ordinal=ORDINALS[place]) for place, word in enumerate(words)]
-        drafts.append(ask(rng, "read.sign_word", words[-1], ordinal="last"))
-        counted = [
-            canvas.word(region, number, " ".join(line))
-            for line, region in zip(lines, regions, strict=True)
-            for number in range(len(line))
-        ]
-        drafts.append(count(rng, "count.words", counted))
-    if len(lines) > 1:
-        for row, line in enumerate(lines):
-            drafts.append(ask(rng, "read.sign_line", " ".join(line), number=str(row + 1), ordinal=ORDINALS[row]))
-    return drafts + _word_drafts(canvas, rng, [" ".join(line) for line in lines], regions)
+        numbers = (str(number), f"{number % 90 + 10}%", f"${number}", f"#{number}", f"+{number}", code(rng))
+        words[-1] = rng.choice(numbers)
+    return " ".join(words)
 
 
 def _word_drafts(
@@ -139,7 +133,21 @@ def draw_paragraph(context: Context) -> Drawing:
     regions = [canvas.text(line, x, top + step * (row + 0.5), body, ink, anchor) for row, line in enumerate(lines)]
     canvas.number_words(lines, regions)
     caption = f"paragraph: {f'title {heading}. ' if heading else ''}{' / '.join(lines)}"
-    return Drawing(canvas, caption, _paragraph_drafts(canvas, rng, heading, lines, regions), layout)
+
+    drafts = [ask(rng, "read.title", heading)] if heading else [count(rng, "count.lines", regions)]
+    for row, line in enumerate(lines):
+        words = [_bare(word) for word in line.split(" ")]
+        place = {"number": str(row + 1), "ordinal": ORDINALS[row]}
+        drafts.append(ask(rng, "read.line_word", words[0], which="first", **place))
+        drafts.append(ask(rng, "read.line_word", words[-1], which="last", **place))
+        if len(words) > 2:
+            drafts.append(ask(rng, "read.line_word", words[1], which="second", **place))
+        drafts.append(ask(rng, "read.line", line, **place))
+    numbers = [_bare(word) for line in lines for word in line.split(" ") if any(map(str.isdigit, word))]
+    if len(numbers) == 1:
+        drafts += [ask(rng, "read.number", numbers[0])] * 3
+    drafts += _word_drafts(canvas, rng, lines, regions, heading)
+    return Drawing(canvas, caption, drafts, layout)
 
 
 def _paragraph_lines(context: Context, rows: int, room: float, body: Font) -> list[str]:
@@ -169,21 +177,3 @@ def _paragraph_lines(context: Context, rows: int, room: float, body: Font) -> li
     if rng.random() < 0.1:
         lines[0] = f"({lines[0]})"
     return [line if body.width(line) <= room else line.rstrip(".,") for line in lines]
-
-
-def _paragraph_drafts(
-    canvas: Canvas, rng: random.Random, heading: str, lines: list[str], regions: list[Region]
-) -> list[Draft]:
-    drafts = [ask(rng, "read.title", heading)] if heading else [count(rng, "count.lines", regions)]
-    for row, line in enumerate(lines):
-        words = [_bare(word) for word in line.split(" ")]
-        place = {"number": str(row + 1), "ordinal": ORDINALS[row]}
-        drafts.append(ask(rng, "read.line_word", words[0], which="first", **place))
-        drafts.append(ask(rng, "read.line_word", words[-1], which="last", **place))
-        if len(words) > 2:
-            drafts.append(ask(rng, "read.line_word", words[1], which="second", **place))
-        drafts.append(ask(rng, "read.line", line, **place))
-    numbers = [_bare(word) for line in lines for word in line.split(" ") if any(map(str.isdigit, word))]
-    if len(numbers) == 1:
-        drafts += [ask(rng, "read.number", numbers[0])] * 3
-    return drafts + _word_drafts(canvas, rng, lines, regions, heading)

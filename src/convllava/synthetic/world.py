@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from convllava.errors import ConfigError, nearest
 from convllava.synthetic.augment import degrade
@@ -32,20 +34,14 @@ KINDS: dict[str, Callable[[Context], Drawing]] = {
     "line_chart": draw_line_chart,
 }
 SHARES = {
-    "scene": 0.2,
-    "sign": 0.12,
-    "paragraph": 0.14,
-    "receipt": 0.15,
-    "form": 0.12,
-    "table": 0.1,
-    "bar_chart": 0.1,
-    "line_chart": 0.07,
-}
-SIMPLE_SHARES = {"scene": 0.5, "receipt": 0.3, "bar_chart": 0.2}
+    "scene": 0.2, "sign": 0.12, "paragraph": 0.14, "receipt": 0.15,
+    "form": 0.12, "table": 0.1, "bar_chart": 0.1, "line_chart": 0.07,
+}  # fmt: skip
 SMALLEST, SMALLEST_SIMPLE = 256, 128
-_ATTEMPTS = 200
+SIMPLE_SHARES = {"scene": 0.5, "receipt": 0.3, "bar_chart": 0.2}
 
 
+@dataclass(eq=False)
 class World:
     """Generated pages, signs, charts and scenes with captions, questions and boxes.
 
@@ -69,38 +65,34 @@ class World:
         ConfigError: if a setting is impossible, or (from `sample`) if the font packages are missing.
     """
 
-    def __init__(
-        self,
-        split: str = "train",
-        seed: int = 0,
-        size: int = 384,
-        kinds: Mapping[str, float] | None = None,
-        simple: bool = False,
-        turns: int = 6,
-        system_fonts: bool = False,
-        grounding: float = 0.12,
-        min_brightness: float = 1.0,
-    ) -> None:
-        shares, smallest = (SIMPLE_SHARES, SMALLEST_SIMPLE) if simple else (SHARES, SMALLEST)
-        self.split, self.seed, self.size, self.simple = split, seed, size, simple
-        self.turns, self.system_fonts = turns, system_fonts
-        self.grounding, self.min_brightness = grounding, min_brightness
-        self.kinds = dict(shares if kinds is None else kinds)
-        if split not in SPLITS:
-            raise ConfigError(f"World: `split` is {split!r}; choose one of {', '.join(SPLITS)}")
-        if size < smallest:
-            raise ConfigError(f"World: `size` {size} is too small to read; choose {smallest} or more")
-        if unknown := sorted(set(self.kinds) - set(shares)):
-            hint = nearest(unknown[0], shares) or f"; choose from {', '.join(shares)}"
+    split: str = "train"
+    seed: int = 0
+    size: int = 384
+    kinds: Mapping[str, float] | None = None
+    simple: bool = False
+    turns: int = 6
+    system_fonts: bool = False
+    grounding: float = 0.12
+    min_brightness: float = 1.0
+
+    def __post_init__(self) -> None:
+        known, smallest = (SIMPLE_SHARES, SMALLEST_SIMPLE) if self.simple else (SHARES, SMALLEST)
+        self.shares = dict(known if self.kinds is None else self.kinds)
+        if self.split not in SPLITS:
+            raise ConfigError(f"World: `split` is {self.split!r}; choose one of {', '.join(SPLITS)}")
+        if self.size < smallest:
+            raise ConfigError(f"World: `size` {self.size} is too small to read; choose {smallest} or more")
+        if unknown := sorted(set(self.shares) - set(known)):
+            hint = nearest(unknown[0], known) or f"; choose from {', '.join(known)}"
             raise ConfigError(f"World: `kinds` has {unknown[0]!r}{hint}")
-        if not self.kinds or min(self.kinds.values()) < 0 or sum(self.kinds.values()) <= 0:
+        if not self.shares or min(self.shares.values()) < 0 or sum(self.shares.values()) <= 0:
             raise ConfigError("World: `kinds` must give shares of 0 or more, and one above 0")
-        if turns < 0:
-            raise ConfigError(f"World: `turns` is {turns}; choose 0 or more")
-        if not 0 <= grounding < 1:
-            raise ConfigError(f"World: `grounding` is {grounding}; choose a share of 0 or more and below 1")
-        if not 0 < min_brightness <= 1:
-            raise ConfigError(f"World: `min_brightness` is {min_brightness}; choose a share above 0, at most 1")
+        if self.turns < 0:
+            raise ConfigError(f"World: `turns` is {self.turns}; choose 0 or more")
+        if not 0 <= self.grounding < 1:
+            raise ConfigError(f"World: `grounding` is {self.grounding}; choose a share of 0 or more and below 1")
+        if not 0 < self.min_brightness <= 1:
+            raise ConfigError(f"World: `min_brightness` is {self.min_brightness}; choose a share above 0, at most 1")
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield samples 0, 1, 2, ... without end; every iteration starts again at sample 0."""
@@ -109,7 +101,7 @@ class World:
     def sample(self, index: int) -> Sample:
         """Return sample `index`. It does not depend on the samples that were drawn before."""
         rng = self._random("sample", index)
-        kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+        kind = rng.choices(list(self.shares), list(self.shares.values()))[0]
         draw = draw_ticket if self.simple and kind == "receipt" else KINDS[kind]
         return self._draw(index, kind, draw, rng)
 
@@ -122,7 +114,7 @@ class World:
         return random.Random(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big"))
 
     def _draw(self, index: int, kind: str, draw: Callable[[Context], Drawing], rng: random.Random) -> Sample:
-        for _ in range(_ATTEMPTS):  # most pages fit at the first attempt
+        for _ in range(200):  # most pages fit at the first attempt
             context = Context(rng, self.split, self.size, self.simple, self.system_fonts)
             try:
                 drawing = draw(context)
@@ -134,34 +126,32 @@ class World:
         canvas = drawing.canvas
         if not self.simple:
             degrade(canvas, rng, drawing.max_rotation, self.min_brightness)
-        return Sample(
-            index=index,
-            kind=kind,
-            image=canvas.image,
-            caption=drawing.caption,
-            turns=tuple(draft.turn(canvas) for draft in self._choose(rng, drawing.drafts)),
-            glyphs=tuple(canvas.glyphs),
-            things=tuple(canvas.things),
-            numbered=canvas.numbered(),
-            layout=drawing.layout,
-            fonts=drawing.fonts or ((context.typeface.family,) if canvas.glyphs else ()),
-        )
 
-    def _choose(self, rng: random.Random, drafts: list[Draft]) -> list[Draft]:
-        """Choose up to `turns` drafts in random order, with tasks in balance and a share `grounding` of boxes."""
-        ground = [draft for draft in drafts if draft.task == "ground"]
-        others = [draft for draft in drafts if draft.task != "ground"]
+        # Choose up to `turns` drafts in random order, with tasks in balance and a share `grounding` of boxes.
+        ground = [draft for draft in drawing.drafts if draft.task == "ground"]
+        others = [draft for draft in drawing.drafts if draft.task != "ground"]
         unique = list({draft.question: draft for draft in rng.sample(others, len(others))}.values())
-        rounds: dict[str, int] = {}  # how many drafts of each task came before
-        ranked: list[tuple[int, int, Draft]] = []
+        rounds: Counter[str] = Counter()  # how many drafts of each task came before
+        ranked: list[tuple[int, Draft]] = []
         for draft in unique:
-            rounds[draft.task] = rounds.get(draft.task, 0) + 1
-            ranked.append((rounds[draft.task], len(ranked), draft))
-        chosen = [draft for *_, draft in sorted(ranked, key=lambda entry: entry[:2])][: self.turns]
+            rounds[draft.task] += 1
+            ranked.append((rounds[draft.task], draft))
+        chosen = [draft for _, draft in sorted(ranked, key=lambda entry: entry[0])][: self.turns]
         if ground and chosen:
             # Boxes are added if there is room for more turns; otherwise they replace other turns.
             wanted = min(len(chosen) * self.grounding / (1 - self.grounding), self.turns * self.grounding)
             boxes = min(int(wanted) + (rng.random() < wanted % 1), len(ground), self.turns)
             chosen = chosen[: self.turns - boxes] + rng.sample(ground, boxes)
         rng.shuffle(chosen)
-        return chosen
+        return Sample(
+            index=index,
+            kind=kind,
+            image=canvas.image,
+            caption=drawing.caption,
+            turns=tuple(draft.turn(canvas) for draft in chosen),
+            glyphs=tuple(canvas.glyphs),
+            things=tuple(canvas.things),
+            numbered=canvas.numbered(),
+            layout=drawing.layout,
+            fonts=drawing.fonts or ((context.typeface.family,) if canvas.glyphs else ()),
+        )

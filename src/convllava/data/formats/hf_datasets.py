@@ -30,10 +30,9 @@ class TableRecords(Records):
     def __init__(self, address: str, on_disk: bool, subset: str | None = None, split: str = "train") -> None:
         self.name = address
         try:
-            if on_disk:
-                table: Any = datasets.load_from_disk(address)
-            else:
-                table = datasets.load_dataset(address, subset, split=split)
+            table: Any = (
+                datasets.load_from_disk(address) if on_disk else datasets.load_dataset(address, subset, split=split)
+            )
         except Exception as error:  # dataset builders raise many kinds of errors
             raise DataError(f"{address} does not load as a dataset: {one_line(error)}") from None
         if isinstance(table, datasets.DatasetDict):

@@ -51,7 +51,32 @@ class TarRecords(Records):
 
     def __init__(self, address: str) -> None:
         self.name = address
-        self.samples = _index(address)
+        path: Path | None = None
+        with suppress(OSError, RuntimeError):  # RuntimeError: some containers have users without a home folder
+            root = os.environ.get(CACHE) or Path.home() / ".cache" / "convllava"
+            place = address if storage.is_remote(address) else str(Path(address).absolute())
+            digest = hashlib.sha256(f"{place}\n{storage.stamp(address)}".encode()).hexdigest()[:32]
+            path = Path(root) / "indices" / f"{digest}.npz"
+        if path is not None:
+            with suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as arrays:
+                self.samples = PackedJson.from_arrays(arrays["ends"], arrays["content"])
+                return
+
+        samples: dict[str, list[Member]] = {}
+        has_text = False
+        for name, offset, size in _members(address):
+            if _suffix(name) in (*IMAGES, *TEXTS):
+                has_text = has_text or _suffix(name) in TEXTS
+                folder, slash, last = name.rpartition("/")
+                samples.setdefault(folder + slash + last.split(".")[0], []).append((name, offset, size))
+        if not has_text:
+            raise DataError(f"{address} has neither KEY.json nor KEY.txt next to its images")
+        self.samples = PackedJson(samples.items())
+        if path is not None and len(self.samples) >= _CACHED_FROM:
+            with suppress(OSError, InputError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path, sync=False) as partial, partial.open("wb") as file:
+                    np.savez(file, ends=self.samples.ends, content=self.samples.content)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -79,37 +104,6 @@ class TarRecords(Records):
             if not isinstance(record, dict):
                 raise DataError(f"{name} must hold an object with conversations")
         return {"id": key} | record | ({"image": images} if images else {})
-
-
-def _index(address: str) -> PackedJson:
-    """Return the key and the members of each sample, from the cache or from the headers."""
-    path: Path | None = None
-    with suppress(OSError, RuntimeError):  # RuntimeError: some containers have users without a home folder
-        root = os.environ.get(CACHE) or Path.home() / ".cache" / "convllava"
-        place = address if storage.is_remote(address) else str(Path(address).absolute())
-        digest = hashlib.sha256(f"{place}\n{storage.stamp(address)}".encode()).hexdigest()[:32]
-        path = Path(root) / "indices" / f"{digest}.npz"
-    if path is not None:
-        with suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as arrays:
-            return PackedJson.from_arrays(arrays["ends"], arrays["content"])
-
-    samples: dict[str, list[Member]] = {}
-    has_text = False
-    for name, offset, size in _members(address):
-        if _suffix(name) in (*IMAGES, *TEXTS):
-            has_text = has_text or _suffix(name) in TEXTS
-            folder, slash, last = name.rpartition("/")
-            samples.setdefault(folder + slash + last.split(".")[0], []).append((name, offset, size))
-    if not has_text:
-        raise DataError(f"{address} has neither KEY.json nor KEY.txt next to its images")
-    index = PackedJson(samples.items())
-
-    if path is not None and len(index) >= _CACHED_FROM:
-        with suppress(OSError, InputError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path, sync=False) as partial, partial.open("wb") as file:
-                np.savez(file, ends=index.ends, content=index.content)
-    return index
 
 
 def _members(address: str) -> Iterator[Member]:

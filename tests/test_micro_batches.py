@@ -67,39 +67,41 @@ def planned(draw: Any) -> tuple[MicroBatchPlan, MicroBatchBudget]:
     return MicroBatchPlan(mixture, arrays, limits), limits
 
 
-def cost_at(passes: MicroBatchPlan, place: int) -> tuple[int, int]:
+def cost_at(planned_batches: MicroBatchPlan, position: int) -> tuple[int, int]:
     """Return the cost of the sample that training takes there: the next usable one."""
-    part, record = passes.mixture[place]
-    found = passes.costs[passes.firsts[part] + record]
-    return tuple(found.tolist()) if found[0] != UNUSABLE else cost_at(passes, place + 1)
+    source, record = planned_batches.mixture[position]
+    found = planned_batches.costs[planned_batches.firsts[source] + record]
+    return tuple(found.tolist()) if found[0] != UNUSABLE else cost_at(planned_batches, position + 1)
 
 
 @settings(max_examples=60)
 @given(planned())
 def test_no_micro_batch_exceeds_its_budget_and_every_position_is_used_once(both):
-    passes, limits = both
-    steps = passes.steps_of(3 * len(passes.mixture))
-    found = passes.first(steps)
+    planned_batches, limits = both
+    steps = planned_batches.steps_of(3 * len(planned_batches.mixture))
+    found = planned_batches.first(steps)
     assert len(found) == steps * limits.micro_batches
     for chosen in found:
-        tokens, pixels = zip(*(cost_at(passes, place) for place in chosen), strict=True)
-        positions = sum(tokens) if limits.packed else len(tokens) * max(tokens)
+        tokens, pixels = zip(*(cost_at(planned_batches, position) for position in chosen), strict=True)
+        computed = sum(tokens) if limits.packed else len(tokens) * max(tokens)
         assert 1 <= len(chosen) <= limits.samples
-        assert positions <= (limits.tokens or positions)
+        assert computed <= (limits.tokens or computed)
         assert sum(pixels) <= (limits.pixels or sum(pixels))
-    places = Counter(place for chosen in found for place in chosen)
-    assert max(places.values()) == 1
+    counts = Counter(position for chosen in found for position in chosen)
+    assert max(counts.values()) == 1
     # Positions that are missing were left over from a group: less than a step, used in the next group.
-    left = [place for place in range(3 * len(passes.mixture)) if place not in places]
-    assert len(left) < passes.group + limits.micro_batches * limits.samples
-    assert found == MicroBatchPlan(passes.mixture, np.split(passes.costs, passes.firsts[1:]), limits).first(steps)
+    left = [position for position in range(3 * len(planned_batches.mixture)) if position not in counts]
+    assert len(left) < planned_batches.group + limits.micro_batches * limits.samples
+    assert found == MicroBatchPlan(
+        planned_batches.mixture, np.split(planned_batches.costs, planned_batches.firsts[1:]), limits
+    ).first(steps)
 
 
 @settings(max_examples=30)
 @given(planned(), st.integers(1, 30))
 def test_a_shorter_training_equals_the_beginning_of_a_longer_one(both, steps):
-    passes, limits = both
-    assert passes.first(steps) == passes.first(steps + 5)[: steps * limits.micro_batches]
+    planned_batches, limits = both
+    assert planned_batches.first(steps) == planned_batches.first(steps + 5)[: steps * limits.micro_batches]
 
 
 def test_micro_batches_of_a_step_have_similar_cost_and_text_is_separate():
