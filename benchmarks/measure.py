@@ -144,7 +144,7 @@ def peak_memory(work: Work) -> float:
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # psutil cannot reset the peak
     if not reset.exists():
         raise InputError("peak memory can be measured on Linux only; run this suite there")
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what the call needs
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide the needs of the call
     reset.write_text("5")  # reset the peak, VmHWM (man 5 proc)
 
     def kilobytes(key: str) -> int:

@@ -114,7 +114,7 @@ def _cases(
 
 
 def tables_of(report: dict[str, Any]) -> list[Table]:
-    """Return tables for the terminal. Each row of the report is a column, and a table holds a few of them."""
+    """Return tables for the terminal. The rows of the report are columns of the tables, a few in each table."""
     ending = f"; time grows with pixels^{report['exponent']}" if "exponent" in report else ""
     title: str | None = f"{report['suite']}: {report['machine']}{ending}"
     tables = []

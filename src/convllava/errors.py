@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used; the message says what, where and how to fix it."""
+    """An input of the user cannot be used. The message says what is wrong, where, and how to fix it."""
 
 
 class ConfigError(InputError):

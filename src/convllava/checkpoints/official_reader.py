@@ -178,7 +178,7 @@ def _tensors(
     """Yield the tensors under our names that begin with a prefix, each once, merged with LoRA, file after file.
 
     Raises:
-        CheckpointError: if a tensor is missing, unknown or has another shape than the configuration says.
+        CheckpointError: if a tensor is missing or unknown, or its shape does not fit the configuration.
     """
     expected, done = shapes_of(config), set[str]()
     for name, delta in layout.deltas.items():

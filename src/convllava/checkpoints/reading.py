@@ -107,7 +107,7 @@ def processor(path: str | Path) -> ConvLlavaProcessor:
     """Read the processor of a checkpoint in any layout, without its weights.
 
     Raises:
-        CheckpointError: if there is none that loads.
+        CheckpointError: if no processor can be loaded.
     """
     path = on_disk(path)
     if is_official(path):

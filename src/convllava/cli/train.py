@@ -69,7 +69,7 @@ def check(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read every sample of a recipe's files and report what is wrong; an interrupted check continues."""
+    """Read every sample of a recipe's files and report problems; an interrupted check continues."""
     from convllava.training.check_data import check as run
     from convllava.training.check_data import table_of, verdict
     from convllava.training.recipe import Recipe

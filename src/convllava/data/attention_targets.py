@@ -1,4 +1,4 @@
-"""Attention targets: for each text position, the visual tokens that hold what the model needs there.
+"""Attention targets: for each text position, the visual tokens that show the text which the model needs there.
 
 A small language model that trains on answers alone learns to guess the most common object, and for thousands of steps
 it does not learn to look one up: attention gets no gradient until the attended value is used, and the value gets none

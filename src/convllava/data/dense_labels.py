@@ -45,7 +45,7 @@ class DenseDataset(Dataset):
         processor: The image processor gives pixels and sizes.
         length: Number of samples.
         sheets: Share of glyph sheets.
-        stride: The tower's stride; 32 is that of four stages.
+        stride: The tower's stride; a tower of four stages has 32.
     """
 
     world: World

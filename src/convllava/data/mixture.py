@@ -1,6 +1,6 @@
 """Several sources as one endless stream of samples. The order depends only on the seed and the position.
 
-A resumed run counts to its position and continues. No reader has a state that could be lost.
+A resumed run continues at its position. No reader has a state that could be lost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One sample of a data file as a conversation, whose images are at the positions of their marks.
+"""One sample of a data file as a conversation. Each image is at the position of its mark.
 
 The layout is LLaVA's: `conversations` is a list of `{"from": "human" or "gpt", "value": text}`. In the text, `<image>`
 marks the position of an image. `image` is absent, one image or a list of images.

@@ -93,7 +93,7 @@ def circular(groups: Groups) -> dict[str, float]:
 def seen_and_blind(groups: Groups) -> dict[str, float]:
     """Generated pages: the share that is right, and the share with another page's image (blind).
 
-    A group has the question, whose id is the group's name, and the same question asked blind.
+    A group consists of a question and the same question asked blind. The group's name is the question's id.
     """
     blind = [item for group in groups for item in group if item.id != item.group]
     return {

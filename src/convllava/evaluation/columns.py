@@ -69,12 +69,12 @@ def load_questions(
 ) -> list[Question]:
     """Read the questions of a benchmark, in the order of its files.
 
-    An id is that of the file, or the number of the row, from 1. Duplicate ids (MME's name the image) get the suffixes
-    #2, #3, ...
+    The id comes from the file; without one, it is the number of the row, from 1. Duplicate ids (MME's name the image)
+    get the suffixes #2, #3, ...
 
     Args:
         data: The benchmark's file, or a folder with it.
-        images: Folder of images that are files of their own; by default the folder of the data.
+        images: Folder of separate image files; by default the folder of the data.
         split: Part of the names of the files to read, such as validation.
         categories: Keep only questions of these categories.
         limit: Keep only the first questions; rotations of a choice, or the pair about an image, count as one.
@@ -123,7 +123,7 @@ def load_questions(
 
 
 def _question(family: str, row: Row, images: Path, number: int) -> Question:
-    """Read what all benchmarks have in common."""
+    """Read the columns that all benchmarks have in common."""
     text = _required(row, _TEXTS)
     options: tuple[str, ...] = ()
     if row.cells.get("options"):
@@ -187,7 +187,8 @@ def _pictures(row: Row, images: Path) -> tuple[Picture, ...]:
 
 
 def _refined(family: str, question: Question, row: Row, part: str) -> Question:
-    """Add what is special in one benchmark; `part` is the file's name without ending if there are several files."""
+    """Add the special features of one benchmark. `part` is the file's name without extension if there are several
+    files."""
     kind = part.split("_")[-1]  # of coco_pope_random, test_human
     match family:
         case "mmbench" | "seedbench" if not question.options:

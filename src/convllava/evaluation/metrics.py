@@ -132,7 +132,7 @@ _NUMBER_WORDS = {"none": "0"} | {
 }
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official table lists what these become when one of their apostrophes is left out.
+# The official table lists these words without one of their apostrophes.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock

@@ -38,7 +38,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
 
 
 def tables_of(result: Mapping[str, Any]) -> Iterator[Table | str]:
-    """Yield everything about a result for the terminal: its table, what went wrong, and what an answer costs."""
+    """Yield tables of a result for the terminal: its measures, its problems, and the cost of an answer."""
     yield result_table(result)
     kinds = {
         "unparsed": "could not be read and count as wrong",

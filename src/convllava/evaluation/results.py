@@ -20,7 +20,7 @@ from convllava.io import RESULT, parse_lines, read_json, write_json
 
 
 class Answer(TypedDict):
-    """A line of an answers file: the answer to a question, or the reason why there is none."""
+    """A line of an answers file: the answer to a question, or the reason why it has no answer."""
 
     id: str
     answer: NotRequired[str]
@@ -217,8 +217,8 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
     """Return how much better B is than A, by category and overall.
 
-    Scores are those of single questions (in MMBench, of questions with all their rotations), so the difference is one
-    of accuracies even if a benchmark reports another number. The interval is that of a paired bootstrap.
+    Each question has one score (in MMBench, each question with all its rotations), so the difference is a difference of
+    accuracies even if a benchmark reports another number. The interval comes from a paired bootstrap.
 
     Args:
         a, b: Results of one benchmark: files or folders.

@@ -45,7 +45,7 @@ Rule = Callable[[Question, str, GradingContext], Grade]
 
 
 def _by_reading(parse: Callable[[Question, str], str | None]) -> Rule:
-    """Return the rule that what a parser reads in the answer must be a truth."""
+    """Return a rule: the value that `parse` reads from the answer must be one of the truths."""
 
     def rule(question: Question, answer: str, context: GradingContext) -> Grade:
         found = parse(question, answer)
@@ -103,7 +103,7 @@ def by_mmmu(question: Question, answer: str, context: GradingContext) -> Grade:
 
 
 def by_box(question: Question, answer: str, context: GradingContext) -> Grade:
-    """RefCOCO: IoU of at least 0.5 in pixels of the image, to which the answer's fractions are mapped back.
+    """RefCOCO: IoU of at least 0.5 in pixels of the image. The answer's fractions are converted to these pixels.
 
     Source: arXiv 1608.00272 (RefCOCO) for the data; accuracy at IoU 0.5 as in MDETR (arXiv 2104.12763), table 2.
 

@@ -65,7 +65,7 @@ def evaluate(
     """Ask a model the questions of a benchmark, and score its answers.
 
     Args:
-        model: The model, or what `convllava.load` loads it from.
+        model: The model, or its name or folder (see `convllava.load`).
         benchmark: "generated" (pages that are drawn now), or a name in `benchmarks.BENCHMARKS`.
         data: The benchmark's file, or a folder with it; not for "generated".
         output: Folder for answers.jsonl, settings.json and result.json. A run that was killed continues there.

@@ -45,8 +45,8 @@ def sweep(
     """Ask for the texts that are printed on pages, at several resolutions.
 
     Args:
-        model: The model, or what `convllava.load` loads it from. The settings of its image processor are changed while
-            this runs.
+        model: The model, or its name or folder (see `convllava.load`). The settings of its image processor are changed
+            while this runs.
         sides: Square roots of the areas, in pixels, to which pages are resized; their aspect ratio is kept.
         output: Folder for sweep.json and sweep.png. A run that was killed continues there.
 
@@ -197,7 +197,7 @@ def robustness(
     """Ask the same questions about the same pages, perturbed in each of seven ways at four severities.
 
     Args:
-        model: The model, or what `convllava.load` loads it from.
+        model: The model, or its name or folder (see `convllava.load`).
         world: Where the pages come from. Questions about positions and boxes are left out.
         output: Folder for robustness.json and robustness.png. A run that was killed continues there.
 

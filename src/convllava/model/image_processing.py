@@ -44,7 +44,7 @@ _SHORT_SIDE_ASPECT_RATIO = 8
 
 
 class ConvLlavaImageProcessorKwargs(ImagesKwargs, total=False):
-    """Settings of `ConvLlavaImageProcessorPil` in addition to those of every image processor."""
+    """Settings of `ConvLlavaImageProcessorPil` in addition to the settings that every image processor has."""
 
     mode: str
     stride: int

@@ -39,7 +39,7 @@ def is_possible(tower: nn.Module) -> bool:
 
 
 def is_plain(tower: nn.Module) -> bool:
-    """Return whether every layer computes only what its weights say: no adapter, quantisation or hook."""
+    """Return whether every layer is plain: no adapter, quantisation or hook."""
     for module in tower.modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         known = type(module) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.ModuleList)

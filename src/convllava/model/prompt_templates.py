@@ -1,4 +1,4 @@
-"""Prompt formats as chat templates: that of fresh models, and those of published checkpoints."""
+"""Prompt formats as chat templates, for new models and for published checkpoints."""
 
 from __future__ import annotations
 

@@ -187,7 +187,8 @@ class _StreamedStage:
         self.rows = 0
 
     def receive(self, passed: Rows) -> None:
-        """Take rows of the stage before. They are downsampled at once, so that they wait in half the memory."""
+        """Take rows of the stage before. They are downsampled immediately, so that waiting rows need half the
+        memory."""
         if not passed:
             return
         rows = join([*self.odd, *_take(passed)])

@@ -132,7 +132,7 @@ class Completion:
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._token_text(token)
-            # A part of a character has no text of its own.
+            # The text of a token is empty if it holds only a part of a character.
             return {"token": text, "logprob": logprob, "bytes": None if "�" in text else list(text.encode())}
 
         content = [

@@ -70,7 +70,7 @@ class Service:
         self.temperature = float(getattr(generation, "temperature", None) or 1.0) if samples else 0.0
         self.top_p = float(getattr(generation, "top_p", None) or 1.0) if samples else 1.0
         self._fetcher = Fetcher(allow_urls, limits.fetch_bytes, limits.fetch_seconds)
-        # Headers and prompts have a thread of their own, so that bad requests are rejected while images are decoded.
+        # Headers and prompts have a separate thread, so that bad requests are rejected while images are decoded.
         self._checking = ThreadPoolExecutor(1, "check")
         self._decoding = ThreadPoolExecutor(_DECODERS, "decode")
         self._fetching = ThreadPoolExecutor(_FETCHERS, "fetch")

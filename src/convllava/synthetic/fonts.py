@@ -51,7 +51,7 @@ SYSTEM_FOLDERS = ("/usr/share/fonts", "~/Library/Fonts", "/Library/Fonts", "C:\\
 
 @lru_cache
 def typefaces(split: str, clean: bool = False, system: bool = False) -> tuple[Typeface, ...]:
-    """Return the typefaces of a split: one or two plain ones if `clean`; also those of this machine if `system`.
+    """Return the typefaces of a split: one or two plain ones if `clean`; also the fonts of this machine if `system`.
 
     Raises:
         ConfigError: if a font package is missing.

@@ -36,7 +36,7 @@ _GLUE = """a an the at of and object objects sign paragraph title receipt date t
 class Draft:
     """A question about a page that is not finished.
 
-    The answer can be a region: its box, and those of the evidence, are known only after the page is rotated.
+    The answer can be a region. Its box and the boxes of the evidence are known only after the page is rotated.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Pages of free text: signs and paragraphs, with questions about what they say."""
+"""Pages of free text: signs and paragraphs, with questions about their text."""
 
 from __future__ import annotations
 

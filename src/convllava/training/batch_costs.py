@@ -123,10 +123,10 @@ def measure(samples: SourceCheck, path: Path, digest: str, workers: int) -> None
 
 
 def digest_of(run: StageRun, source: Source) -> str:
-    """Return a digest of everything that the costs of a source's samples depend on, except images in own files."""
+    """Return a digest of everything that the costs of a source's samples depend on, except images in separate files."""
     processor, data = run.processor, run.stage.data
     tokenizer: Any = processor.tokenizer
-    if tokenizer.is_fast:  # padding and truncation are leftovers of its last call
+    if tokenizer.is_fast:  # padding and truncation depend on its last call
         rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     else:
         rules = tokenizer.get_vocab()

@@ -34,7 +34,7 @@ from convllava.training.stage import StageRun, resolve_stages
 class SourceSummary(TypedDict):
     """One source under the settings of some stages.
 
-    `tokens` are those of samples that can be encoded, `lost_tokens` those of them that training would not see;
+    `tokens` counts the tokens of samples that can be encoded, `lost_tokens` the part that training would not see;
     `problems` counts the samples with each problem.
     """
 
@@ -84,7 +84,7 @@ class CheckedSource:
 
 
 def check(recipe: Recipe, output: Path, workers: int = 1) -> Summary:
-    """Read every sample of every source, and write what is wrong with them.
+    """Read every sample of every source, and write a report of the problems.
 
     Args:
         recipe: The recipe whose data are checked.
@@ -122,7 +122,7 @@ def check(recipe: Recipe, output: Path, workers: int = 1) -> Summary:
 
 
 def source_checks(recipe: Recipe) -> list[CheckedSource]:
-    """Return each source once for each combination of settings with which stages use it.
+    """Return one check for each source and each combination of settings that stages use with it.
 
     Raises:
         InputError: if a source is missing or damaged as a whole.

@@ -126,7 +126,8 @@ class FrozenStages:
         self.tower = tower
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch whose `pixel_values` are features of the frozen stages, from the cache if they are there."""
+        """Return a batch with features of the frozen stages as `pixel_values`; cached features are used if there are
+        any."""
         cached = batch.pop(FEATURES, None)
         images = batch.pop("pixel_values", ())
         if cached is not None:

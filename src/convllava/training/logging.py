@@ -50,10 +50,11 @@ def print_parts(title: str, model: nn.Module, learning_rates: Mapping[str, float
 class StepLog(TrainerCallback):
     """Appends one line per step to `log.jsonl`.
 
-    Besides stage, step, loss and learning rates, a line has these counts since the start of the stage, over all resumed
-    parts of it: `samples`, `images`, `tokens`; `positions` that the language model computes; `padded`, the positions if
-    each batch were padded to its longest sample; `waited`, seconds in which the first process waited for samples;
-    `processor`, its CPU seconds with those of its workers, which other work on the machine hardly changes; `seconds`.
+    A line has stage, step, loss, learning rates, and these counts since the start of the stage (resumed runs continue
+    them): `samples`, `images`, `tokens`; `positions` that the language model computes; `padded`, the positions if each
+    batch were padded to its longest sample; `waited`, seconds in which the first process waited for samples;
+    `processor`, the CPU seconds of this process and its workers, which depend little on other work of the machine;
+    `seconds`.
     """
 
     def __init__(self, output: Path, stage: Stage, index: int, counts: Mapping[str, float]) -> None:
@@ -101,7 +102,7 @@ def processor_seconds() -> float:
     """Return the CPU seconds of this process and of its living children."""
     own, total = Process(), 0.0
     for process in (own, *own.children(recursive=True)):
-        with suppress(NoSuchProcess):  # it ended after it was listed
+        with suppress(NoSuchProcess):  # the process ended after it was listed
             spent = process.cpu_times()
             total += spent.user + spent.system
     return total
@@ -179,7 +180,7 @@ class SkippedSamples:
     def __init__(self, path: Path, stage: Stage, samples: float) -> None:
         self.lines, self.stage, self.limit = JsonLines(path), stage, stage.data.max_skipped * samples
         self.process = process_number()
-        # What this process wrote before the run was interrupted.
+        # The samples that this process wrote before the run was interrupted.
         self.known = {
             (line["file"], line["reason"], line.get("held_out", False))
             for line in self.lines

@@ -1,7 +1,7 @@
 """Memory of training: weights, gradients and optimiser state of every part, and the activations of a micro-batch.
 
-Activations are counted in closed form, from what autograd keeps of the tower's training path and of a Llama-like
-language model with fused attention. A test compares the count with what autograd really keeps.
+Formulas give the size of the activations that autograd keeps, for the tower's training path and for a Llama-like
+language model with fused attention. A test compares them with the memory that autograd really keeps.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def _bytes_per_value(stage: Stage) -> int:
 def explaining_out_of_memory(
     recipe: Recipe, stage: Stage, model: nn.Module, config: Any, batch: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into a message that names what uses memory and what reduces it.
+    """Turn an out-of-memory error in the block into a message that names the users of memory and the settings that
+    reduce it.
 
     Raises:
         InputError: if memory runs out.

@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         groups: Parameter groups with `lr` and `weight_decay`. Parameters of Muon have two or more dimensions, and count
             as matrices of (first dimension, all others).
         betas: The betas of AdamW; the first is also Muon's momentum.
-        precision: The precision of orthogonalisation; everything else uses that of the weights.
+        precision: The precision of orthogonalisation; everything else uses the precision of the weights.
     """
 
     def __init__(

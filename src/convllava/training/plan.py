@@ -1,4 +1,4 @@
-"""Plan a run without training: what every stage trains, on what data, how long, and which files are missing.
+"""Plan a run without training: the parts, data and length of every stage, and the missing files.
 
 convllava train recipes/paper/1536.yaml --dry-run
 """

@@ -119,7 +119,7 @@ class StageTrainer(Trainer):
 
     Args:
         run: The stage.
-        config: Configuration of the whole model. Some objectives train a part of it with heads of their own.
+        config: Configuration of the whole model. Some objectives train a part of it with their own heads.
         skips: Records samples that were skipped.
         model: The module that trains.
         frozen: Frozen stages of the tower that run without gradients, if any.
@@ -341,7 +341,7 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):
-                raise  # torch has no type of its own for a failed write
+                raise  # torch has no error type for a failed write
             shutil.rmtree(self.staging, ignore_errors=True)
             last = get_last_checkpoint(home)
             kept = f"step {last.rpartition('-')[2]} is still there" if last else "this stage has no earlier one"

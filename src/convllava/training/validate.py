@@ -55,7 +55,7 @@ def check_recipe(recipe: Recipe, processes: int) -> None:
 
 
 def check_model(run: StageRun, model: ConvLlavaForConditionalGeneration) -> None:
-    """Check that the model has the parts that a stage trains, and can do what it needs.
+    """Check that the model has the parts that a stage trains, and supports the stage's settings.
 
     Raises:
         InputError: if it does not; the message names the part or setting.

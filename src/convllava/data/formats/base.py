@@ -36,7 +36,7 @@ class Records(ABC):
     """The records of one or more data files, each readable by its number in any order.
 
     A record is a dict in LLaVA's layout: `id`, `conversations`, and `image`, whose items are paths or `Embedded`. The
-    order of training is a list of record numbers, so a resumed run only counts to its position.
+    order of training is a list of record numbers, so a resumed run needs only its position.
     """
 
     name: str

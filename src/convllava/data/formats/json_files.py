@@ -1,4 +1,4 @@
-"""LLaVA's own layout: a JSON list of records, or JSON Lines. The images are files of their own."""
+"""LLaVA's own layout: a JSON list of records, or JSON Lines. The images are separate files."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Auxiliary heads: in training, visual tokens predict their position labels and characters.
 
-To answer "Which word is the second on line 3?" a model needs the line and the number of each word. They are printed
-nowhere: they follow from what comes before, and a visual token sees most of that in the language model. Answers alone
-teach this only after very many steps. With a head on every visual token (see `data.position_labels`) a model learns
-lines, words of a line and boxes in hundreds of steps. In that time it did not learn the number of an object among those
-of its colour, or the values of charts. Attention supervision can use the learned labels to find an answer.
+To answer "Which word is the second on line 3?" a model needs the line and the number of each word. They are not
+printed: they follow from the text before the word, and a visual token sees most of this text in the language model.
+Answers alone teach this only after very many steps. With a head on every visual token (see `data.position_labels`) a
+model learns lines, words of a line and boxes in hundreds of steps. In that time it did not learn the number of an
+object among those of its colour, or the values of charts. Attention supervision can use the learned labels to find an
+answer.
 
 Answers also spell only a small share of the printed text, and each of their letters reaches the tower through the whole
 language model. The character heads let the visual tokens predict all letters of the page at once. Without them, a tower
@@ -158,7 +159,7 @@ def attach_heads(model: Any, previous: Path | None = None, character_labels: boo
 
     Args:
         model: The model; it is changed in place.
-        previous: The folder of the previous stage, from whose heads these start if it had any.
+        previous: The folder of the previous stage. If it has heads, the new ones start with their weights.
         character_labels: Also predict characters.
 
     Raises:

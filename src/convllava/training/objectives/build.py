@@ -28,7 +28,7 @@ def build_trained_module(
         stage: The stage to train.
         model: The model; it is changed in place.
         processor: Its tokenizer gives the names of classes.
-        previous: The folder of the previous stage, from whose auxiliary heads new ones start.
+        previous: The folder of the previous stage. New auxiliary heads start with the weights of its heads.
     """
     if stage.adapter is not None:
         return add_adapter(model, stage)

@@ -2,9 +2,9 @@
 
 The first four stages learn what is in each cell of a page: the character over each cell of 8 pixels, predicted from the
 feature maps of stages 2, 3 and 4 (strides 8, 16 and 32, so that one feature of stage 4 predicts sixteen cells), and the
-shape and colour of the object over each cell of the last grid. Labels of single cells teach a small tower in minutes
-what captions of whole images do not. Every stage predicts characters, so the early stages learn before the late ones
-can use them.
+shape and colour of the object over each cell of the last grid. With labels of single cells, a small tower learns in
+minutes to recognise characters; captions of whole images do not achieve this. Every stage predicts characters, so the
+early stages learn before the late ones can use them.
 """
 
 from __future__ import annotations
