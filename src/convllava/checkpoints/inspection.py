@@ -140,7 +140,7 @@ def _image_cost(model: ConvLlavaForConditionalGeneration, canvas: Size) -> Image
     tokens = visual_tokens(canvas, config.vision_config.stride, config.row_separator)
     pixels = torch.empty(1, config.vision_config.num_channels, *canvas, device="meta")
     prompt = torch.empty(1, tokens + TEXT_TOKENS, config.text_config.hidden_size, device="meta")
-    # The mask is given because building one reads values, and meta tensors have none.
+    # Give the mask: transformers would read values to build one, and meta tensors have no values.
     mask = torch.empty(1, 1, prompt.shape[1], prompt.shape[1], dtype=torch.bool, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as tower:
         model.get_image_features(pixels)

@@ -134,7 +134,7 @@ def processor(layout: Layout, config: ConvLlavaConfig) -> ConvLlavaProcessor:
     """Return image processor, tokenizer and prompt format of an official checkpoint.
 
     Raises:
-        CheckpointError: if the tokenizer does not load, or has not as many tokens as the model.
+        CheckpointError: if the tokenizer does not load, or does not have as many tokens as the model.
     """
     path = layout.tower_folder / "preprocessor_config.json"
     pixels = read_json(path)

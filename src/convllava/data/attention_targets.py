@@ -1,9 +1,9 @@
 """Attention targets: for each text position, the visual tokens that show the text which the model needs there.
 
 A small language model that trains on answers alone learns to guess the most common object, and for thousands of steps
-it does not learn to look one up: attention gets no gradient until the attended value is used, and the value gets none
-until it is attended. The generated world knows where everything is, so training can supervise the attention directly
-(see `training.objectives.attention_supervision`).
+it does not learn to look one up: attention gets no gradient before the model uses the attended values, and the model
+does not learn to use them before attention selects them. The generated world knows where everything is, so training can
+supervise the attention directly (see `training.objectives.attention_supervision`).
 
 There are two kinds of target. `answer` targets hold the next token of the answer. `mention` targets hold the words and
 objects that the question names. Questions have targets too if they spell a printed word: reading "How much is the
@@ -185,9 +185,9 @@ def caption_cells(page: PageCells, caption: str) -> list[Cells]:
 
 
 def token_cells(pieces: Sequence[str], cells: Sequence[Cells], start: int = -1) -> list[Cells]:
-    """Return the cells of each token (given as text) from those of each character.
+    """Return the cells of each token, given the tokens as text and the cells of each character.
 
-    `start` is the index of the character with which the first token begins; -1 is a space before the text.
+    `start` is the index of the first token's first character; -1 is a space before the text.
     """
     lengths = (1 if _BYTE.fullmatch(piece) else len(piece) for piece in pieces)
     bounds = pairwise(accumulate(lengths, initial=start))

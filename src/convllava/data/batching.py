@@ -4,7 +4,8 @@ Within groups of neighbours in the training order, samples are sorted by cost, a
 `group_by_modality_length`, and cut into micro-batches. A step is a fixed number of micro-batches of similar cost, and
 the steps of a group come in random order. Processes share the micro-batches of a step equally, so none waits long.
 
-The plan depends only on the seed, the costs and the budget. A resumed run draws it again and counts to its position.
+The plan depends only on the seed, the costs and the budget. A resumed run computes the same plan again and continues at
+its position.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def evaluate_all(
     """Run every benchmark that a folder holds.
 
     Args:
-        model, pixels: As for `evaluate`.
+        model, pixels: See `evaluate`.
         data: Folder with a file or folder for each benchmark; see `benchmarks.find_benchmarks`.
         output: Folder for the outputs, one subfolder per benchmark.
         settings: Other arguments of `evaluate`.
@@ -240,7 +240,7 @@ def score_file(
     Args:
         answers: JSON lines; see `results.read_answers`.
         model: Boxes are fractions of this model's canvas; by default, of the image.
-        benchmark, data, images, split, categories, limit, judge_url, judge_model: As for `evaluate`.
+        benchmark, data, images, split, categories, limit, judge_url, judge_model: See `evaluate`.
 
     Raises:
         InputError: if an argument or a file cannot be used.

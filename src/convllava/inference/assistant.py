@@ -130,7 +130,7 @@ class Assistant:
         Args:
             messages: The conversation so far. Its `{"type": "image"}` parts mark the places of the images; if there are
                 none, all images precede the text of the first user message.
-            images: As many as there are image parts.
+            images: One for each image part.
             sampling: See `Sampling`.
 
         Raises:

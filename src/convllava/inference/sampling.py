@@ -19,7 +19,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments of `Assistant.ask` and its relatives; see `Sampling`."""
+    """Keyword arguments of `Assistant.ask` and the similar methods; see `Sampling`."""
 
     max_new_tokens: int
     temperature: float
@@ -102,8 +102,8 @@ class Sampler:
         """Choose a token from (vocabulary,) float32 logits."""
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        # On the CPU, so that a seed means the same on every device. The maximum is subtracted so that no temperature
-        # overflows.
+        # On the CPU, so that a seed draws the same answer on every device. The maximum is subtracted so that no
+        # temperature overflows.
         scaled = (logits - logits.max()).cpu().double() / self.sampling.temperature
         probabilities, tokens = scaled.softmax(-1).sort(descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
@@ -150,7 +150,7 @@ class TextStream:
 
     def push(self, token: int) -> None:
         """Add a token."""
-        if token in self._special:  # it has no text; decoded first, it would remove a space after it
+        if token in self._special:  # it has no text, and the decoder would remove a space after it
             return
         self._tokens.append(token)
         recent = self._decode(self._base)

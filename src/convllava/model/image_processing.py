@@ -159,7 +159,8 @@ class ConvLlavaImageProcessorPil(PilBackend):
         return rows * columns
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Decode images and keep the nesting. Arrays with channels are decoded later: only the call knows their layout.
+        """Decode images and keep the nesting. Arrays with channels are decoded later, because their layout is an
+        argument of the call.
 
         Processors call this first. It replaces the version of transformers, which downloads URLs.
         """
@@ -284,7 +285,7 @@ def _channels_last(image: Any, input_data_format: str | ChannelDimension | None)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Reject settings of other image processors, which would do nothing, and impossible modes."""
+    """Reject impossible modes, and settings of other image processors, which would have no effect."""
     for name in ("size", "crop_size", "pad_size", "do_center_crop", "do_pad"):
         if settings.get(name):
             raise ConfigError(f"the image processor has no {name}; set mode, side and max_pixels instead")

@@ -23,7 +23,8 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def towers() -> dict[str, ConvLlavaVisionConfig]:
-    """Return the five-stage towers by name: ConvNeXt T, S, B and L with a fifth stage, and `tiny` of the package.
+    """Return the five-stage towers by name: ConvNeXt T, S, B and L with a fifth stage, and the tower of the bundled
+    model (`tiny`).
 
     The fifth stage is twice as wide as the fourth. It has as many blocks as the fourth; the published L has six.
     """
@@ -32,7 +33,7 @@ def towers() -> dict[str, ConvLlavaVisionConfig]:
 
 def language_models() -> dict[str, dict[str, Any]]:
     """Return shapes of language models by name: Llama's 7b and 13b, the small 0.5b (Qwen2.5) and 135m (SmolLM2), and
-    `tiny` of the package."""
+    the language model of the bundled model (`tiny`)."""
     return _content()["languages"]
 
 

@@ -157,7 +157,8 @@ def _streamed_stages(
     """Prepare the stages for an image of this height (in pixels) whose map after the stem is `width` wide.
 
     A stage keeps its whole map if the map has no more rows than streaming would keep: the rows in the blocks, the rows
-    that wait, and the same again during and after the convolution. The stages after it then keep their whole maps too.
+        that wait, and copies of both during and after the convolution. The stages after it then keep their whole maps
+        too.
     """
     rows = None if height is None else height // stem.patch_size
     streamed: list[_StreamedStage] = []

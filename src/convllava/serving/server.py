@@ -155,10 +155,10 @@ def serve(
     """Load a model and serve it until a signal ends the server.
 
     Args:
-        model, pixels: As for `convllava.load`.
+        model, pixels: See `convllava.load`.
         threads: torch's threads per operation; None takes half of torch's default, because image encoding and
             decoding run at the same time.
-        host, port, api_key, ui, options: As for `make_server`.
+        host, port, api_key, ui, options: See `make_server`.
 
     Raises:
         InputError: if the address is taken, the model does not load or cannot be served this way, or a setting is bad.

@@ -69,7 +69,7 @@ def rotate(canvas: Canvas, degrees: float) -> None:
     else:
         return
     sampled: list[Image.Image] = []
-    for offset in (-0.25, 0.25):  # each pixel is sampled so far from its own centre
+    for offset in (-0.25, 0.25):  # each pixel is sampled at this distance from its own centre
         # Pillow maps positions of the result to positions of the source, hence the inverse rotation.
         shift_x = middle_x - cosine * (middle_x - offset) + sine * (middle_y - offset)
         shift_y = middle_y - sine * (middle_x - offset) - cosine * (middle_y - offset)

@@ -1,4 +1,4 @@
-"""Receipts, and the receipts of three lines of the simple world, with questions about their content."""
+"""Receipts with questions about their content; in the simple world, receipts of three lines."""
 
 from __future__ import annotations
 

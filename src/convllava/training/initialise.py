@@ -105,7 +105,7 @@ def _new_model(spec: ModelSpec, seed: int) -> Parts:
     """Return a model with random weights.
 
     Raises:
-        ConfigError: if a setting does not exist: the configurations would keep it without effect.
+        ConfigError: if a setting does not exist; the configurations would silently ignore it.
     """
     family = spec.language.get("model_type", "llama")
     if family not in CONFIG_MAPPING:

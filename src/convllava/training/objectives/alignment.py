@@ -88,8 +88,8 @@ class Alignment(nn.Module):
         return names
 
     def _naming_loss(self, tokens: Tensor, names: Tensor) -> Tensor:
-        """Return the cross entropy between the names of each occupied cell, with equal shares, and the softmax of its
-        token's products with the word embeddings."""
+        """Return the cross entropy of predicting the names in each occupied cell. The prediction is the softmax of the
+        token's products with the word embeddings; all names of a cell have equal probability in the target."""
         embeddings: Any = self.model.get_input_embeddings()
         occupied = names.sum(1) > 0
         shares = names[occupied] / names[occupied].sum(1, keepdim=True)

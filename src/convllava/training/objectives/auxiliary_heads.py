@@ -104,7 +104,7 @@ class AuxiliaryHeads(nn.Module):
         Args:
             tokens: (visual tokens, width), hidden states of a batch.
             labels: The result of `data.position_labels.position_labels` for each page.
-            entering: As `tokens`, before the first layer of the language model.
+            entering: The same tokens before the first layer of the language model.
 
         Returns:
             `loss`, the accuracy of each map over the cells with a number, and the mean `box_error` in cells. With
