@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """An input of the user cannot be used. The message says what is wrong, where, and how to fix it."""
+    """The base of all errors that the user can fix. The message says what is wrong, where, and how to fix it."""
 
 
 class ConfigError(InputError):

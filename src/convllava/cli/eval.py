@@ -218,7 +218,7 @@ def robustness(
     simple: Simple = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss on perturbed pages and reworded questions."""
+    """Measure how much accuracy is lost on perturbed pages and reworded questions."""
     from convllava.evaluation.report import rows_table
     from convllava.evaluation.studies import robustness as run_robustness
 

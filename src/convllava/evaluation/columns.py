@@ -181,7 +181,7 @@ def _pictures(row: Row, images: Path) -> tuple[Picture, ...]:
         return inside
     for name in _IMAGES:
         if value := row.cells.get(name):
-            suffix = ".jpg" if name == "image_id" else ""  # TextVQA gives the name without it
+            suffix = ".jpg" if name == "image_id" else ""  # TextVQA gives the name without extension
             return tuple(PictureFile(find_image(images, item + suffix)) for item in listed(value))
     return (MissingPicture(f"{row.where}: no image"),)
 

@@ -47,7 +47,7 @@ def read_rows(path: Path, images: Path) -> list[Row]:
 
     Args:
         path: Ends in one of `SUFFIXES`.
-        images: Folder in which images that a row names are looked for.
+        images: Folder of the images that rows name.
 
     Raises:
         DataError: if the file cannot be read, is damaged or has no rows; the message names the row.
