@@ -133,5 +133,5 @@ def test_any_line_gives_a_question_or_an_error(tmp_path_factory, text):
 
 @pytest.mark.parametrize("given", [("image", "questions"), ("image",), ("questions",), ("output",), ()])
 def test_incomplete_arguments_of_ask_are_rejected(given, tmp_path):
-    with pytest.raises(InputError, match="give IMAGE and QUESTION, or --input and --output"):
+    with pytest.raises(InputError, match="give either IMAGE and QUESTION, or --input and --output"):
         ask(**dict.fromkeys(given, tmp_path / "a"))
