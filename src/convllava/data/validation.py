@@ -21,6 +21,9 @@ from convllava.geometry import Size
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
 from convllava.model.processing import ConvLlavaProcessor
 
+_CHUNK = 32
+"""Neighbouring samples that a worker checks at a time; they often share a row group."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -94,9 +97,8 @@ class SourceCheck(Dataset):
 
 def check_source(check: SourceCheck, workers: int, first: int = 0) -> Iterator[list[Finding]]:
     """Yield the findings in order from record `first` on, in lists of several; with 0 workers, this process reads."""
-    # Neighbouring samples often share a row group.
     rest = range(first, len(check))
-    loader: DataLoader[Any] = DataLoader(check, batch_size=32, sampler=rest, num_workers=workers, collate_fn=list)
+    loader: DataLoader[Any] = DataLoader(check, batch_size=_CHUNK, sampler=rest, num_workers=workers, collate_fn=list)
     return iter(loader)
 
 
