@@ -71,12 +71,7 @@ class ParquetRecords(Records):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         group = int(np.searchsorted(self.groups.starts, index, side="right")) - 1
-
-        def read() -> pyarrow.Table:
-            with _open(self.name) as file:
-                return file.read_row_group(group, columns=self.columns)
-
-        table = _CACHE.get((self.name, group), int(self.groups.sizes[group]), read)
+        table = _CACHE.get((self.name, group), int(self.groups.sizes[group]), lambda: self._read(group))
         try:
             rows = table.slice(index - int(self.groups.starts[group]), 1).to_pylist()
         except UnicodeDecodeError as error:  # Arrow does not check texts when it reads them
@@ -88,6 +83,10 @@ class ParquetRecords(Records):
     @property
     def row_groups(self) -> RowGroups:
         return self.groups
+
+    def _read(self, group: int) -> pyarrow.Table:
+        with _open(self.name) as file:
+            return file.read_row_group(group, columns=self.columns)
 
 
 @contextmanager
