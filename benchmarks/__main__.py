@@ -9,7 +9,7 @@ import typer
 
 from benchmarks import SUITES
 from convllava.cli import main
-from convllava.cli.options import AsJson, is_given, numbers, show, squares
+from convllava.cli.options import AsJson, numbers, show, squares
 from convllava.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -41,7 +41,8 @@ def bench(
         raise InputError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}")
     used = SUITES[suite].options
     for name in sorted(frozenset().union(*(other.options for other in SUITES.values())) - used):
-        if is_given(context, name):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
             takes = ", ".join(f"`{option}`" for option in sorted({*used, "repeats"}))
             raise InputError(f"`{name}` has no effect on {suite}, which takes {takes}")
     for name in ("towers", "sides"):

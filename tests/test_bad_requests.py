@@ -144,7 +144,7 @@ def test_answer_beyond_the_deadline_is_cancelled(parts):
         counted = running.service.metrics.text().decode()
         assert 'convllava_errors_total{code="too_late"} 2.0' in counted
         assert 'convllava_requests_total{status="200"} 1.0' in counted
-        until(lambda: running.service.engine.scheduler.running == 0)
+        until(lambda: running.service.engine.running == 0)
 
 
 def test_requests_need_the_key(parts):

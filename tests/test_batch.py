@@ -14,7 +14,7 @@ from convllava import InputError, load
 from convllava.checkpoints import write
 from convllava.cli.ask import ask
 from convllava.inference import Assistant
-from convllava.inference.batch import _line, answer_file, read_lines
+from convllava.inference.batch import answer_file, read_lines
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +121,17 @@ def test_unreadable_question_files_are_rejected(content, word, tmp_path):
 
 @pytest.mark.parametrize("identity", ["true", "null", "1.5", "[]"])
 def test_id_is_a_string_or_an_integer(identity, tmp_path):
-    line = _line(f'{{"id": {identity}, "image": "a.png", "question": "what?"}}', "line 1", tmp_path)
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f'{{"id": {identity}, "image": "a.png", "question": "what?"}}')
+    (line,) = read_lines(path)
     assert (line.id, line.error) == ("line 1", "line 1: the id must be a string or an integer")
 
 
-@given(st.text())
+@given(st.text().filter(str.strip))
 def test_any_line_gives_a_question_or_an_error(tmp_path_factory, text):
-    line = _line(text, "line 1", tmp_path_factory.getbasetemp())
-    assert bool(line.error) != bool(line.question)
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text(text, encoding="utf-8")
+    assert all(bool(line.error) != bool(line.question) for line in read_lines(path))
 
 
 @pytest.mark.parametrize("given", [("image", "questions"), ("image",), ("questions",), ("output",), ()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -98,7 +99,7 @@ def test_batched_greedy_answers_equal_generate(assistant, mix):
     writer.finish()
     for question, image, count, events in asked:
         assert text_of(events) == offline(assistant, question, image, count)
-    assert writer.engine.scheduler.running == writer.engine.scheduler.waiting == 0
+    assert writer.engine.running == writer.engine.waiting == 0
 
 
 def test_batched_answers_of_the_shipped_weights_equal_generate():
@@ -224,16 +225,20 @@ def test_cancelled_answer_frees_its_slot(assistant):
 
 def test_failed_step_fails_only_current_answers(assistant, monkeypatch):
     writer = Writer(assistant)
-    done = []
     monkeypatch.setattr(writer.engine.model, "forward", lambda *_: 1 / 0)
-    _, events = writer.ask("what?")
-    monkeypatch.setattr(writer.engine, "_wait", lambda: not done and (done.append(1) or True))
-    writer.engine._run()
-    assert [event.finish for event in events] == ["error"]
+    writer.engine.start()
+
+    def finished_events():
+        _, events = writer.ask("what?")
+        deadline = time.monotonic() + 30
+        while not (events and events[-1].finish) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return events
+
+    assert [event.finish for event in finished_events()] == ["error"]
     monkeypatch.undo()
-    _, events = writer.ask("what?")
-    writer.finish()
-    assert text_of(events) == offline(assistant, "what?", None)
+    assert text_of(finished_events()) == offline(assistant, "what?", None)
+    writer.engine.close()
 
 
 def test_engine_thread_finishes_or_fails_answers_on_close(assistant):

@@ -76,7 +76,7 @@ def test_closed_stream_ends_its_answer(assistant):
     steps = assistant._engine.stats.steps
     assistant.ask(picture(64, 64), "what?", max_new_tokens=2)
     assert assistant._engine.stats.steps <= steps + 3
-    assert assistant._engine.scheduler.running == 0
+    assert assistant._engine.running == 0
 
 
 def test_sampling_options_of_an_answer(assistant):

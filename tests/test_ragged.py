@@ -17,7 +17,7 @@ from transformers import (
 
 from convllava import InputError
 from convllava.inference import ragged_attention
-from convllava.inference.ragged_attention import Span
+from convllava.inference.ragged_attention import RaggedBatch, Span
 from convllava.inference.ragged_model import RaggedModel, store_by_columns
 
 SHAPE = {
@@ -78,8 +78,8 @@ def test_sequences_in_one_attention_call_equal_single_sequences(name, monkeypatc
     expected = torch.stack([own_logits(model, text) for text in written])
     for slot, text in enumerate(written):
         many.forward([Span(slot, 0, len(text) - 1)], many.embed(text[:-1]))
-    calls, attend = [], ragged_attention._attend_run
-    monkeypatch.setattr(ragged_attention, "_attend_run", lambda *given: calls.append(given[3]) or attend(*given))
+    calls, mask = [], RaggedBatch.mask
+    monkeypatch.setattr(RaggedBatch, "mask", lambda batch, run, *rest: calls.append(run) or mask(batch, run, *rest))
     spans = [Span(slot, len(text) - 1, 1) for slot, text in enumerate(written)]
     found = many.forward(spans, many.embed(torch.stack([text[-1] for text in written])))
     assert calls == [tuple(spans)] * 2
@@ -100,7 +100,7 @@ def test_sequences_in_one_attention_call_equal_single_sequences(name, monkeypatc
     ids=["unequal", "a gap", "backwards", "a prompt between", "much longer", "a prompt", "nothing"],
 )
 def test_neighbouring_slots_share_a_call_if_it_costs_less(spans, calls):
-    runs = list(ragged_attention._runs(spans))
+    runs = ragged_attention._runs(spans)
     assert [span for run in runs for span in run] == spans
     assert len(runs) == calls
 

@@ -208,13 +208,13 @@ def test_disconnected_client_frees_its_slot(server, stream):
     connection = server.connect()
     body = json.dumps(request("describe the image " * 20, max_tokens=300, stream=stream))
     headers = {"Content-Type": "application/json", "Authorization": "Bearer key"}
-    scheduler = server.service.engine.scheduler
+    engine = server.service.engine
     written = server.service.engine.stats.written_tokens
     connection.request("POST", "/v1/chat/completions", body, headers)
-    until(lambda: scheduler.running == 1 and server.service.engine.stats.written_tokens > written)
+    until(lambda: engine.running == 1 and engine.stats.written_tokens > written)
     connection.sock.close() if not stream else connection.getresponse().close()
     connection.close()
-    until(lambda: scheduler.running == 0 and server.service.admission.active == 0)
+    until(lambda: engine.running == 0 and server.service.admission.active == 0)
     assert server.service.engine.stats.written_tokens - written < 300
 
 

@@ -185,7 +185,7 @@ def slow(server, monkeypatch):
 
 
 def is_idle(service):
-    return service.engine.scheduler.running == service.admission.active == 0
+    return service.engine.running == service.admission.active == 0
 
 
 def test_streamed_answer_equals_offline_and_its_costs_are_shown(tab, slow, assistant):
@@ -319,7 +319,7 @@ def test_stopped_answer_stays_and_its_slot_is_free(tab, slow, assistant, way):
 def test_abandoned_answer_frees_its_slot(tab, slow, way):
     tab.show(RECEIPT)
     tab.begin(BOX)
-    tab.wait(lambda: slow.engine.scheduler.running == 1)
+    tab.wait(lambda: slow.engine.running == 1)
     if way == "new picture":
         tab.choose(RECEIPT.with_name("scene.png"))
         tab.wait(lambda: not tab.messages())

@@ -28,19 +28,12 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at the data of a recipe before training.", no_args_is_help=True)
 
-app.command()(ask)
-app.command()(chat)
-app.command()(demo)
-app.command()(train)
+for command in (ask, chat, demo, train, serve, info, convert, merge, export):
+    app.command()(command)
+for command in (check, preview):
+    data.command()(command)
 app.add_typer(data, name="data")
-data.command()(check)
-data.command()(preview)
 app.add_typer(eval_app, name="eval")
-app.command()(serve)
-app.command()(info)
-app.command()(convert)
-app.command()(merge)
-app.command()(export)
 
 
 def main(command: typer.Typer = app) -> None:

@@ -58,12 +58,8 @@ def run(
     split: Split = None,
     categories: Categories = None,
     limit: Limit = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for answers.jsonl and result.json; a killed run continues there.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Replaces the prompt template; has {question}, {options}, {hint}.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for answers and result; a killed run continues.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt template with {question}, {options}, {hint}.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     choices: Annotated[str, typer.Option(help="generate, or likelihood: the most likely letter.")] = "generate",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
@@ -132,8 +128,7 @@ def score(
     categories: Categories = None,
     limit: Limit = None,
     model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Boxes are fractions of this model's canvas, not of the image."),
+        str | None, typer.Option("--model", "-m", help="Boxes are fractions of this model's canvas, not of the image.")
     ] = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
@@ -190,9 +185,7 @@ def sweep(
     output: Annotated[Path, typer.Option(help="Folder for sweep.json and sweep.png.")],
     model: Model = "tiny",
     samples: Annotated[int, typer.Option(min=1, help="Held-out pages.")] = 60,
-    sides: Annotated[
-        str, typer.Option(help="Resolutions: square roots of areas, with commas between.")
-    ] = "448,576,704,832,960",
+    sides: Annotated[str, typer.Option(help="Resolutions: square roots of areas.")] = "448,576,704,832,960",
     seed: Seed = 1,
     size: PageSize = 448,
     simple: Simple = False,

@@ -13,8 +13,7 @@ from convllava.cli.options import AsJson, numbers, show
 
 def info(
     name: Annotated[
-        str,
-        typer.Argument(help="An architecture such as convllava-1536-7b, a checkpoint, or a tower alone: T, S, B, L."),
+        str, typer.Argument(help="An architecture such as convllava-1536-7b, a checkpoint, or a tower: T, S, B, L.")
     ],
     sides: Annotated[str | None, typer.Option(help="Sides of square images in pixels, separated by commas.")] = None,
     as_json: AsJson = False,
@@ -38,9 +37,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     to: Annotated[str, typer.Option(help="convllava, or official: the layout of the original code.")] = "convllava",
-    base: Annotated[
-        str | None, typer.Option(help="The language model that a LoRA of the original code was trained on.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Language model that an original LoRA was trained on.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint: from the official layout to ours, back, or to another precision."""

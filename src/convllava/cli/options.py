@@ -12,20 +12,11 @@ from convllava.errors import ConfigError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="tiny (in the package), a folder, or a hub id.")]
 ImageMode = Annotated[
-    str | None,
-    typer.Option(help="native, square, short_side or crop, instead of the mode of the checkpoint."),
+    str | None, typer.Option(help="native, square, short_side or crop, instead of the mode of the checkpoint.")
 ]
 ShortSide = Annotated[int | None, typer.Option(min=1, help="Pixels of the short side, for --image-mode short_side.")]
-MaxPixels = Annotated[
-    int | None, typer.Option(min=1, help="Most pixels of an image, for modes that keep the aspect ratio.")
-]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Most pixels, for modes that keep the aspect ratio.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-def is_given(context: typer.Context, name: str) -> bool:
-    """Return whether the user gave an option on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def pixels(image_mode: str | None, short_side: int | None, max_pixels: int | None) -> dict[str, Any]:

@@ -19,10 +19,8 @@ def serve(
         typer.Option(envvar="CONVLLAVA_API_KEY", help="Key that clients must send; setting the variable is safer."),
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a web page at /ui/.")] = False,
-    allow_hosts: Annotated[
-        str, typer.Option(help="Names of this server in addition to localhost, separated by commas.")
-    ] = "",
-    allow_urls: Annotated[str, typer.Option(help="Hosts to fetch images from, separated by commas.")] = "",
+    allow_hosts: Annotated[str, typer.Option(help="Names of this server next to localhost, with commas between.")] = "",
+    allow_urls: Annotated[str, typer.Option(help="Hosts to fetch images from, with commas between.")] = "",
     slots: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 8,
     context: Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer.")] = None,
     step_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of one step.")] = 128,
@@ -44,6 +42,7 @@ def serve(
         from convllava.serving.server import serve as run
     except ImportError as error:
         raise InputError(f"serving needs {error.name}; pip install 'convllava[serve]'") from None
+    hosts, urls = ([name.strip() for name in text.split(",") if name.strip()] for text in (allow_hosts, allow_urls))
     run(
         model,
         pixels(image_mode, short_side, max_pixels),
@@ -52,8 +51,8 @@ def serve(
         port=port,
         api_key=api_key,
         ui=ui,
-        allow_hosts=_split(allow_hosts),
-        allow_urls=_split(allow_urls),
+        allow_hosts=hosts,
+        allow_urls=urls,
         slots=slots,
         context=context,
         step_tokens=step_tokens,
@@ -67,7 +66,3 @@ def serve(
             seconds=timeout,
         ),
     )
-
-
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -13,8 +13,7 @@ from convllava.errors import ConfigError, DataError
 
 RecipeFile = Annotated[Path, typer.Argument(help="A YAML file, see recipes/.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, e.g. stages.dense.steps=100."),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, e.g. stages.dense.steps=100.")
 ]
 
 
@@ -24,9 +23,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Most steps of each stage.")] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, and which files are missing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained and what is missing.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="With --dry-run: how many train together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
@@ -63,9 +60,7 @@ def train(
 def check(
     recipe: RecipeFile,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = os.cpu_count() or 1,
-    output: Annotated[Path, typer.Option(help="Folder for report.jsonl, summary.json, sizes.png.")] = Path(
-        "runs/check"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for the report and its figures.")] = Path("runs/check"),
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any, Unpack
 
 import torch
@@ -59,27 +59,21 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    with _no_loading_bar():
-        model, processor = checkpoints.read(path, dtype)
-    processor.image_processor.change(**(pixels or {}))
-    model.to(device)  # type: ignore[arg-type]  # a decorated method loses its self
-    return Assistant(model.eval(), processor)
-
-
-@contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Hide the "Loading weights" bar of transformers, but not the bars of downloads."""
+    # Hide the "Loading weights" bar of transformers, but not the bars of downloads, which the same call disables.
     loading, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
-    if downloads:  # the call above disabled them too
+    if downloads:
         enable_progress_bars()
     try:
-        yield
+        model, processor = checkpoints.read(path, dtype)
     finally:
         if loading:
             logging.enable_progress_bar()
             if not downloads:
                 disable_progress_bars()
+    processor.image_processor.change(**(pixels or {}))
+    model.to(device)  # type: ignore[arg-type]  # a decorated method loses its self
+    return Assistant(model.eval(), processor)
 
 
 class Assistant:
@@ -174,9 +168,7 @@ class Assistant:
             batch = questions[start : start + batch_size]
             images = {id(image): image for image, _ in batch}
             encoded = {key: encoded.get(key) or self.encode(image) for key, image in images.items()}
-            prompts = [
-                self.prompt([Message(role="user", content=question)], [encoded[id(image)]]) for image, question in batch
-            ]
+            prompts = [self.prompt([Message(role="user", content=text)], [encoded[id(image)]]) for image, text in batch]
             is_last = start + batch_size >= len(questions)
             yield self._answer_all(prompts, sampling, reuse_cache=start > 0, keep_cache=not is_last)
 
@@ -216,12 +208,11 @@ class Assistant:
             first = first or time.perf_counter() - started
             pieces.append(event.text)
         answer, seconds = "".join(pieces), time.perf_counter() - started
-        size = Size(picture.height, picture.width)
-        placement = self.processor.image_processor.placement(size)
+        placement = self.processor.image_processor.placement(Size(picture.height, picture.width))
         return {
             "answer": answer,
             "boxes": [placement.box_from_normalised(box) for box in parse_boxes(answer)],
-            "image_size": [size.width, size.height],
+            "image_size": [picture.width, picture.height],
             "resized_to": [encoded.size[1], encoded.size[0]],
             "visual_tokens": len(encoded.tokens),
             "prompt_tokens": len(prompt.keys),
@@ -282,17 +273,13 @@ class Assistant:
                     if event.finish:
                         return
             finally:
-                engine.cancel(answer)
-                if not keep_cache:
-                    with self._lock:
-                        engine.forget()
+                self._end(engine, [answer], keep_cache)
 
         return events()
 
     def _answer_all(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, reuse_cache: bool = False, keep_cache: bool = False
     ) -> list[str]:
-        """Write the answers to all prompts together."""
         if not prompts:
             return []
         engine = self._engine_for(prompts, sampling, reuse_cache)
@@ -303,12 +290,15 @@ class Assistant:
                 with self._lock:
                     engine.step()
         finally:
-            for answer in answers:
-                engine.cancel(answer)
-            if not keep_cache:
-                with self._lock:
-                    engine.forget()
+            self._end(engine, answers, keep_cache)
         return [answer.text for answer in answers]
+
+    def _end(self, engine: Engine | SequentialEngine, answers: Sequence[Answer], keep_cache: bool) -> None:
+        for answer in answers:
+            engine.cancel(answer)
+        if not keep_cache:
+            with self._lock:
+                engine.forget()
 
     @property
     def _context(self) -> int:

@@ -87,27 +87,21 @@ def answer_file(
             if all(line.id in journal.entries for line in batch):
                 continue
             encoded = {path: encoded[path] for path in {line.image for line in batch} & encoded.keys()}
-            errors: dict[str, str] = {}
+            entries: dict[str, dict[str, str]] = {}
             for line in batch:
                 try:
                     if line.error:
                         raise InputError(line.error)
                     encoded[line.image] = encoded.get(line.image) or assistant.encode(line.image)
                 except InputError as error:
-                    errors[line.id] = str(error)
-            ready = [line for line in batch if line.id not in errors]
+                    entries[line.id] = {"id": line.id, "error": str(error)}
+            ready = [line for line in batch if line.id not in entries]
             conversations = [([Message(role="user", content=line.question)], [encoded[line.image]]) for line in ready]
             replies = assistant.chat_many(conversations, max_new_tokens=max_new_tokens)
-            found: dict[str, Any] = {line.id: reply for line, reply in zip(ready, replies, strict=True)}
-            errors |= {name: str(reply) for name, reply in found.items() if isinstance(reply, InputError)}
-            journal.add(
-                [
-                    {"id": line.id, "error": errors[line.id]}
-                    if line.id in errors
-                    else {"id": line.id, "answer": found[line.id]}
-                    for line in batch
-                ]
-            )
+            for line, reply in zip(ready, replies, strict=True):
+                kind = "error" if isinstance(reply, InputError) else "answer"
+                entries[line.id] = {"id": line.id, kind: str(reply)}
+            journal.add([entries[line.id] for line in batch])
         progress(1.0)
     failed = sum("error" in entry for entry in journal.entries.values())
     return {
@@ -133,29 +127,28 @@ def read_lines(path: Path) -> list[Line]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     lines: dict[str, Line] = {}
     for number, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            line = _line(content, f"line {number}", path.parent)
-            if line.id in lines:
-                raise DataError(f"line {number} of {path} repeats the id {line.id!r}; give each line its own")
-            lines[line.id] = line
+        if not content.strip():
+            continue
+        name = f"line {number}"
+        try:
+            record = parse_json(content, name)
+            if not isinstance(record, dict):
+                raise DataError(f"line {number} is not a JSON object")
+            if any(isinstance(value, str) and re.search("[\ud800-\udfff]", value) for value in record.values()):
+                raise DataError(f"line {number} contains half of a surrogate pair, which is not a character")
+            given = record.get("id", name)
+            if isinstance(given, bool) or not isinstance(given, str | int):
+                raise DataError(f"line {number}: the id must be a string or an integer")
+            name = str(given)
+            for key in ("image", "question"):
+                if not isinstance(record.get(key), str) or not record[key].strip():
+                    raise DataError(f"line {number} needs a text under {key!r}")
+            line = Line(name, path.parent / record["image"], record["question"])
+        except DataError as error:
+            line = Line(name, error=str(error))
+        if name in lines:
+            raise DataError(f"line {number} of {path} repeats the id {name!r}; give each line its own")
+        lines[name] = line
     if not lines:
         raise DataError(f'{path} has no questions; write lines such as {{"image": "a.png", "question": "What?"}}')
     return list(lines.values())
-
-
-def _line(content: str, where: str, folder: Path) -> Line:
-    try:
-        record = parse_json(content, where)
-    except (InputError, RecursionError) as error:
-        return Line(where, error=str(error))
-    if not isinstance(record, dict):
-        return Line(where, error=f"{where} is not a JSON object")
-    if any(isinstance(value, str) and re.search("[\ud800-\udfff]", value) for value in record.values()):
-        return Line(where, error=f"{where} contains half of a surrogate pair, which is not a character")
-    name = record.get("id", where)
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        return Line(where, error=f"{where}: the id must be a string or an integer")
-    for key in ("image", "question"):
-        if not isinstance(record.get(key), str) or not record[key].strip():
-            return Line(str(name), error=f"{where} needs a text under {key!r}")
-    return Line(str(name), folder / record["image"], record["question"])

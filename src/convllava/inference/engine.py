@@ -14,17 +14,17 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
 
 from convllava.errors import ConfigError, InputError
-from convllava.inference.prompts import Prompt, check_context
+from convllava.inference.prompts import Key, Prompt, check_context
 from convllava.inference.ragged_attention import Span
 from convllava.inference.ragged_model import RaggedModel, store_by_columns
 from convllava.inference.sampling import Answer, Event, Sampling
-from convllava.inference.scheduler import Scheduler
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.model.processing import ConvLlavaProcessor
 
@@ -40,6 +40,26 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     written_tokens: int = 0
+
+
+@dataclass
+class Slot:
+    """One row of the cache: the tokens that it holds, and the answer that uses it.
+
+    Attributes:
+        held: Tokens whose keys and values are in the cache. They stay when the answer is finished.
+        used: Number of the step that used it last.
+    """
+
+    index: int
+    held: list[Key] = field(default_factory=list)
+    answer: Answer | None = None
+    used: int = 0
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that the cache does not hold yet."""
+        return 0 if self.answer is None else max(0, len(self.answer.prompt.keys) - len(self.held))
 
 
 class Engine:
@@ -76,12 +96,24 @@ class Engine:
         if by_columns:
             store_by_columns(model.model.language_model, model.lm_head)
         self.model = RaggedModel(model.model.language_model, model.lm_head, slots, self.context)
-        self.scheduler = Scheduler(slots, step_tokens, self.model.cache.copy)
+        self.slots = [Slot(index) for index in range(slots)]
         self.stats = EngineStats()
+        self._step_tokens = step_tokens
+        self._waiting: deque[Answer] = deque()
         self._tokenizer, self._ends = processor.tokenizer, end_tokens(model, processor)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Number of answers without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of answers with a slot."""
+        return sum(slot.answer is not None for slot in self.slots)
 
     def submit(
         self, prompt: Prompt, sampling: Sampling, deliver: Callable[[Event], None] = lambda event: None
@@ -100,7 +132,7 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise InputError("the engine is closed")
-            self.scheduler.submit(answer)
+            self._waiting.append(answer)
             self._changed.notify()
         return answer
 
@@ -112,9 +144,9 @@ class Engine:
 
     def forget(self) -> None:
         """Drop the keys and values of finished answers, and free their memory if no answer is being written."""
-        self.scheduler.release_cancelled()
-        self.scheduler.forget()
-        if not self.scheduler.running:
+        self._release_cancelled()
+        self.slots = [slot if slot.answer is not None else Slot(slot.index) for slot in self.slots]
+        if not self.running:
             self.model.cache.clear()
 
     def start(self) -> None:
@@ -132,23 +164,62 @@ class Engine:
         self._fail_all()
 
     def _run(self) -> None:
-        while self._wait():
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or self.waiting or self.running)
+            if self._is_closed:
+                return
             try:
                 self.step()
             except Exception:
                 _log.exception("a step failed, and all unfinished answers with it; new answers start normally")
                 self._fail_all()
 
-    def _wait(self) -> bool:
-        """Wait until there is something to do; return False if the engine is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self.scheduler.waiting or self.scheduler.running)
-        return not self._is_closed
-
     def _fail_all(self) -> None:
-        for answer in self.scheduler.clear():
+        with self._changed:
+            answers = [*self._waiting, *(slot.answer for slot in self.slots if slot.answer)]
+            self._waiting.clear()
+        self.slots = [Slot(slot.index) for slot in self.slots]
+        for answer in answers:
             answer.finish = "error"
             answer.deliver(Event("", finish="error"))
+
+    def _release_cancelled(self) -> None:
+        for slot in self.slots:
+            if slot.answer is not None and slot.answer.is_cancelled:
+                slot.answer = None
+        with self._changed:
+            self._waiting = deque(answer for answer in self._waiting if not answer.is_cancelled)
+
+    def _admit(self) -> None:
+        """Give slots to waiting answers, in order, and reuse the longest prefix of each prompt that any slot holds.
+
+        An answer waits while a slot still reads the same prompt.
+        """
+        with self._changed:
+            waiting = list(self._waiting)
+        for answer in waiting:
+            free = [slot for slot in self.slots if slot.answer is None]
+            if not free:
+                return
+            keys = answer.prompt.keys
+            if any(slot.answer.prompt.keys == keys for slot in self.slots if slot.answer and slot.unread):
+                continue
+            with self._changed:
+                self._waiting.remove(answer)
+            pairs = (zip(slot.held, keys, strict=False) for slot in self.slots)
+            shared = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)) for both in pairs]
+            donor = max(self.slots, key=lambda slot: shared[slot.index])
+            count = min(shared[donor.index], len(keys) - 1)  # the last token is read again, to predict the next one
+            # A slot that would lose most of its tokens keeps them: its own conversation may continue.
+            continues = donor.answer is None and 2 * count >= len(donor.held)
+            target = donor if continues else min(free, key=lambda slot: slot.used)
+            if count and target is not donor:
+                self.model.cache.copy(donor.index, target.index, count)
+            target.held, target.answer, answer.cached = list(keys[:count]), answer, count
+            self.stats.answers += 1
+            self.stats.prompt_tokens += len(keys)
+            self.stats.cached_tokens += count
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -157,27 +228,30 @@ class Engine:
         Returns:
             False if there was nothing to do.
         """
-        self.scheduler.release_cancelled()
-        for answer in self.scheduler.admit():
-            self.stats.answers += 1
-            self.stats.prompt_tokens += len(answer.prompt.keys)
-            self.stats.cached_tokens += answer.cached
-        plan = self.scheduler.plan()
-        if not plan:
+        self._release_cancelled()
+        self._admit()
+        busy = [(slot, slot.answer) for slot in self.slots if slot.answer is not None]
+        if not busy:
             return False
-        spans = [Span(slot.index, len(slot.held), count) for slot, count in plan]
-        # In the plan, answers come before prompts. The input of an answer is the token that was picked last.
-        busy = [(slot, slot.answer, count) for slot, count in plan if slot.answer is not None]
-        picked = torch.tensor([answer.last for slot, answer, _ in busy if not slot.unread], dtype=torch.long)
-        read = [
-            answer.prompt.embeddings[len(slot.held) : len(slot.held) + count]
-            for slot, answer, count in busy
-            if slot.unread
-        ]
-        logits = self.model.forward(spans, torch.cat([self.model.embed(picked.to(self.model.device)), *read]))
+        # First one token for each answer that is being written: the one that was picked last. Then unread prompts share
+        # the remaining tokens equally.
+        plan = [(slot, answer, 1) for slot, answer in busy if not slot.unread]
+        picked = torch.tensor([answer.last for _, answer, _ in plan], dtype=torch.long)
+        inputs = [self.model.embed(picked.to(self.model.device))]
+        reading = sorted((pair for pair in busy if pair[0].unread), key=lambda pair: pair[0].unread)
+        room = self._step_tokens - len(plan)
+        for place, (slot, answer) in enumerate(reading):
+            count = min(slot.unread, room // (len(reading) - place))
+            room -= count
+            plan.append((slot, answer, count))
+            inputs.append(answer.prompt.embeddings[len(slot.held) : len(slot.held) + count])
+        spans = [Span(slot.index, len(slot.held), count) for slot, _, count in plan]
+        logits = self.model.forward(spans, torch.cat(inputs))
         self.stats.steps += 1
-        for (slot, answer, count), row, likeliest in zip(busy, logits, logits.argmax(-1).tolist(), strict=True):
-            slot.advance(count, self.stats.steps)
+        for (slot, answer, count), row, likeliest in zip(plan, logits, logits.argmax(-1).tolist(), strict=True):
+            held = len(slot.held)
+            slot.held += answer.prompt.keys[held : held + count] if slot.unread else (answer.last,)
+            slot.used = self.stats.steps
             if not slot.unread:
                 event = answer.write(row, likeliest, self._ends)
                 self.stats.written_tokens += 1

@@ -139,39 +139,35 @@ class ImageEncoder:
             thread.join()
 
     def _run(self) -> None:
-        while batch := self._take_batch():
-            images: list[EncodedImage] = []
-            failure: Exception | None = None
+        while True:
+            batch: list[_Job] = []
+            with self._changed:
+                while not batch:
+                    self._changed.wait_for(lambda: self._jobs or self._is_closed)
+                    if self._is_closed:
+                        return
+                    room = self._batch_pixels
+                    while self._jobs and (not batch or self._jobs[0].size <= room):
+                        job = self._jobs.popleft()
+                        if not all(future.cancelled() for future in job.waiting):
+                            batch.append(job)
+                            room -= job.size
+                self._running += batch
+                self.stats.passes += 1
+                self.stats.images += len(batch)
+            found: Sequence[EncodedImage | Exception]
             try:
-                images = self._encode([job.pixels for job in batch])
-                for job, image in zip(batch, images, strict=True):
+                found = self._encode([job.pixels for job in batch])
+                for job, image in zip(batch, found, strict=True):
                     self.cache.put(job.digest, image)
             except Exception as error:  # any error must reach those who wait
-                failure = error
+                found = [error] * len(batch)
             with self._changed:
-                for place, job in enumerate(batch):
+                for job, result in zip(batch, found, strict=True):
                     self._running.remove(job)
                     for future in job.waiting:
-                        if not future.set_running_or_notify_cancel():
-                            continue
-                        if failure is None:
-                            future.set_result(images[place])
-                        else:
-                            future.set_exception(failure)
-
-    def _take_batch(self) -> list[_Job]:
-        """Wait for images and take those of the next pass; an empty list means that the encoder is closed."""
-        batch: list[_Job] = []
-        with self._changed:
-            while not batch and not self._is_closed:
-                self._changed.wait_for(lambda: self._jobs or self._is_closed)
-                room = self._batch_pixels
-                while self._jobs and (not batch or self._jobs[0].size <= room):
-                    job = self._jobs.popleft()
-                    if not all(future.cancelled() for future in job.waiting):
-                        batch.append(job)
-                        room -= job.size
-            self._running += batch
-            self.stats.passes += bool(batch)
-            self.stats.images += len(batch)
-        return batch
+                        if future.set_running_or_notify_cancel():
+                            if isinstance(result, Exception):
+                                future.set_exception(result)
+                            else:
+                                future.set_result(result)

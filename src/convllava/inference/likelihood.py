@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from convllava.errors import CheckpointError
@@ -51,7 +50,21 @@ def log_likelihoods(assistant: Assistant, requests: Sequence[Request]) -> list[L
     """
     if not requests:
         return []
-    answers = [_answer_ids(assistant, answer) for _, _, answer in requests]
+    # The tokens of an answer and of the end of its turn are taken after a prompt, because some tokenizers put a space
+    # before every text that stands alone.
+    template, tokenizer = assistant.processor.apply_chat_template, assistant.processor.tokenizer
+    question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+    prompt = template([question], add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answers = []
+    for _, _, answer in requests:
+        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        ids = tokenizer(template([question, turn], tokenize=False), add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise CheckpointError(
+                "the chat template does not continue its prompt with an answer; answers cannot be scored"
+            )
+        answers.append(torch.tensor(ids[len(prompt_ids) :]))
     conversations = [(messages, [assistant.encode(image) for image in images]) for images, messages, _ in requests]
     inputs = padded_inputs(assistant.model, assistant.processor, conversations, [len(answer) for answer in answers])
     # Prompts are padded on the left, so that all answers begin in the same column.
@@ -71,21 +84,3 @@ def log_likelihoods(assistant: Assistant, requests: Sequence[Request]) -> list[L
     hits = (logits.argmax(-1) == targets) | ~exists
     totals = (-losses.double().sum(-1)).tolist()
     return [LogLikelihood(total, greedy) for total, greedy in zip(totals, hits.all(-1).tolist(), strict=True)]
-
-
-def _answer_ids(assistant: Assistant, answer: str) -> Tensor:
-    """Return the tokens of an answer and of the end of its turn, as the chat template writes them.
-
-    They are taken after a prompt, because some tokenizers put a space before every text that stands alone.
-    """
-    question: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": "?"}]}
-    turn: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    template, tokenizer = assistant.processor.apply_chat_template, assistant.processor.tokenizer
-    texts = (
-        template([question], add_generation_prompt=True, tokenize=False),
-        template([question, turn], tokenize=False),
-    )
-    prompt, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-    if whole[: len(prompt)] != prompt:
-        raise CheckpointError("the chat template does not continue its prompt with an answer; answers cannot be scored")
-    return torch.tensor(whole[len(prompt) :])

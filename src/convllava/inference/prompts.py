@@ -101,10 +101,9 @@ def render(processor: ConvLlavaProcessor, messages: Sequence[Message], images: S
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         placed.append({"role": message["role"], "content": parts})
-    if images and not any(part["type"] == "image" for message in placed for part in message["content"]):
-        first = next((message for message in placed if message["role"] == "user"), None)
-        if first is not None:
-            first["content"] = [{"type": "image"}] * len(images) + first["content"]
+    first = next((message for message in placed if message["role"] == "user"), None)
+    if first and not any(part["type"] == "image" for message in placed for part in message["content"]):
+        first["content"] = [{"type": "image"}] * len(images) + first["content"]
     text = processor.apply_chat_template(placed, add_generation_prompt=True, tokenize=False)
     processor.validate_inputs(images=[list(images)], text=[text])
     return processor.get_text_with_replacements([text], [image.placeholders for image in images])[0][0]

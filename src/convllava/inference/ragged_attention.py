@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,17 +57,16 @@ class KeyValues:
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of a layer, sized like `key` and `value`: (1, heads, tokens, head size)."""
         if index not in self._layers:
-            self._layers[index] = (self._zeros(key), self._zeros(value))
+            # Zeros, because a masked row is multiplied by its weight 0, so it must be finite.
+            shape = (self.slots, key.shape[1], self.length, key.shape[3])
+            if key.device.type == "cpu":
+                # torch would write the zeros; memory from the system is zero without being written.
+                size = math.prod(shape) * key.element_size()
+                memory = [torch.frombuffer(mmap.mmap(-1, size), dtype=key.dtype) for _ in range(2)]
+                self._layers[index] = (memory[0].view(shape), memory[1].view(shape))
+            else:
+                self._layers[index] = (key.new_zeros(shape), key.new_zeros(shape))
         return self._layers[index]
-
-    def _zeros(self, like: Tensor) -> Tensor:
-        """Return zeros: a masked row is multiplied by its weight 0, so it must be finite."""
-        shape = (self.slots, like.shape[1], self.length, like.shape[3])
-        if like.device.type != "cpu":
-            return like.new_zeros(shape)
-        # torch would write the zeros; memory from the system is zero without being written.
-        memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
-        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
     def clear(self) -> None:
         """Free all keys and values."""
@@ -92,7 +92,6 @@ class RaggedBatch:
         cache: Keys and values of all slots.
         spans: Spans in the order of the pass's tokens.
         slots, positions: (tokens,) slot and position of each token.
-        runs: Spans grouped by calls.
         windows: Sliding window that each layer passed to attention, in tokens.
     """
 
@@ -100,12 +99,13 @@ class RaggedBatch:
     spans: Sequence[Span]
     slots: Tensor
     positions: Tensor
-    runs: list[Run] = field(init=False)
     windows: dict[int, int | None] = field(default_factory=dict)
     _masks: dict[tuple[Run, int | None, int], Tensor | None] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.runs = list(_runs(self.spans))
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Spans grouped by calls."""
+        return _runs(self.spans)
 
     def mask(self, run: Run, window: int | None, group: int, like: Tensor) -> Tensor | None:
         """Return the additive mask of a run: (spans, 1, group * count, keys from `_first_key` on).
@@ -121,42 +121,37 @@ class RaggedBatch:
             None if every token attends to all these keys.
         """
         key = (run, window, group)
-        if key in self._masks:
-            return self._masks[key]
-        if run[0].count == 1 and len({span.end for span in run}) == 1:
+        if key not in self._masks:
             added = None
-        else:
-            starts = torch.tensor([span.start for span in run], device=like.device)
-            queries = starts[:, None, None] + torch.arange(run[0].count, device=like.device)[:, None]
-            keys = torch.arange(_first_key(run, window), max(span.end for span in run), device=like.device)
-            hidden = keys > queries
-            if window is not None:
-                hidden |= keys <= queries - window
-            scores = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
-            added = scores.repeat(1, group, 1)[:, None]
-        self._masks[key] = added
-        return added
+            if run[0].count > 1 or len({span.end for span in run}) > 1:
+                starts = torch.tensor([span.start for span in run], device=like.device)
+                queries = starts[:, None, None] + torch.arange(run[0].count, device=like.device)[:, None]
+                keys = torch.arange(_first_key(run, window), max(span.end for span in run), device=like.device)
+                hidden = keys > queries
+                if window is not None:
+                    hidden |= keys <= queries - window
+                scores = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+                added = scores.repeat(1, group, 1)[:, None]
+            self._masks[key] = added
+        return self._masks[key]
 
 
-def _runs(spans: Sequence[Span]) -> Iterator[Run]:
-    run: Run = ()
+def _runs(spans: Sequence[Span]) -> list[Run]:
+    """Group spans that can share a call, if padding to the longest costs less than the calls saved."""
+    runs: list[Run] = []
     for span in spans:
-        if run and _can_share((*run, span)):
-            run = (*run, span)
+        run = (*runs[-1], span) if runs else (span,)
+        ends = [span.end for span in run]
+        if (
+            len(run) > 1
+            and all(span.count == 1 for span in run)
+            and run[-1].slot == run[-2].slot + 1
+            and len(run) * max(ends) - sum(ends) <= _CALL * (len(run) - 1)
+        ):
+            runs[-1] = run
         else:
-            if run:
-                yield run
-            run = (span,)
-    if run:
-        yield run
-
-
-def _can_share(run: Run) -> bool:
-    """Return whether spans can share a call, and padding to the longest costs less than the calls saved."""
-    if any(span.count > 1 for span in run) or run[-1].slot != run[-2].slot + 1:
-        return False
-    ends = [span.end for span in run]
-    return len(run) * max(ends) - sum(ends) <= _CALL * (len(run) - 1)
+            runs.append((span,))
+    return runs
 
 
 def _first_key(run: Run, window: int | None) -> int:
@@ -200,38 +195,21 @@ def attend(
     keys, values = ragged.cache.layer(layer, key, value)
     keys[ragged.slots, :, ragged.positions] = key[0].transpose(0, 1)
     values[ragged.slots, :, ragged.positions] = value[0].transpose(0, 1)
+    (heads, _, size), shared = query.shape[1:], key.shape[1]
     parts, offset = [], 0
     for run in ragged.runs:
-        tokens = sum(span.count for span in run)
-        own = query[0, :, offset : offset + tokens]
-        parts.append(_attend_run(own, keys, values, run, ragged, scaling, sliding_window))
+        spans, tokens = len(run), sum(span.count for span in run)
+        held = slice(run[0].slot, run[-1].slot + 1)
+        seen = slice(_first_key(run, sliding_window), max(span.end for span in run))
+        # Query heads that share keys become additional queries of the same head: no key is repeated in memory.
+        queries = query[0, :, offset : offset + tokens].reshape(shared, heads // shared, spans, tokens // spans, size)
+        output = F.scaled_dot_product_attention(
+            queries.permute(2, 0, 1, 3, 4).reshape(spans, shared, -1, size),
+            keys[held, :, seen],
+            values[held, :, seen],
+            attn_mask=ragged.mask(run, sliding_window, heads // shared, query),
+            scale=scaling,
+        )
+        parts.append(output.reshape(spans, heads, -1, size).transpose(1, 2).reshape(tokens, heads, size))
         offset += tokens
     return torch.cat(parts)[None], None
-
-
-def _attend_run(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    run: Run,
-    ragged: RaggedBatch,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """Compute attention of one run: (heads, tokens, head size) -> (tokens, heads, head size).
-
-    Query heads that share keys become additional queries of the same head, so that no key is repeated in memory.
-    """
-    (heads, tokens, size), shared = query.shape, keys.shape[1]
-    group, spans = heads // shared, len(run)
-    held = slice(run[0].slot, run[-1].slot + 1)
-    seen = slice(_first_key(run, window), max(span.end for span in run))
-    by_span = query.reshape(shared, group, spans, tokens // spans, size).permute(2, 0, 1, 3, 4)
-    output = F.scaled_dot_product_attention(
-        by_span.reshape(spans, shared, -1, size),
-        keys[held, :, seen],
-        values[held, :, seen],
-        attn_mask=ragged.mask(run, window, group, query),
-        scale=scaling,
-    )
-    return output.reshape(spans, heads, -1, size).transpose(1, 2).reshape(tokens, heads, size)

@@ -37,8 +37,7 @@ class RaggedModel:
         self.device = next(decoder.parameters()).device
         self._kind = f"a language model of type {decoder.config.model_type}"
         register()
-        self._check_positions()
-        self._check_outputs()
+        self._check()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look up embeddings: (tokens,) -> (tokens, width)."""
@@ -78,56 +77,48 @@ class RaggedModel:
         finally:
             self.decoder.config._attn_implementation = before
 
-    def _check_positions(self) -> None:
-        """Reject rotary embeddings whose angles change with the longest sequence of a pass."""
-        config = self.decoder.config
-        found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        # One setting for all layers, or one for each kind of layer.
-        for rope in [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]:
-            kind, trained = rope.get("rope_type"), rope.get("original_max_position_embeddings")
-            longest = trained or config.max_position_embeddings
-            if kind in ("dynamic", "longrope") and self.cache.length > longest:
-                raise ConfigError(
-                    f"{self._kind} with rope_type {kind} changes its positions with the longest of several texts; "
-                    f"give a `context` of at most {longest} tokens, not {self.cache.length}"
-                )
-
     @torch.inference_mode()
-    def _check_outputs(self) -> None:
-        """Compare a few tokens in two spans with the model's own forward pass."""
+    def _check(self) -> None:
+        """Reject models that this class cannot run, by their configuration and by comparing a few tokens."""
+        config = self.decoder.config
+        # Angles of rotary embeddings must not change with the longest sequence of a pass. There is one setting for all
+        # layers, or one for each kind of layer.
+        found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        for rope in [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]:
+            longest = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            if rope.get("rope_type") in ("dynamic", "longrope") and self.cache.length > longest:
+                raise ConfigError(
+                    f"{self._kind} with rope_type {rope['rope_type']} changes its positions with the longest of "
+                    f"several texts; give a `context` of at most {longest} tokens, not {self.cache.length}"
+                )
         count = min(8, self.cache.length)
-        ids = torch.arange(count, device=self.device) % self.decoder.config.vocab_size
-        embeddings = self.embed(ids)
+        positions = torch.arange(count, device=self.device)
+        embeddings = self.embed(positions % config.vocab_size)
         expected = self.head(self.decoder(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0, -1:])
         try:
-            self._check_windows(embeddings)
+            ragged = RaggedBatch(self.cache, [Span(0, 0, count)], torch.zeros_like(positions), positions)
+            self._decode(embeddings[None], positions[None], ragged)
+            # A sliding window must reach our attention, which does not use the model's mask.
+            types = getattr(config, "layer_types", None) or []
+            windowed = {layer for layer, kind in enumerate(types) if kind in ("sliding_attention", "chunked_attention")}
+            window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+            if not types and window:
+                windowed = set(ragged.windows)
+            passed = {layer for layer, size in ragged.windows.items() if size is not None}
+            if windowed - passed and self.cache.length > (window or 0):
+                raise InputError(f"{self._kind} does not pass its sliding window to attention; the context is longer")
             self.forward([Span(0, 0, count // 2)], embeddings[: count // 2])
-            found = self.forward([Span(0, count // 2, count - count // 2)], embeddings[count // 2 :])
-            same = torch.allclose(found, expected.float(), rtol=0.05, atol=0.05 * float(expected.float().std()) + 1e-5)
+            result = self.forward([Span(0, count // 2, count - count // 2)], embeddings[count // 2 :])
         except InputError:
             raise
         except Exception as error:  # an unsupported model may raise anything
             raise InputError(f"{self._kind} cannot decode several texts at once: {error}") from error
-        if not same:
+        tolerance = 0.05 * float(expected.float().std()) + 1e-5
+        if not torch.allclose(result, expected.float(), rtol=0.05, atol=tolerance):
             raise InputError(
                 f"{self._kind} gives other numbers when it decodes several texts at once; it keeps state other than "
                 "keys and values, or does not use the attention interface of transformers"
             )
-
-    def _check_windows(self, embeddings: Tensor) -> None:
-        """Reject models that apply a sliding window only in their mask, which our attention does not use."""
-        config, count = self.decoder.config, len(embeddings)
-        positions = torch.arange(count, device=self.device)
-        ragged = RaggedBatch(self.cache, [Span(0, 0, count)], torch.zeros_like(positions), positions)
-        self._decode(embeddings[None], positions[None], ragged)
-        types = getattr(config, "layer_types", None) or []
-        windowed = {number for number, kind in enumerate(types) if kind in ("sliding_attention", "chunked_attention")}
-        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-        if not types and window:
-            windowed = set(ragged.windows)
-        passed = {number for number, size in ragged.windows.items() if size is not None}
-        if windowed - passed and self.cache.length > (window or 0):
-            raise InputError(f"{self._kind} does not pass its sliding window to attention, and the context is longer")
 
 
 @torch.no_grad()

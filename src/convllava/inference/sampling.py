@@ -162,12 +162,11 @@ class TextStream:
 
     def take(self) -> str:
         """Return the new text that can be shown already."""
-        held_back = 0
+        end = len(self.text)
         if not self.is_stopped:  # the end of the text may be the beginning of a stop text
-            lengths = range(min(len(self.text), self._longest), 0, -1)
-            begins = (n for n in lengths if any(stop.startswith(self.text[-n:]) for stop in self._stop))
-            held_back = next(begins, 0)
-        return self._show(len(self.text) - held_back)
+            lengths = range(min(end, self._longest), 0, -1)
+            end -= next((n for n in lengths if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)
+        return self._show(end)
 
     def finish(self) -> str:
         """Return the rest when no token follows, including incomplete characters and beginnings of stop texts."""
@@ -229,8 +228,8 @@ class Answer:
         self.last = likeliest if self.sampling.temperature == 0 else self._sampler.pick(logits)
         self.written += 1
         if self.last in ends:
-            rest, self.finish = self._text.finish(), "stop"
-            return Event(rest, finish="stop")
+            self.finish = "stop"
+            return Event(self._text.finish(), finish="stop")
         self._text.push(self.last)
         report = self._sampler.report(logits, self.last)
         tokens = (report,) if report else ()

@@ -67,23 +67,32 @@ class _ConvLlava(lmms):
         return self.assistant.model.device
 
     @abstractmethod
-    def _generation_kwargs(self, request: Instance) -> dict[str, Any]:
-        """Return the generation settings of a task."""
-
-    @abstractmethod
     def _conversation(self, request: Instance) -> Conversation:
         """Return messages and encoded images."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answers, up to the first of the texts that a task lists in `until`."""
-        return self._in_batches(requests, self._generation_kwargs, self._generate)
+        settings = [request.args[1 if self.is_simple else 2] for request in requests]
+        return self._in_batches(requests, settings, self._generate)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         """Return the loss of each given answer, and whether it is the model's own greedy answer.
 
         The loss is minus the sum of its tokens' log probabilities; lmms-eval's tasks choose the smallest.
         """
-        return self._in_batches(requests, lambda request: {}, self._score)
+
+        def score(batch: list[Instance], settings: dict[str, Any]) -> list[Any]:
+            items = []
+            for request in batch:
+                messages, images = self._text_and_images(request)
+                target = request.args[1]
+                items.append((images, messages, target(self._doc(request)) if callable(target) else target))
+            # lmms-eval turns any tuple into a string unless it is a GenerationResult.
+            return [
+                GenerationResult((-found.total, found.is_greedy)) for found in log_likelihoods(self.assistant, items)
+            ]
+
+        return self._in_batches(requests, [{}] * len(requests), score)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Raise ConfigError: tasks of several rounds are not supported."""
@@ -92,14 +101,14 @@ class _ConvLlava(lmms):
     def _in_batches(
         self,
         requests: Sequence[Instance],
-        settings_of: Callable[[Instance], dict[str, Any]],
+        settings: Sequence[dict[str, Any]],
         work: Callable[[list[Instance], dict[str, Any]], list[Result]],
     ) -> list[Result]:
         """Return results in the order of the requests; all requests of a batch have the same settings."""
         results: dict[int, Result] = {}
         with make_progress(len(requests), "answering", disable=self.rank != 0) as bar:
-            for settings, batch in _batches(list(map(settings_of, requests)), self.batch_size):
-                results |= zip(batch, work([requests[index] for index in batch], settings), strict=True)
+            for shared, batch in _batches(settings, self.batch_size):
+                results |= zip(batch, work([requests[index] for index in batch], shared), strict=True)
                 bar.update(len(batch))
         return [results[index] for index in range(len(requests))]
 
@@ -120,15 +129,6 @@ class _ConvLlava(lmms):
             output: Any = model.generate(**inputs, **{**_GREEDY, **options}, max_new_tokens=longest)  # type: ignore[misc]
         texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_cut(text, until) for text in texts]
-
-    def _score(self, requests: list[Instance], settings: dict[str, Any]) -> list[Any]:
-        items = []
-        for request in requests:
-            messages, images = self._text_and_images(request)
-            target = request.args[1]
-            items.append((images, messages, target(self._doc(request)) if callable(target) else target))
-        # lmms-eval turns any tuple into a string unless it is a GenerationResult.
-        return [GenerationResult((-score.total, score.is_greedy)) for score in log_likelihoods(self.assistant, items)]
 
     def _doc(self, request: Instance) -> Any:
         doc_id, task, split = request.args[3:6]
@@ -156,9 +156,6 @@ class ConvLlavaSimple(_ConvLlava):
 
     is_simple = True
 
-    def _generation_kwargs(self, request: Instance) -> dict[str, Any]:
-        return request.args[1]
-
     def _conversation(self, request: Instance) -> Conversation:
         return self._text_and_images(request)
 
@@ -167,9 +164,6 @@ class ConvLlavaChat(_ConvLlava):
     """Model for messages whose parts are texts and images."""
 
     is_simple = False
-
-    def _generation_kwargs(self, request: Instance) -> dict[str, Any]:
-        return request.args[2]
 
     def _conversation(self, request: Instance) -> Conversation:
         asked = request.args[1](self._doc(request))

@@ -39,15 +39,13 @@ def create_app(service: Service, api_key: str | None = None, ui: bool = False) -
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
         yield
-        service.admission.drain()
+        service.admission.is_draining = True
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="ConvLLaVA", openapi_url=None, lifespan=lifespan)
     app.state.service = service
-    app.add_exception_handler(ApiError, _send_api_error)
-    app.add_exception_handler(HTTPException, _send_http_error)
-    app.add_exception_handler(RequestValidationError, _send_validation_error)
-    app.add_exception_handler(Exception, _send_internal_error)
+    for kind in (ApiError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _send_error)
     card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "convllava"}
 
     def check_key(request: Request) -> None:
@@ -125,11 +123,7 @@ class EventStream(Response):
     Neither Starlette's StreamingResponse nor sse-starlette is used: they have no deadline for the whole stream, and
     sse-starlette ends streams at the first SIGTERM, where this server finishes them.
 
-    Args:
-        service: The service, for its metrics and limits.
-        completion: The completion.
-        deadline: Time of the event loop at which the stream ends with an error.
-        stack: Closed after the last event, or when the client disconnects.
+    It closes `stack` after the last event, or when the client disconnects. The deadline is a time of the event loop.
     """
 
     media_type = "text/event-stream"
@@ -149,39 +143,30 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        error: ApiError | None = None
         try:
             async with asyncio.timeout_at(self._deadline):
                 async for event in self._completion.stream():
                     await send_event(event)
-        except TimeoutError:
-            error = out_of_time(self._service.limits.seconds)
-        except ApiError as failed:
-            error = failed
-        if error is not None:  # the request was counted with status 200 when the stream began
+        except (TimeoutError, ApiError) as failed:
+            error = failed if isinstance(failed, ApiError) else out_of_time(self._service.limits.seconds)
+            # The request was counted with status 200 when the stream began.
             self._service.metrics.errors.labels(error.code).inc()
             async with asyncio.timeout(_LAST_EVENT_SECONDS):  # a client that does not read would block this
                 await send_event(server_sent_event(error.body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _send_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, error.headers)
-
-
-async def _send_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _send_api_error(request, ApiError(error.status_code, message, "unknown_url"))
-
-
-async def _send_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    message = f"{first['loc'][-1]}: {first['msg']}"
-    return await _send_api_error(request, ApiError(400, message, "invalid_request", str(first["loc"][-1])))
-
-
-async def _send_internal_error(request: Request, error: Exception) -> Response:
-    return await _send_api_error(request, ApiError(500, "the server failed; see its log", "internal_error"))
+async def _send_error(request: Request, error: Exception) -> Response:
+    match error:
+        case ApiError():
+            failed = error
+        case HTTPException():
+            message = f"{request.method} {request.url.path}: {error.detail}"
+            failed = ApiError(error.status_code, message, "unknown_url")
+        case RequestValidationError():
+            first = error.errors()[0]
+            field = str(first["loc"][-1])
+            failed = ApiError(400, f"{field}: {first['msg']}", "invalid_request", field)
+        case _:
+            failed = ApiError(500, "the server failed; see its log", "internal_error")
+    return JSONResponse(failed.body, failed.status, failed.headers)

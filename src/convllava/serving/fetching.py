@@ -61,7 +61,22 @@ class Fetcher:
         """
         deadline = time.monotonic() + self.seconds
         for _ in range(_MOST_REDIRECTS + 1):
-            parts = self._check_url(url)
+            try:
+                parts = urlsplit(url)
+                port = parts.port
+            except ValueError:
+                raise ImageError("the URL is malformed") from None
+            if parts.scheme not in _PORTS or not parts.hostname or parts.username is not None:
+                raise ImageError("an image must be a data: URI or an http(s):// URL without a user name")
+            if parts.hostname not in self.hosts:
+                raise ImageError(
+                    f"this server fetches no images from {parts.hostname[:100]}; send the image as "
+                    "data:image/png;base64,... (or its owner can add the host to `allow_urls`)"
+                )
+            if port not in (None, _PORTS[parts.scheme]):
+                raise ImageError(
+                    f"this server fetches no images from port {port}; use the default port of {parts.scheme}"
+                )
             try:
                 found = self._get(parts, _resolve(parts, deadline), deadline)
                 _seconds_left(deadline)  # an answer that was cut off at the deadline may look complete
@@ -75,23 +90,6 @@ class Fetcher:
                 return found
             url = urljoin(url, found)
         raise ImageError("the URL redirects too often; give the URL of the image itself")
-
-    def _check_url(self, url: str) -> SplitResult:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:
-            raise ImageError("the URL is malformed") from None
-        if parts.scheme not in _PORTS or not parts.hostname or parts.username is not None:
-            raise ImageError("an image must be a data: URI or an http(s):// URL without a user name")
-        if parts.hostname not in self.hosts:
-            raise ImageError(
-                f"this server fetches no images from {parts.hostname[:100]}; send the image as "
-                "data:image/png;base64,... (or its owner can add the host to `allow_urls`)"
-            )
-        if port not in (None, _PORTS[parts.scheme]):
-            raise ImageError(f"this server fetches no images from port {port}; use the default port of {parts.scheme}")
-        return parts
 
     def _get(self, parts: SplitResult, address: str, deadline: float) -> bytes | str:
         """Return the body, or the location that the answer redirects to."""

@@ -39,23 +39,19 @@ class Limits:
     fetch_seconds: float = 10
 
 
+@dataclass
 class Admission:
     """Counts the requests that run and rejects further ones. Used in the event loop's thread only.
 
-    Args:
-        capacity: Most requests at the same time.
-
     Attributes:
+        capacity: Most requests at the same time.
         active: Requests that run now.
-        is_draining: True once the server shuts down; it then admits no request.
+        is_draining: True once the server shuts down; it then admits no request, and those that run may finish.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.active, self.is_draining = capacity, 0, False
-
-    def drain(self) -> None:
-        """Admit no more requests; those that run may finish."""
-        self.is_draining = True
+    capacity: int
+    active: int = 0
+    is_draining: bool = False
 
     @contextmanager
     def admit(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,28 +18,23 @@ from convllava.serving.limits import Admission
 _SECONDS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
+class Metrics(Collector):
     """Counts of requests and errors, times of requests, and the counts of engine and image encoder."""
 
     def __init__(self, engine: Engine, encoder: ImageEncoder, admission: Admission) -> None:
+        self._engine, self._encoder, self._admission = engine, encoder, admission
         self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "convllava_requests", "Chat completions by their status.", ["status"], registry=self._registry
+        count = partial(Counter, registry=self._registry)
+        times = partial(Histogram, buckets=_SECONDS, registry=self._registry)
+        self.requests = count("convllava_requests", "Chat completions by their status.", ["status"])
+        self.errors = count("convllava_errors", "Errors by code.", ["code"])
+        self.first_token = times(
+            "convllava_time_to_first_token_seconds", "Seconds from the arrival of a request to its first token."
         )
-        self.errors = Counter("convllava_errors", "Errors by code.", ["code"], registry=self._registry)
-        self.first_token = Histogram(
-            "convllava_time_to_first_token_seconds",
-            "Seconds from the arrival of a request to its first token.",
-            buckets=_SECONDS,
-            registry=self._registry,
+        self.duration = times(
+            "convllava_request_seconds", "Seconds from the arrival of a request to the end of its answer."
         )
-        self.duration = Histogram(
-            "convllava_request_seconds",
-            "Seconds from the arrival of a request to the end of its answer.",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._registry.register(_StateCollector(engine, encoder, admission))
+        self._registry.register(self)
 
     @contextmanager
     def count_errors(self) -> Iterator[None]:
@@ -57,19 +53,13 @@ class Metrics:
         """Return all metrics as `/metrics` shows them."""
         return generate_latest(self._registry)
 
-
-class _StateCollector(Collector):
-    """Reads the state of engine and encoder when `/metrics` is called, so that no step updates a metric."""
-
-    def __init__(self, engine: Engine, encoder: ImageEncoder, admission: Admission) -> None:
-        self._engine, self._encoder, self._admission = engine, encoder, admission
-
     def collect(self) -> Iterator[Metric]:
-        scheduler, stats, images = self._engine.scheduler, self._engine.stats, self._encoder.stats
+        """Yield the state of engine and encoder when `/metrics` is called, so that no step updates a metric."""
+        stats, images = self._engine.stats, self._encoder.stats
         gauges = {
             "requests_active": (self._admission.active, "Requests between their arrival and the end of their answer."),
-            "queue_length": (scheduler.waiting, "Answers that wait for a slot."),
-            "batch_size": (scheduler.running, "Answers whose prompt is being read or that are being written."),
+            "queue_length": (self._engine.waiting, "Answers that wait for a slot."),
+            "batch_size": (self._engine.running, "Answers whose prompt is being read or that are being written."),
             "image_cache_bytes": (self._encoder.cache.bytes, "Bytes of cached image features."),
         }
         counters = {

@@ -54,11 +54,21 @@ def add_page(app: FastAPI, service: Service, check_key: Callable[[Request], None
     def info(request: Request, width: int | None = None, height: int | None = None) -> dict[str, Any]:
         """Return the model's name, the examples and, for an image of this size in pixels, its pixel budgets."""
         check_key(request)
+        budgets, most = [], service.limits.image_pixels
+        if width is not None and height is not None:
+            try:
+                if height * width > most:
+                    raise InputError(
+                        f"the image has {height * width / 1e6:.1f} megapixels; the limit is {most / 1e6:g}"
+                    )
+                budgets = pixel_budgets(service.assistant, Size(height, width))
+            except InputError as error:
+                raise ApiError(422, str(error), "invalid_image") from None
         return {
             "model": service.name,
             "max_file_bytes": service.limits.body_bytes * 3 // 4,  # base64 adds a third
             "examples": examples,
-            "budgets": [] if width is None or height is None else _budgets(service, Size(height, width)),
+            "budgets": budgets,
         }
 
     app.add_api_route("/", lambda: RedirectResponse("/ui/"))
@@ -73,18 +83,6 @@ class _StaticFiles(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response
-
-
-def _budgets(service: Service, size: Size) -> list[dict[str, Any]]:
-    most = service.limits.image_pixels
-    try:
-        if size.height * size.width > most:
-            raise InputError(
-                f"the image has {size.height * size.width / 1e6:.1f} megapixels; the limit is {most / 1e6:g}"
-            )
-        return pixel_budgets(service.assistant, size)
-    except InputError as error:
-        raise ApiError(422, str(error), "invalid_image") from None
 
 
 def pixel_budgets(assistant: Assistant, size: Size) -> list[dict[str, Any]]:

@@ -45,12 +45,19 @@ class Completion:
         self._request, self._service, self._arrived = prepared.request, service, arrived
         self._header = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": service.name}
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+
+        def deliver(index: int, event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            except RuntimeError:  # the event loop is closed, so nobody waits for the answer
+                self._answers[index].is_cancelled = True
+
         self._answers = [
             service.engine.submit(
                 prepared.prompt,
                 self._request.sampling(index, prepared.max_new_tokens, service.temperature, service.top_p),
-                partial(self._receive, index),
+                partial(deliver, index),
             )
             for index in range(self._request.n)
         ]
@@ -58,12 +65,6 @@ class Completion:
     @cached_property
     def _token_text(self) -> TokenTexts:
         return TokenTexts(self._service.assistant.processor.tokenizer)
-
-    def _receive(self, index: int, event: Event) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-        except RuntimeError:  # the event loop is closed, so nobody waits for the answer
-            self._answers[index].is_cancelled = True
 
     def cancel(self) -> None:
         """Free the slots of all answers, finished or not."""
@@ -91,16 +92,14 @@ class Completion:
     async def whole(self) -> dict[str, Any]:
         """Return the completion after all answers are finished."""
         tokens: list[list[TokenLogprob]] = [[] for _ in self._answers]
-        reasons: list[str | None] = [None for _ in self._answers]
         async for index, event in self.events():
             tokens[index] += event.tokens
-            reasons[index] = event.finish
         choices = [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": answer.text, "refusal": None},
                 "logprobs": self._logprobs(tokens[index]),
-                "finish_reason": reasons[index],
+                "finish_reason": answer.finish,
             }
             for index, answer in enumerate(self._answers)
         ]
@@ -115,9 +114,8 @@ class Completion:
                 delta = {"content": event.text} if event.text else {}
                 yield self._chunk(index, delta, event.tokens, event.finish)
         if self._request.stream_options and self._request.stream_options.include_usage:
-            yield server_sent_event(
-                self._header | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage()}
-            )
+            usage = {"object": "chat.completion.chunk", "choices": [], "usage": self._usage()}
+            yield server_sent_event(self._header | usage)
         yield "data: [DONE]\n\n"
 
     def _chunk(

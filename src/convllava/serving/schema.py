@@ -46,22 +46,18 @@ class ChatMessage(_Strict):
             raise ValueError("only user messages may have images")
         return self
 
-    def image_urls(self) -> list[str]:
-        parts = [] if isinstance(self.content, str) else self.content
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    def parts(self) -> list[Part]:
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
-    def texts(self) -> list[str]:
-        if isinstance(self.content, str):
-            return [self.content]
-        return [part.text for part in self.content if isinstance(part, TextPart)]
+    def image_urls(self) -> list[str]:
+        return [part.image_url.url for part in self.parts() if isinstance(part, ImagePart)]
 
     def as_message(self) -> Message:
         """Return the message as `Assistant.chat` takes it; image parts lose their URL."""
         role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        texts = [{"type": "text", "text": part.text} if isinstance(part, TextPart) else None for part in self.content]
-        return {"role": role, "content": [part or {"type": "image"} for part in texts]}
+        parts = self.parts()
+        content = [{"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in parts]
+        return {"role": role, "content": content}
 
 
 class StreamOptions(_Strict):
@@ -138,7 +134,9 @@ class ChatRequest(_Strict):
         return [url for message in self.messages for url in message.image_urls()]
 
     def characters(self) -> int:
-        return sum(len(text) for message in self.messages for text in message.texts())
+        return sum(
+            len(part.text) for message in self.messages for part in message.parts() if isinstance(part, TextPart)
+        )
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -167,24 +165,20 @@ def parse(body: bytes) -> ChatRequest:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
     # If a string or a list is allowed, the error about the list says more than "not a string".
     worst = next((error for error in errors if error["loc"][-1:] != ("str",)), errors[0])
-    path = _path(worst["loc"])
+    match worst["loc"]:  # the path of a field in the request has no names of union members
+        case ("messages", number, "content", _, part, _, *rest):
+            path = ("messages", number, "content", part, *rest)
+        case ("messages", number, "content", _, *rest):
+            path = ("messages", number, "content", *rest)
+        case ("stop", _, *rest):
+            path = ("stop", *rest)
+        case path:
+            pass
     message = _MESSAGES.get(worst["type"], worst["msg"].removeprefix("Value error, "))
     if worst["type"] == "list_type" and path != worst["loc"]:
         message = "Input should be a string or a list"
     where = ".".join(map(str, path))
     raise ApiError(400, f"{where}: {message}" if where else message, "invalid_request", where or None)
-
-
-def _path(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Return the path of a field in the request, without pydantic's names of union members."""
-    match location:
-        case ("messages", message, "content", _, part, _, *rest):
-            return ("messages", message, "content", part, *rest)
-        case ("messages", message, "content", _, *rest):
-            return ("messages", message, "content", *rest)
-        case ("stop", _, *rest):
-            return ("stop", *rest)
-    return location
 
 
 _PART = 'a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}'

@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
 
     def drain(self) -> None:
         """Reject new requests, and end the server once no request runs."""
-        self._admission.drain()
+        self._admission.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
@@ -124,9 +124,8 @@ def make_server(
     encoder = ImageEncoder(assistant.encode_pixels, cache_bytes, **on_cpu)
     service = Service(assistant, name, engine, encoder, limits, allow_urls)
     app = create_app(service, api_key, ui)
-    own_name = [host] if is_loopback(host) else []
-    if allow_hosts or own_name:
-        app.add_middleware(HostCheck, names=[*allow_hosts, *own_name])
+    if names := [*allow_hosts, *([host] if is_loopback(host) else [])]:
+        app.add_middleware(HostCheck, names=names)
     config = uvicorn.Config(
         app,
         host=host,
@@ -163,7 +162,14 @@ def serve(
     Raises:
         InputError: if the address is taken, the model does not load or cannot be served this way, or a setting is bad.
     """
-    listener = _listen(host, port)  # before loading the model, which takes longer
+    # Listen before loading the model, which takes longer.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen at `host` {host}, `port` {port}: {error.strerror}; choose another") from None
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // 2))
     assistant = load(model, pixels=pixels)
     if api_key is None and not is_loopback(host):
@@ -176,14 +182,3 @@ def serve(
 
     server = make_server(assistant, name, host=host, port=port, api_key=api_key, ui=ui, announce=announce, **options)
     server.run(sockets=[listener])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen at `host` {host}, `port` {port}: {error.strerror}; choose another") from None
-    return listener

@@ -62,7 +62,7 @@ class Service:
         allow_urls: Collection[str] = (),
     ) -> None:
         self.assistant, self.name, self.engine, self.encoder, self.limits = assistant, name, engine, encoder, limits
-        self.admission = Admission(limits.queue + len(engine.scheduler.slots))
+        self.admission = Admission(limits.queue + len(engine.slots))
         self.metrics = Metrics(engine, encoder, self.admission)
         generation = assistant.model.generation_config
         samples = bool(getattr(generation, "do_sample", False))
