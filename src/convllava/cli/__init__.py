@@ -30,8 +30,8 @@ data = typer.Typer(help="Look at the data of a recipe before training.", no_args
 
 for command in (ask, chat, demo, train, serve, info, convert, merge, export):
     app.command()(command)
-for command in (check, preview):
-    data.command()(command)
+data.command()(check)
+data.command()(preview)
 app.add_typer(data, name="data")
 app.add_typer(eval_app, name="eval")
 
