@@ -181,15 +181,25 @@ class StageTrainer(Trainer):
         self.skips.note(skipped, self.state.global_step + training, held_out=not training)
         if self.frozen is not None:
             inputs = self.frozen.encode(inputs)
-        if self.trained.training:
+        if training:
             self._count(inputs)
         # With causal attention no supervised token sees the padding on the right, and no mask is faster.
         mask = inputs.pop("attention_mask", None)
-        supervision = self._take_supervision(inputs)
+        targets = {kind: inputs.pop(f"{kind}_targets", None) for kind in TARGET_KINDS}  # generated pages have all kinds
+        page_labels = inputs.pop(POSITION_LABELS, ())
+        supervision = None
+        if self.stage.attention_supervision and training:
+            supervision = AttentionSupervision(self.supervised_layers, targets, page_labels)
+            inputs["attention_supervision"] = supervision
+            if page_labels:
+                inputs["output_hidden_states"] = True
         if self.stage.answer_length_weighting or self.stage.prompt_loss_weight or supervision is not None:
-            labels = inputs.pop("labels")
+            labels, prompts = inputs.pop("labels"), None
+            if self.stage.prompt_loss_weight and training:
+                ids, positions = inputs["input_ids"], inputs.get("position_ids")
+                prompts = prompt_labels(ids, labels, self.config.image_token_id, mask, positions)
             outputs = model(**inputs)
-            loss = self._chat_loss(outputs, labels, supervision, self._prompt_labels(inputs, labels, mask))
+            loss = self._chat_loss(outputs, labels, supervision, prompts)
         else:
             loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
             found = {name: outputs[name].item() for name in DENSE_METRICS if name in outputs}
@@ -209,23 +219,6 @@ class StageTrainer(Trainer):
         }
         for name, count in found.items():
             self.counts[name] += count * self.args.world_size
-
-    def _take_supervision(self, inputs: dict[str, Any]) -> AttentionSupervision | None:
-        """Replace the targets and labels in the batch by the object that records attention shares."""
-        found = {kind: inputs.pop(f"{kind}_targets", None) for kind in TARGET_KINDS}  # generated pages have all kinds
-        labels = inputs.pop(POSITION_LABELS, ())
-        if not self.stage.attention_supervision or not self.trained.training:
-            return None
-        inputs["attention_supervision"] = AttentionSupervision(self.supervised_layers, found, labels)
-        if labels:
-            inputs["output_hidden_states"] = True
-        return inputs["attention_supervision"]
-
-    def _prompt_labels(self, inputs: Mapping[str, Any], labels: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Return the text outside of answers as labels, if the stage has a loss for it."""
-        if not self.stage.prompt_loss_weight or not self.trained.training:
-            return None
-        return prompt_labels(inputs["input_ids"], labels, self.config.image_token_id, mask, inputs.get("position_ids"))
 
     def _chat_loss(
         self, outputs: Any, labels: Tensor, supervision: AttentionSupervision | None, prompts: Tensor | None = None
@@ -268,19 +261,15 @@ class StageTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Compute only the loss, with every objective's labels, and add it to the held-out loss."""
         inputs = self._prepare_inputs(inputs)
-        weight = loss_weight(inputs, self._own_samples())
+        # accelerate fills the last batches with samples of the beginning, so that all processes have the same number.
+        state, own = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
+        if state.end_of_dataloader and state.remainder > 0:
+            own = min(max(state.remainder - self.args.process_index * own, 0), own)
+        weight = loss_weight(inputs, own)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
         self.held_out.add(loss, weight)
         return loss, None, None
-
-    def _own_samples(self) -> int:
-        """Return how many samples of a batch count: accelerate fills the last batches with samples of the beginning, so
-        that all processes have the same number."""
-        state, most = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return most
-        return min(max(state.remainder - self.args.process_index * most, 0), most)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self.held_out = HeldOutLoss()
