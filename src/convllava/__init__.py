@@ -5,8 +5,6 @@ such as `load` is first used. That also registers the classes with the Auto clas
 only `AutoModelForImageTextToText`, `AutoProcessor` and so on imports them with `import convllava.model.auto`.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

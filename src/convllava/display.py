@@ -1,7 +1,5 @@
 """Progress bars in the terminal, boxes on pictures, and plots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ A message writes the name of an argument in backquotes, as in "`max_pixels` must
 the option of that name instead.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -6,8 +6,6 @@ The file takes `pixel_values` (1, channels, height, width) from the model's imag
 the tower's stride. It returns `tokens` (visual tokens, width of the language model), row separators included.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import tempfile

@@ -4,8 +4,6 @@ The *canvas* is the input of the vision tower for one image. The tower turns eve
 visual token. This module does not use torch, transformers or Pillow.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

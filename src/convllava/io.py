@@ -1,7 +1,5 @@
 """Files on disk: JSON, files that are replaced as a whole, and JSON Lines files that a killed run continues."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

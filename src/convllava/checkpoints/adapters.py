@@ -9,8 +9,6 @@ PEFT's file also contains the parts that were trained as a whole: the projector 
 writes the merged checkpoint. LoRA: arXiv 2106.09685. DoRA: arXiv 2402.09353.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from pathlib import Path

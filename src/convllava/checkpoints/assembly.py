@@ -3,8 +3,6 @@
 assembly = convllava.build(vision="facebook/convnext-large-224", language="lmsys/vicuna-7b-v1.5")
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +93,11 @@ def build(
     tower, left_over, statistics = _encoder_tensors(vision)
     causal, tokenizer = _language_model(language, dtype)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
-    widths, depths = _widths_and_depths(tower)
+    blocks: dict[int, list[int]] = {}  # of each stage the channels of each block
+    for name, tensor in tower.items():
+        if match := re.fullmatch(r"encoder\.stages\.(\d)\.layers\.\d+\.dwconv\.weight", name):
+            blocks.setdefault(int(match[1]), []).append(tensor.shape[0])
+    widths, depths = [blocks[stage][-1] for stage in sorted(blocks)], [len(blocks[stage]) for stage in sorted(blocks)]
     if stage5_depth and len(widths) != 4:
         raise ConfigError(f"vision: the encoder has {len(widths)} stages, not four; `stage5_depth` 0 keeps its stages")
     if stage5_depth:
@@ -196,8 +198,6 @@ def _encoder_tensors(
     """Return the encoder's tensors under our names, the names of unused tensors, and mean and standard deviation of
     its pixels."""
     statistics: dict[str, Any] = {}
-    found: dict[str, Tensor] = {}
-    unused: list[str] = []
     if isinstance(vision, Mapping):
         pairs = list(vision.items())
     else:
@@ -207,26 +207,11 @@ def _encoder_tensors(
         if preprocessor.is_file():
             content = read_json(preprocessor)
             statistics = {key: content[key] for key in ("image_mean", "image_std") if key in content}
-    for name, tensor in pairs:
-        new = rename_encoder(name)
-        if new is None:
-            unused.append(name)
-        else:
-            found[new] = tensor
+    renamed = [(rename_encoder(name), name, tensor) for name, tensor in pairs]
+    found = {new: tensor for new, _, tensor in renamed if new is not None}
     if "embeddings.patch_embeddings.weight" not in found:
         raise CheckpointError("vision: there is no ConvNeXt in it; give a Hugging Face, timm or open_clip one")
-    return found, unused, statistics
-
-
-def _widths_and_depths(tower: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
-    """Return the channels and the number of blocks of each stage."""
-    blocks: dict[int, set[int]] = {}
-    widths: dict[int, int] = {}
-    for name, tensor in tower.items():
-        if match := re.fullmatch(r"encoder\.stages\.(\d)\.layers\.(\d+)\.dwconv\.weight", name):
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-            widths[int(match[1])] = tensor.shape[0]
-    return [widths[stage] for stage in sorted(widths)], [len(blocks[stage]) for stage in sorted(blocks)]
+    return found, [name for new, name, _ in renamed if new is None], statistics
 
 
 def _language_model(language: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:

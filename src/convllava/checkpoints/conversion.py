@@ -1,7 +1,5 @@
 """Convert checkpoints between layouts and precisions, and merge adapters into their base."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

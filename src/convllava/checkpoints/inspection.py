@@ -6,8 +6,6 @@
 Parameters and floating-point operations are counted on torch's meta device, where tensors have shapes but no numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypedDict
 

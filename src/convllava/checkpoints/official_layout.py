@@ -3,8 +3,6 @@
 The table of names is in docs/checkpoints.md.
 """
 
-from __future__ import annotations
-
 import filecmp
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Read a checkpoint in the official layout as one of ours."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Write one of our models in the official layout, so that the original code can load it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Find a checkpoint and read it, in any layout."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A checkpoint on disk whose tensors are read only when they are requested."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

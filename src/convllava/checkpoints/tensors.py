@@ -1,7 +1,5 @@
 """Tensor files of checkpoints. Files are mapped into memory, and only tensors are ever unpickled."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import zipfile

@@ -1,7 +1,5 @@
 """Write a checkpoint: its folder is either complete or absent."""
 
-from __future__ import annotations
-
 import shutil
 import stat
 from collections.abc import Iterator, Mapping

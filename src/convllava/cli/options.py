@@ -1,7 +1,5 @@
 """Options that several commands share, and output as JSON or tables."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any

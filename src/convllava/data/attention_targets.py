@@ -10,8 +10,6 @@ objects that the question names. Questions have targets too if they spell a prin
 Towel?" letter by letter is the same search as writing "Towel".
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence

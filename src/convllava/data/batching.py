@@ -8,8 +8,6 @@ The plan depends only on the seed, the costs and the budget. A resumed run compu
 its position.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Encode one conversation as a supervised sequence, and several sequences as one batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

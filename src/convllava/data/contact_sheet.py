@@ -3,8 +3,6 @@
 Each sample shows its resized images with the grid of visual tokens, and its text; the supervised part is blue.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

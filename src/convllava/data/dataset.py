@@ -1,7 +1,5 @@
 """The dataset over sources of conversations: the order of the samples, and the treatment of bad ones."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any

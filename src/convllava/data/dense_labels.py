@@ -1,7 +1,5 @@
 """Dense labels: the character, shape and colour in each cell of a generated page, for training before conversation."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

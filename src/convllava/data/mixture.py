@@ -3,8 +3,6 @@
 A resumed run continues at its position. No reader has a state that could be lost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ token (see `training.objectives.auxiliary_heads`). The answer to "How many words
 last word.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import torch

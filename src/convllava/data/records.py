@@ -4,8 +4,6 @@ The layout is LLaVA's: `conversations` is a list of `{"from": "human" or "gpt", 
 marks the position of an image. `image` is absent, one image or a list of images.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path

@@ -3,8 +3,6 @@
 Only the addresses in a recipe are opened. An address inside the data is rejected (see `records.conversation_of`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Generated pages as conversations for the language model."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Check every sample of a source with the code that training runs, except that no pixels are resized."""
 
-from __future__ import annotations
-
 import copy
 from array import array
 from collections.abc import Iterator

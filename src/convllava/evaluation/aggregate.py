@@ -3,8 +3,6 @@
 Shares are 0 to 1; MME's sums are its points.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Read answers. An answer that cannot be read is None; nothing is guessed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The benchmarks: how questions are asked, by which rule answers are graded, and how grades become numbers."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable

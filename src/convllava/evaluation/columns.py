@@ -3,8 +3,6 @@
 Columns have the names of VLMEvalKit's TSV files, of lmms-lab's Parquet files, and of the benchmarks' own JSON files.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string

@@ -1,7 +1,5 @@
 """`convllava demo`: measure a model on generated pages, ask it about two example pages, and draw its answers."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The cost of an answer: visual tokens, seconds to the first token, tokens per second, memory."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -1,7 +1,5 @@
 """An LLM judge: another model grades free answers, through a server with OpenAI's chat protocol."""
 
-from __future__ import annotations
-
 import os
 import re
 

@@ -1,7 +1,5 @@
 """Metrics: does an answer match the truth, and how well."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Images stay in the file until they are needed, so even for a benchmark of many gigabytes only its texts are in memory.
 """
 
-from __future__ import annotations
-
 import ast
 import base64
 import binascii

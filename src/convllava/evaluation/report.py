@@ -1,7 +1,5 @@
 """Results as tables for the terminal and as plots."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

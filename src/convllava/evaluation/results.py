@@ -1,7 +1,5 @@
 """Results: answers become numbers with intervals, and two results can be compared."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence

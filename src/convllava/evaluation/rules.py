@@ -4,8 +4,6 @@ A rule takes the question, the answer and a `GradingContext`, and returns a `Gra
 calls name the sources.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable
 from dataclasses import dataclass

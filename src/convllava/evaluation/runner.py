@@ -1,7 +1,5 @@
 """Run a benchmark: answers, their scores, their cost, and everything that is needed to repeat the run."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Studies on generated pages: reading by the height of the text, and answers about perturbed pages."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,7 +1,5 @@
 """Generated pages as questions: each is asked about its own page and, blind, about the next page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

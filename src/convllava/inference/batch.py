@@ -3,8 +3,6 @@
 convllava ask --input questions.jsonl --output answers.jsonl
 """
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A conversation with memory: the tower encodes each image once, and an answer can be ended early."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from convllava.errors import ConfigError

@@ -8,8 +8,6 @@ A step is one pass of the language model. It processes one token of each answer 
 number of prompt tokens. So the long prompt of one user delays the others by at most one step.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import deque

@@ -1,7 +1,5 @@
 """A queue of images for the tower: waiting images are encoded together, and recent ones are not encoded again."""
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence

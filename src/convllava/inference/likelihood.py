@@ -1,7 +1,5 @@
 """Log probabilities of given answers, for multiple choice by likelihood."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

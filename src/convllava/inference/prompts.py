@@ -1,7 +1,5 @@
 """Conversations as input of the language model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ If several sequences in neighbouring slots have one token each in the pass, as t
 share one call. For a short sequence a call costs more than its computation.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 from collections.abc import Sequence

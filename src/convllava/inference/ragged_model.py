@@ -5,8 +5,6 @@ padding between long and short sequences. Only attention treats each sequence se
 attention interface of transformers, so any causal language model that uses this interface can run this way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

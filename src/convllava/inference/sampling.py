@@ -1,7 +1,5 @@
 """One answer while it is written: choose each token, and turn tokens into text that is safe to show."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict

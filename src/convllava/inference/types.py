@@ -1,7 +1,5 @@
 """Messages, encoded images and reports: the inputs and outputs of an `Assistant`."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ lmms-eval has two kinds of model. A chat model gets the messages of a task; a si
 Only simple models can score given answers (`loglikelihood`): use `--force_simple`.
 """
 
-from __future__ import annotations
-
 import json
 from abc import abstractmethod
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Plugin of lmms-eval (entry point group `lmms_eval.models`): `--model convllava` is in `lmms_eval.py`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -1,7 +1,5 @@
 """Plugin of vLLM: `vllm serve MODEL` (docs/vllm.md)."""
 
-from __future__ import annotations
-
 
 def register() -> None:
     """Register the model. vLLM calls this in each of its processes (entry point group `vllm.general_plugins`).

@@ -1,7 +1,5 @@
 """Register the model with the Auto classes of transformers when this module is imported."""
 
-from __future__ import annotations
-
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from convllava.model.config import ConvLlavaConfig, ConvLlavaVisionConfig

@@ -1,7 +1,5 @@
 """Fresh models: random weights, a tokenizer that spells, and the initialisations that small models need."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

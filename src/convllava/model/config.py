@@ -1,7 +1,5 @@
 """The configurations of the vision tower and of the whole model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict

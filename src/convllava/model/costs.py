@@ -4,8 +4,6 @@ Norms and activations are not counted, as in `torch.utils.flop_counter`. The num
 meta device; on a CPU the counter does not count fused attention.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from convllava.geometry import Size

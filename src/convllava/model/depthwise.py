@@ -5,8 +5,6 @@ more than ten times as long for it as for the convolution itself. Here rows of p
 running sums, with all channels and columns in memory order, and the columns are summed once at the end.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

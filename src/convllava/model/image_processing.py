@@ -4,14 +4,11 @@
 Pillow and numpy only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from math import isqrt
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -202,36 +199,20 @@ class ConvLlavaImageProcessorPil(PilBackend):
     ) -> BatchFeature:
         placements = [self.placement(Size(image.height, image.width), **kwargs) for image in images]
         background = mean_colour(image_mean)
-        values = self._value_table(image_mean=image_mean, **kwargs)
+        # The arithmetic of the base class on 3 x 256 values instead of on every pixel: the same bits, but faster.
+        values = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., np.newaxis]
+        if kwargs["do_rescale"]:
+            values = self.rescale(values, kwargs["rescale_factor"])
+        if kwargs["do_normalize"]:
+            values = self.normalize(values, image_mean, kwargs["image_std"])
         canvases = np.array([placement.canvas for placement in placements], dtype=np.int64)
         pixels = np.zeros((len(images), 3, *canvases.max(axis=0)), dtype=np.float32)
         for canvas, image, placement in zip(pixels, images, placements, strict=True):
             rendered = np.asarray(render(image, placement, resample, background))
-            for channel, table in enumerate(values):
+            for channel, table in enumerate(values[..., 0].astype(np.float32)):
                 # take() needs half the time of table[...]
                 canvas[channel, : rendered.shape[0], : rendered.shape[1]] = table.take(rendered[..., channel])
         return BatchFeature({"pixel_values": pixels, "image_sizes": canvases}, tensor_type=return_tensors)
-
-    def _value_table(
-        self,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | tuple[float, ...],
-        image_std: float | tuple[float, ...],
-        **kwargs: Any,
-    ) -> NDArray[np.float32]:
-        """Return (3, 256): the normalised value of each 8-bit value of each channel.
-
-        This is the arithmetic of the base class on 768 numbers instead of on every pixel: the same bits, several times
-        faster.
-        """
-        table = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[..., np.newaxis]
-        if do_rescale:
-            table = self.rescale(table, rescale_factor)
-        if do_normalize:
-            table = self.normalize(table, image_mean, image_std)
-        return table[..., 0].astype(np.float32)
 
 
 def mean_colour(image_mean: float | tuple[float, ...]) -> tuple[int, ...]:

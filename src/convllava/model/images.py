@@ -3,8 +3,6 @@
 Nothing is downloaded, and the number of pixels is checked before they are decoded.
 """
 
-from __future__ import annotations
-
 import threading
 import warnings
 from io import BytesIO, UnsupportedOperation

@@ -6,8 +6,6 @@ four times as wide, exist only for as many pixels as fit in the cache. On a CPU 
 first access to it is slower than the arithmetic. So the parts share their buffers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

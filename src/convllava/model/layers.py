@@ -7,8 +7,6 @@ the images again. Images of different shapes need no padding, and a batch gives 
 The parameters have the names of `transformers.ConvNextModel`, so the same files load.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The model: vision tower -> projector -> language model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pack the pixels of all images of a batch into one matrix, and split it into images again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parts of a model as recipes and reports name them: stem, stage1 ... stageN, projector, language_model."""
 
-from __future__ import annotations
-
 import re
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Architectures by name, from presets.json: towers, language models and whole models."""
 
-from __future__ import annotations
-
 import json
 from importlib import resources
 from typing import Any

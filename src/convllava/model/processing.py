@@ -1,7 +1,5 @@
 """The processor: text and images together, image placeholders, and checks that both sides match."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Prompt formats as chat templates, for new models and for published checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

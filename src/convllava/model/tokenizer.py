@@ -5,8 +5,6 @@ closed answers ("what", "red", "top") cost one token each. It is BPE of Hugging 
 is either in the vocabulary or split into characters, and unknown characters into bytes, so any text survives.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Errors that the server answers with: an HTTP status and OpenAI's error object."""
 
-from __future__ import annotations
-
 from http import HTTPStatus
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The HTTP application: its paths, the steps from the body of a chat request to the answer, and error responses."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import time

@@ -1,7 +1,5 @@
 """Connections: time limits for clients that send or read too slowly, and noticing clients that disconnect."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Coroutine

@@ -5,8 +5,6 @@ that changes between check and connection has no effect. A redirect is a new URL
 covers name resolution, connections, redirects and bodies, also if the data trickles in slowly.
 """
 
-from __future__ import annotations
-
 import http.client
 import socket
 import ssl

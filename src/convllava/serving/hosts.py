@@ -7,8 +7,6 @@ Starlette's TrustedHostMiddleware is not used: it answers in plain text without 
 neither addresses (127.0.0.2, ::ffff:127.0.0.1) nor names with a trailing dot.
 """
 
-from __future__ import annotations
-
 import re
 import socket
 from collections.abc import Collection

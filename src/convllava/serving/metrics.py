@@ -1,7 +1,5 @@
 """Counters and times of the server in the text format of Prometheus."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

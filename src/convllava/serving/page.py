@@ -1,7 +1,5 @@
 """The web page at /ui/: static files that call the server's own API, the example images, and the cost of an image."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from math import isqrt

@@ -1,7 +1,5 @@
 """The answers to one request while the engine writes them, as OpenAI's JSON: one completion, or chunks of a stream."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

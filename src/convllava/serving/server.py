@@ -3,8 +3,6 @@
 convllava serve --model tiny
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import sys

@@ -1,7 +1,5 @@
 """One served model: turns the body of a request into a prompt for the engine."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii

@@ -1,7 +1,5 @@
 """Make a page look photographed: slight rotation, blur, other exposure, noise, JPEG artefacts."""
 
-from __future__ import annotations
-
 import io
 import math
 import random

@@ -1,7 +1,5 @@
 """The drawing surface. It prints text and shapes, and records the box of every character and every shape."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

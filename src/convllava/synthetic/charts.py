@@ -1,7 +1,5 @@
 """Bar charts and line charts: labelled values that are printed or must be read from the axis."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 The families come from PyPI packages (`pip install "convllava[synthetic]"`), which are found without importing them.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from functools import lru_cache
 from itertools import accumulate

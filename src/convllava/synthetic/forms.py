@@ -1,7 +1,5 @@
 """Forms and tables: labelled fields and cells, with questions about their content."""
 
-from __future__ import annotations
-
 import random
 
 from convllava.synthetic.canvas import Canvas, Colour, PageFullError, Region

@@ -1,7 +1,5 @@
 """Glyph sheets: pages densely covered with words, single characters and shapes, for dense pre-training."""
 
-from __future__ import annotations
-
 from convllava.synthetic.canvas import Canvas
 from convllava.synthetic.fonts import font, typefaces
 from convllava.synthetic.questions import SIMPLE_ITEMS

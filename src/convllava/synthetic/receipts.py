@@ -1,7 +1,5 @@
 """Receipts with questions about their content; in the simple world, receipts of three lines."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from convllava.synthetic.canvas import Canvas, Colour, Region

@@ -1,7 +1,5 @@
 """One generated sample: the picture, its caption, its questions, and the boxes of everything on it."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Scenes: coloured shapes on a background, with questions about shape, colour, position and number."""
 
-from __future__ import annotations
-
 import random
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """The two splits of the world. A stable digest of every word and every layout decides which split owns it."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """The look of a page: its colours, and the random numbers, words, fonts and layouts that it is drawn with."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import dataclass, field

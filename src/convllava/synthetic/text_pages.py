@@ -1,7 +1,5 @@
 """Pages of free text: signs and paragraphs, with questions about their text."""
 
-from __future__ import annotations
-
 import random
 
 from convllava.synthetic.canvas import Canvas, Region

@@ -1,7 +1,5 @@
 """The words of the generated world: everyday words by role, invented words, codes, dates and prices."""
 
-from __future__ import annotations
-
 import random
 from functools import lru_cache
 from importlib import resources

@@ -1,7 +1,5 @@
 """The generated world: endless samples, each determined by the split, the seed, the settings and its index."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import random

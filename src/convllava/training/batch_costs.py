@@ -6,8 +6,6 @@ The digest covers everything that the costs depend on: size and time of the sour
 template, the image processor, the longest sequence. It does not cover images in separate files.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

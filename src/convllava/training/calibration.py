@@ -6,8 +6,6 @@ shifted and scaled on a few pages until tokens have mean zero and a common size,
 unit-variance initialisation (arXiv 1511.06422).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -7,8 +7,6 @@ sequences. An interrupted check of the same recipe continues, unless a data file
 separate files are not noticed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The samples of a stage: pages of the generated world, or conversations from files."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Several processes that train together: how they share a batch (torchrun), and a model (FSDP2, DeepSpeed's ZeRO)."""
 
-from __future__ import annotations
-
 import os
 from importlib.util import find_spec
 from typing import Any

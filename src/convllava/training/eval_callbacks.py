@@ -1,7 +1,5 @@
 """Evaluation while a stage trains: held-out loss, best weights, early stopping, averaged weights, drawn answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -9,8 +9,6 @@ pixels that the tower gets. Features are computed from each image alone, so they
 batch: a run gets the same numbers, whatever this run, another process or a killed run has cached before.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import itertools

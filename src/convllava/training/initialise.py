@@ -1,7 +1,5 @@
 """The model that a recipe starts from: a checkpoint, pretrained parts with a new fifth stage, or a new model."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Output of a training: the table of parts, the progress bar, and one JSON line per step."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """LoRA: parts of a model that train through adapters, next to parts that train as a whole."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

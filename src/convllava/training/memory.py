@@ -4,8 +4,6 @@ Formulas give the size of the activations that autograd keeps, for the tower's t
 language model with fused attention. A test compares them with the memory that autograd really keeps.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ Muon: Keller Jordan et al., 2024. The root mean square of a step is one, as in t
 learning rate fits the matrices and the vectors of a part (arXiv 2502.16982, section 2.2, with 1 instead of 0.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

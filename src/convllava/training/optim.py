@@ -1,7 +1,5 @@
 """Which parts of a model train, and the parameter groups of the optimizer with their learning rates."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any

@@ -3,8 +3,6 @@
 convllava train recipes/paper/1536.yaml --dry-run
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TypedDict, cast
 

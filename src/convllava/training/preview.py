@@ -3,8 +3,6 @@
 convllava data preview recipes/tiny.yaml --stage instruct --output preview.png
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

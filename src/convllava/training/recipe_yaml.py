@@ -1,7 +1,5 @@
 """Dataclasses from YAML: unknown keys and values of the wrong type are rejected, and the nearest known key is named."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -1,7 +1,5 @@
 """A stage of a recipe, resolved: its settings, its folders, and the processor with the pixel settings of this stage."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

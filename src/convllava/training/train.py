@@ -9,8 +9,6 @@ auxiliary heads that the next stage continues with. A stage in progress has `.1-
 which a run can be resumed exactly.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

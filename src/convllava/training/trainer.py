@@ -1,7 +1,5 @@
 """The Hugging Face Trainer for one stage: learning rates by part, losses of the objectives, whole checkpoints."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Checks of a recipe before anything is written: an error that would stop a later stage stops the run now."""
 
-from __future__ import annotations
-
 from transformers.integrations import get_reporting_integration_callbacks
 
 from convllava import checkpoints

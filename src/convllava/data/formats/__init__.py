@@ -1,7 +1,5 @@
 """Readers of data files. The file's name selects the format; all readers are `base.Records`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Their Arrow files are mapped into memory, so any row can be read alone.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import datasets

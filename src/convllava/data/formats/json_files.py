@@ -1,7 +1,5 @@
 """LLaVA's own layout: a JSON list of records, or JSON Lines. The images are separate files."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from convllava.data import storage

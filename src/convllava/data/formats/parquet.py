@@ -5,8 +5,6 @@ and the row groups in use stay in memory. Each process reads whole row groups an
 opened again for each row group, because an open file does not survive a fork.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -11,8 +11,6 @@ The index of a large file is kept in the user's cache, so that not every process
 If the cache cannot be used for any reason, the headers are read as usual.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -8,8 +8,6 @@ pixels, and the character that follows two given characters. Afterwards the embe
 the visual token of a square, and the text in a token can be spelled, before the language model is trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

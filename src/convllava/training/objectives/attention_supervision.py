@@ -9,8 +9,6 @@ Attention itself runs as scaled dot product attention. The shares are computed a
 positions of the two layers, because attention that returns all its weights takes several times as long.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -16,8 +16,6 @@ previous stage had heads, they start from its weights, which are saved next to i
 hundred steps to learn the same again. The heads are not part of the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

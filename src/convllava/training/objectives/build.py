@@ -1,7 +1,5 @@
 """Build the module that a stage trains."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import nn

@@ -7,8 +7,6 @@ minutes to recognise characters; captions of whole images do not achieve this. E
 early stages learn before the late ones can use them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Losses: weighted answers and prompts (for chat), and label maps and boxes (for the heads of all objectives)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
