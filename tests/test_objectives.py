@@ -20,7 +20,7 @@ from convllava.data.synthetic_chat import ChatDataset
 from convllava.geometry import Size, native, unchanged
 from convllava.synthetic import CHARACTERS, Glyph, Sample, Thing, World
 from convllava.training import train as engine
-from convllava.training.calibration import calibrate
+from convllava.training.initialise import calibrate
 from convllava.training.objectives.alignment import Alignment, class_tokens
 from convllava.training.objectives.losses import answer_loss, answer_weights, prompt_labels, prompt_loss
 

@@ -219,10 +219,7 @@ def short_side(size: Size, *, side: int, stride: int = DEFAULT_STRIDE, max_pixel
     size = check_size(size)
     _check_positive(side=side, stride=stride)
     short = _round_cells(side, stride)
-    cells = Size(
-        _round_cells(short * size.height, min(size)),
-        _round_cells(short * size.width, min(size)),
-    )
+    cells = Size(_round_cells(short * size.height, min(size)), _round_cells(short * size.width, min(size)))
     if max_pixels is not None:
         cells = _shrink(cells, size, _budget(stride, 1, max_pixels)[1])
     return _stretched(size, cells, stride)
@@ -396,9 +393,4 @@ def _check_positive(**settings: int) -> None:
 def _clip(box: Box, size: Size) -> Box:
     x0, y0, x1, y1 = box
     height, width = size
-    return (
-        min(max(x0, 0.0), width),
-        min(max(y0, 0.0), height),
-        min(max(x1, 0.0), width),
-        min(max(y1, 0.0), height),
-    )
+    return (min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height))

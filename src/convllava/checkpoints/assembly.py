@@ -192,9 +192,7 @@ _BLOCK_NAMES = {
 }
 
 
-def _encoder_tensors(
-    vision: str | Path | Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
+def _encoder_tensors(vision: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:
     """Return the encoder's tensors under our names, the names of unused tensors, and mean and standard deviation of
     its pixels."""
     statistics: dict[str, Any] = {}

@@ -120,10 +120,7 @@ def inspect(name: str, sides: Sequence[int] | None = None) -> Report:
         "side": presets().get(name, {}).get("pixels", {}).get("side"),
         "parameters": parameters,
         "images": [_image_cost(model, Size(side, side)) for side in sides],
-        "inference_gb": {
-            "weights": round(2 * sum(parameters.values()) / _GB, 2),
-            "cache": round(cache / _GB, 2),
-        },
+        "inference_gb": {"weights": round(2 * sum(parameters.values()) / _GB, 2), "cache": round(cache / _GB, 2)},
         "training_gb": {
             stage: training_memory(parameters, trained)
             for stage, trained in PAPER_STAGES.items()

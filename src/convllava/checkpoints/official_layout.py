@@ -96,10 +96,6 @@ class Delta:
     up: Tensor
     scale: float
 
-    def added_to(self, weight: Tensor) -> Tensor:
-        """Return the merged weight in float32."""
-        return weight.float() + self.scale * (self.up.float() @ self.down.float())
-
 
 @dataclass(frozen=True)
 class Layout:

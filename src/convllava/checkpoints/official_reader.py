@@ -199,8 +199,9 @@ def _tensors(
                 )
             done.add(new)
             if new.startswith(prefix):
-                merged = layout.deltas[new].added_to(tensor) if new in layout.deltas else tensor
-                yield new, merged.to(dtype).contiguous()
+                if (lora := layout.deltas.get(new)) is not None:
+                    tensor = tensor.float() + lora.scale * (lora.up.float() @ lora.down.float())
+                yield new, tensor.to(dtype).contiguous()
     if missing := without_tied(set(expected) - done, config):
         raise CheckpointError(
             f"{layout.folder} lacks the tensor {min(missing)} (our name); its weights are not complete"

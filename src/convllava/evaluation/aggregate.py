@@ -94,10 +94,7 @@ def seen_and_blind(groups: Groups) -> dict[str, float]:
     A group consists of a question and the same question asked blind. The group's name is the question's id.
     """
     blind = [item for group in groups for item in group if item.id != item.group]
-    return {
-        "accuracy": _mean(_original(group).score for group in groups),
-        "blind": _mean(item.score for item in blind),
-    }
+    return {"accuracy": _mean(_original(group).score for group in groups), "blind": _mean(item.score for item in blind)}
 
 
 def each(groups: Groups) -> list[Graded]:

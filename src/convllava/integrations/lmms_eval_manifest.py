@@ -10,7 +10,5 @@ def manifest() -> Any:
     # By name, because lmms-eval is not imported completely yet when it calls this.
     module = "convllava.integrations.lmms_eval"
     return ModelManifest(
-        model_id="convllava",
-        simple_class_path=f"{module}.ConvLlavaSimple",
-        chat_class_path=f"{module}.ConvLlavaChat",
+        model_id="convllava", simple_class_path=f"{module}.ConvLlavaSimple", chat_class_path=f"{module}.ConvLlavaChat"
     )

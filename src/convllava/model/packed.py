@@ -46,15 +46,10 @@ def by_patches(convolution: Any, parts: Iterable[Tensor]) -> Tensor:
     # In the order row, column, channel a patch has contiguous runs, and gathering it is several times as fast as in the
     # weight's order channel, row, column. That needs a copy of the weight, which pays off if the weight is small.
     by_rows = weight.numel() <= SMALL_WEIGHT
-    matrix = join([_patches(maps, weight.shape[-1], by_rows) for maps in parts])
+    side, order = weight.shape[-1], (0, 1, 3, 2, 4, 5) if by_rows else (0, 1, 3, 5, 2, 4)
+    tiles = (maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)) for maps in parts)  # six dimensions each
+    matrix = join([tile.permute(order).reshape(-1, weight[0].numel()) for tile in tiles])
     return F.linear(matrix, (weight.permute(0, 2, 3, 1) if by_rows else weight).flatten(1), convolution.bias)
-
-
-def _patches(maps: Tensor, side: int, by_rows: bool) -> Tensor:
-    images, height, width, channels = maps.shape
-    tiles = maps.view(images, height // side, side, width // side, side, channels)
-    order = (0, 1, 3, 2, 4, 5) if by_rows else (0, 1, 3, 5, 2, 4)
-    return tiles.permute(order).reshape(-1, side * side * channels)
 
 
 def halve(grids: Grids) -> Grids:

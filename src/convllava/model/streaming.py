@@ -34,10 +34,7 @@ _MIN_PIXELS = 512
 
 
 def encode(
-    stem: ConvLlavaVisionEmbeddings,
-    stages: Sequence[ConvLlavaVisionStage],
-    images: list[Tensor],
-    band_rows: int | None,
+    stem: ConvLlavaVisionEmbeddings, stages: Sequence[ConvLlavaVisionStage], images: list[Tensor], band_rows: int | None
 ) -> tuple[Tensor, Grids]:
     """Encode images of (channels, height, width), large ones in bands -> (pixels, channels) and the grids.
 
@@ -96,10 +93,7 @@ def stream(
 
 @torch.no_grad()
 def _stream(
-    stem: ConvLlavaVisionEmbeddings,
-    stages: Sequence[ConvLlavaVisionStage],
-    bands: Iterable[Tensor],
-    height: int | None,
+    stem: ConvLlavaVisionEmbeddings, stages: Sequence[ConvLlavaVisionStage], bands: Iterable[Tensor], height: int | None
 ) -> Iterator[Tensor]:
     streamed: list[_StreamedStage] = []
     for rows, is_last in _embedded(stem, _stride(stem, stages), bands, height):

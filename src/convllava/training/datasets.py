@@ -1,7 +1,6 @@
 """The samples of a stage: pages of the generated world, or conversations from files."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -174,18 +173,18 @@ def stamps_of(recipe: Recipe, source: Source) -> list[tuple[str, str]]:
 
 def questions_of(dataset: ChatDataset | FileDataset, count: int) -> list[Question]:
     """Return the first questions of a dataset that are about an image."""
-    return list(itertools.islice(_questions(dataset), count))
-
-
-def _questions(dataset: ChatDataset | FileDataset) -> Iterator[Question]:
+    found: list[Question] = []
     for index in range(len(dataset)):
+        if len(found) == count:
+            break
         try:
             messages = dataset.conversation(index)
         except InputError:
             continue  # the evaluation reports it
         end = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
         if any(part["type"] == "image" for message in messages[:end] for part in message["content"]):
-            yield messages[:end], messages[end]["content"][0]["text"]
+            found.append((messages[:end], messages[end]["content"][0]["text"]))
+    return found
 
 
 def distinct_samples(dataset: Any) -> int:

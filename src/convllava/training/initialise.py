@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from convllava import checkpoints
@@ -16,12 +17,15 @@ from convllava.io import one_line
 from convllava.model.builder import Parts, build_fresh
 from convllava.model.config import ConvLlavaConfig, ConvLlavaVisionConfig
 from convllava.model.image_processing import ConvLlavaImageProcessorPil
-from convllava.model.modeling import ConvLlavaForConditionalGeneration
+from convllava.model.modeling import ConvLlavaForConditionalGeneration, coordinate_features
 from convllava.model.presets import presets
 from convllava.model.processing import ConvLlavaProcessor
 from convllava.synthetic import closed_vocabulary
 from convllava.training.distributed import is_first_process
 from convllava.training.recipe import ModelSpec, Recipe
+
+TOKEN_RMS = 1.0
+"""Root mean square of a visual token; a layer of the language model adds values of about this size."""
 
 
 def initial_model(recipe: Recipe) -> Parts:
@@ -176,3 +180,42 @@ def _check_known(where: str, settings: Mapping[str, Any], kind: type) -> None:
     for key in settings:
         if key not in known:
             raise ConfigError(f"{where}: there is no setting {key!r}{nearest(key, known)}")
+
+
+@torch.no_grad()
+def calibrate(model: ConvLlavaForConditionalGeneration, images: list[Tensor]) -> None:
+    """Centre and scale the outputs of the parts that stage 1 adds, on images of (3, height, width).
+
+    The features of a trained tower have a large common part. After new random layers, the language model would see
+    visual tokens that hardly differ, and a small model takes thousands of steps to ignore the common part. So the last
+    stage of the tower and the projector are shifted and scaled on a few pages until tokens have mean zero and a common
+    size, similar to layer-sequential unit-variance initialisation (arXiv 1511.06422).
+    """
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    pixels, grids = tower.embeddings(images)
+    *trained, new = tower.encoder.stages
+    for stage in trained:
+        pixels, grids = stage(pixels, grids)
+    norm = new.downsampling_layer[0]
+    norm.bias -= norm(pixels).mean(0)
+    features, grids = new(pixels, grids)
+    _standardise(projector.linear_1, features, 1.0)
+    _standardise(projector.linear_2, projector.act(projector.linear_1(features)), TOKEN_RMS)
+    if projector.coordinates is not None:
+        places = torch.cat([coordinate_features(grid, features.device) for grid in grids])
+        projector.coordinates.weight *= TOKEN_RMS / _rms(projector.coordinates(places))
+    if projector.row_separator is not None:
+        projector.row_separator *= TOKEN_RMS / _rms(projector.row_separator)
+
+
+def _standardise(layer: nn.Linear, inputs: Tensor, rms: float) -> None:
+    """Change the layer so that each output has mean zero on these inputs, and the outputs have this root mean
+    square."""
+    outputs = layer(inputs) - layer.bias
+    outputs -= outputs.mean(0)
+    layer.weight *= rms / _rms(outputs)
+    layer.bias.copy_(-(inputs @ layer.weight.T).mean(0))
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()

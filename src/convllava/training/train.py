@@ -27,7 +27,6 @@ from convllava.inference import Assistant
 from convllava.io import make_output, replacing
 from convllava.model.modeling import ConvLlavaForConditionalGeneration
 from convllava.training.batch_costs import in_micro_batches, plan_steps
-from convllava.training.calibration import calibrate
 from convllava.training.datasets import (
     check_files,
     distinct_samples,
@@ -40,7 +39,7 @@ from convllava.training.datasets import (
 from convllava.training.distributed import check_processes, is_first_process, process_count, wait_for_all
 from convllava.training.eval_callbacks import SampleAnswers, early_stopping_callbacks, has_stopped_early
 from convllava.training.frozen_features import CachedFeatureCollator, make_frozen_stages
-from convllava.training.initialise import initial_model
+from convllava.training.initialise import calibrate, initial_model
 from convllava.training.logging import ProgressBar, SkippedSamples, StepLog, print_parts
 from convllava.training.lora import four_bit_config
 from convllava.training.objectives.attention_supervision import enable_attention_supervision
