@@ -48,7 +48,6 @@ _MODULES = {
     "load": "inference",
     "train": "training.train",
 }
-_NEED_NO_MODEL = ("errors", "synthetic", "training.recipe")
 
 __all__ = [
     "Assistant",
@@ -78,7 +77,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'convllava' has no attribute {name!r}")
-    if _MODULES[name] not in _NEED_NO_MODEL:
+    if _MODULES[name] not in ("errors", "synthetic", "training.recipe"):  # these need no model
         importlib.import_module("convllava.model.auto")
     return getattr(importlib.import_module(f"convllava.{_MODULES[name]}"), name)
 

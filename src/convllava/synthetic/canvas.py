@@ -123,10 +123,6 @@ class Canvas:
             return self.things[region.thing].box
         return union(glyph.box for glyph in self.glyphs[region.start : region.stop])
 
-    def first_box(self, region: Region) -> Box:
-        """Return the box of the region's thing, or of its first character, on the page as it is now."""
-        return self.things[region.thing].box if region.thing is not None else self.glyphs[region.start].box
-
     def _check_inside(self, box: Box) -> Box:
         if box[0] < 1 or box[1] < 1 or box[2] > self.width - 1 or box[3] > self.height - 1:
             raise PageFullError

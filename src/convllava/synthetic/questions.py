@@ -53,7 +53,8 @@ class Draft:
         answer = self.answer
         if not isinstance(answer, str):
             answer = box_text(canvas.box_of(answer), canvas.width, canvas.height)
-        return Turn(self.task, self.question, answer, tuple(map(canvas.first_box, self.evidence)))
+        evidence = (canvas.glyphs[r.start] if r.thing is None else canvas.things[r.thing] for r in self.evidence)
+        return Turn(self.task, self.question, answer, tuple(shown.box for shown in evidence))
 
 
 def ask(rng: random.Random, key: str, answer: str | Region, **names: str) -> Draft:
