@@ -97,7 +97,7 @@ def side_by_side(
 
 
 def measure_once(journal: ResumableJsonl, name: str, measure: Callable[[], float]) -> float:
-    """Return the value that the journal stores under this name; measure and store it if there is none."""
+    """Return the stored value of this name. If there is none yet, measure it and store it."""
     if name not in journal.entries:
         journal.add([{"id": name, "value": measure()}])
     return journal.entries[name]["value"]

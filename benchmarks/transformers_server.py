@@ -19,5 +19,5 @@ if __name__ == "__main__":
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["convllava"] = name
     setattr(transformers, name, ConvLlavaForConditionalGeneration)
     # That server passes URLs of images to the processor. Our processor fetches none, so use the method of transformers.
-    ConvLlavaImageProcessorPil.fetch_images = PilBackend.fetch_images  # type: ignore[method-assign]
+    ConvLlavaImageProcessorPil.fetch_images = PilBackend.fetch_images  # type: ignore[method-assign]  # on purpose
     main()

@@ -187,8 +187,7 @@ def attend(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise InputError(f"attention with {name} cannot decode several texts at once")
-    # Attention modules of transformers have this attribute; nn.Module does not declare it.
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # transformers sets it; nn.Module does not declare it
     ragged.windows[layer] = sliding_window
     keys, values = ragged.cache.layer(layer, key, value)
     keys[ragged.slots, :, ragged.positions] = key[0].transpose(0, 1)

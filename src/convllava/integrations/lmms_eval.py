@@ -124,7 +124,8 @@ class _ConvLlava(lmms):
         model, processor = self.assistant.model, self.assistant.processor
         inputs = padded_inputs(model, processor, conversations, [longest] * len(conversations))
         with torch.inference_mode():
-            output: Any = model.generate(**inputs, **{**_GREEDY, **options}, max_new_tokens=longest)  # type: ignore[misc]
+            settings = {**_GREEDY, **options, "max_new_tokens": longest}
+            output: Any = model.generate(**inputs, **settings)  # type: ignore[misc]  # its self is a protocol
         texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_cut(text, until) for text in texts]
 

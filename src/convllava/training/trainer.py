@@ -103,7 +103,7 @@ def training_arguments(run: StageRun) -> TrainingArguments:
     )
 
 
-class SavesAsAsked(TrainerCallback):
+class SaveByRecipe(TrainerCallback):
     """Saves as often as the current recipe says. The Trainer would use the number in a resumed run's checkpoint
     instead."""
 
@@ -142,7 +142,7 @@ class StageTrainer(Trainer):
         self.held_out = HeldOutLoss()
         self.supervised_layers = supervised_layers(model) if self.stage.attention_supervision else {}
         super().__init__(model=model, args=training_arguments(run), **keywords)
-        self.add_callback(SavesAsAsked())
+        self.add_callback(SaveByRecipe())
         # Only here, because the Trainer has now moved the weights to their device.
         self.average = AverageWeights(model, self.stage.ema) if self.stage.ema else None
         if self.average is not None:
