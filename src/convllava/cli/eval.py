@@ -185,9 +185,7 @@ def sweep(
     output: Annotated[Path, typer.Option(help="Folder for sweep.json and sweep.png.")],
     model: Model = "tiny",
     samples: Annotated[int, typer.Option(min=1, help="Held-out pages.")] = 60,
-    sides: Annotated[
-        str, typer.Option(help="Square roots of page areas, separated by commas.")
-    ] = "448,576,704,832,960",
+    sides: Annotated[str, typer.Option(help="Square roots of areas, with commas.")] = "448,576,704,832,960",
     seed: Seed = 1,
     size: PageSize = 448,
     simple: Simple = False,

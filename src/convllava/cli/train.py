@@ -60,9 +60,7 @@ def train(
 def check(
     recipe: RecipeFile,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = os.cpu_count() or 1,
-    output: Annotated[Path, typer.Option(help="Folder for report.jsonl, summary.json, sizes.png.")] = Path(
-        "runs/check"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for report.jsonl and sizes.png.")] = Path("runs/check"),
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
